@@ -1,0 +1,20 @@
+"""From a corpus to a site's stream: documents, tokens on disk, the deal to sites, batches."""
+
+from fomoe_flwr.data.corpus import Document, read_documents
+from fomoe_flwr.data.partition import deal_documents
+from fomoe_flwr.data.shards import TokenCorpus, prepare
+from fomoe_flwr.data.stream import TokenStream, validation_batches
+from fomoe_flwr.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+__all__ = [
+    "Document",
+    "TokenCorpus",
+    "TokenStream",
+    "Tokenizer",
+    "check_vocabulary",
+    "deal_documents",
+    "load_tokenizer",
+    "prepare",
+    "read_documents",
+    "validation_batches",
+]

@@ -1,0 +1,276 @@
+"""Documents from five sources, each in an order that never changes.
+
+Notable: reading is lazy everywhere, so a corpus may be larger than memory; and `source_digest` names what would be
+read by its content, so that the token cache is found again after a move and missed after an edit.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fomoe_flwr.config import DataConfig
+from fomoe_flwr.errors import DataError
+
+SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",)}
+STDLIB_SKIPPED = {"__pycache__", "idlelib", "test", "tests"}
+PIECE = 16_384  # characters; length at which a corpus kept in one text file is cut into documents
+ROWS = 1024  # rows in memory at a time
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the domain it belongs to."""
+
+    text: str
+    domain: str
+
+
+def read_documents(config: DataConfig) -> Iterator[Document]:
+    """Yield at most `max_documents` documents; those without text (empty, blank or null) are passed over.
+
+    Raises:
+        DataError: the source cannot be read, lacks a key, or holds no text at all.
+    """
+    match config.source:
+        case "stdlib":
+            documents = _stdlib_documents()
+        case "text":
+            documents = _text_documents(config)
+        case "jsonl":
+            documents = _jsonl_documents(config)
+        case "parquet":
+            documents = _parquet_documents(config)
+        case _:
+            documents = _huggingface_documents(config)
+    with_text = (document for document in documents if document.text and not document.text.isspace())
+    empty = True
+    for document in itertools.islice(with_text, config.max_documents):
+        empty = False
+        yield document
+    if empty:
+        place = config.path or config.name or sysconfig.get_path("stdlib")
+        raise DataError(f"data.source={config.source}: no document with text in {place}")
+
+
+def source_digest(config: DataConfig) -> str:
+    """SHA-256 (hex) of everything the source holds: names and contents of local files.
+
+    A Hugging Face data set is named by its own fingerprint instead, which saves reading it.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    digest = hashlib.sha256()
+    if config.source == "huggingface":
+        digest.update(f"{config.name}\0{_load_huggingface(config)._fingerprint}".encode())
+        return digest.hexdigest()
+    root, files = _stdlib_files() if config.source == "stdlib" else _local_files(config)
+    digest.update(b"file" if root.is_file() else b"folder")  # a lone text file is cut into pieces
+    for file in files:
+        with _readable(file), file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()
+        digest.update(f"{_relative(file, root)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def name_some(names: Iterable[object], limit: int = 12) -> str:
+    """The first `limit` names for an error message, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = f", … ({len(listed) - limit} more)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def _stdlib_files() -> tuple[Path, list[Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    # Only folders that can be imported: this leaves out site-packages, lib-dynload and config-3.x-….
+    packages = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.isidentifier()]
+    found = itertools.chain(root.glob("*.py"), *(folder.rglob("*.py") for folder in packages))
+    kept = (file for file in found if not STDLIB_SKIPPED.intersection(file.relative_to(root).parts))
+    return root, sorted(kept, key=lambda file: _relative(file, root))
+
+
+def _local_files(config: DataConfig) -> tuple[Path, list[Path]]:
+    root = Path(str(config.path)).expanduser()
+    if root.is_file():
+        return root, [root]
+    if not root.is_dir():
+        raise DataError(f"data.path={config.path}: no such file or folder")
+    suffixes = SUFFIXES[config.source]
+    files = [
+        file
+        for file in root.rglob("*")
+        if file.name.endswith(suffixes) and file.is_file() and not _is_hidden(file.relative_to(root))
+    ]
+    if not files:
+        wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise DataError(f"data.path={config.path}: no file {wanted} in this folder")
+    return root, sorted(files, key=lambda file: _relative(file, root))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _relative(file: Path, root: Path) -> str:
+    return file.name if file == root else file.relative_to(root).as_posix()
+
+
+def _domain(file: Path, root: Path) -> str:
+    """The first folder below the root, or the file's own name without suffix."""
+    parts = Path(_relative(file, root)).parts
+    return parts[0] if len(parts) > 1 else Path(file.name.removesuffix(".gz")).stem
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading `file` into one line that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.path: {file} is not UTF-8 text (byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"data.path: {file} cannot be read: {error}") from error
+
+
+def _stdlib_documents() -> Iterator[Document]:
+    root, files = _stdlib_files()
+    for file in files:
+        with _readable(file):
+            content = file.read_bytes()
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:  # a source file in an encoding of its own
+            continue
+        package = file.relative_to(root).parts[0]
+        yield Document(text, "modules" if file.parent == root else package)
+
+
+def _text_documents(config: DataConfig) -> Iterator[Document]:
+    """One document a file. A lone file is cut instead, for one document could be neither split nor dealt."""
+    root, files = _local_files(config)
+    for file in files:
+        with _readable(file), file.open(encoding="utf-8", newline="") as lines:
+            for text in _pieces(lines) if file == root else [lines.read()]:
+                if "\0" in text:
+                    raise DataError(f"data.path: {file} is binary, not text (it holds a zero byte)")
+                yield Document(text, _domain(file, root))
+
+
+def _pieces(lines: Iterable[str]) -> Iterator[str]:
+    """Cut at the first blank line after `PIECE` characters, or at any line end after twice as many."""
+    piece: list[str] = []
+    size = 0
+    for line in lines:
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE and (line.isspace() or size >= 2 * PIECE):
+            yield "".join(piece)
+            piece, size = [], 0
+    yield "".join(piece)
+
+
+def _jsonl_documents(config: DataConfig) -> Iterator[Document]:
+    root, files = _local_files(config)
+    for file in files:
+        domain = _domain(file, root)
+        with _readable(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.isspace():
+                    where = f"{file}, line {number}"
+                    yield _document(_parse_line(line, where), config, domain, where)
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data.path: {where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"data.path: {where} is a JSON {type(row).__name__}, not an object with keys")
+    return row
+
+
+def _parquet_documents(config: DataConfig) -> Iterator[Document]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError("data.source=parquet: needs pyarrow; pip install 'fomoe-flwr[data]'") from error
+    root, files = _local_files(config)
+    for file in files:
+        domain = _domain(file, root)
+        try:
+            with _readable(file), pq.ParquetFile(file) as table:
+                columns = _columns(config, table.schema_arrow.names, str(file))
+                for batch in table.iter_batches(ROWS, columns=columns):
+                    for row in batch.to_pylist():
+                        yield _document(row, config, domain, str(file))
+        except pa.ArrowInvalid as error:
+            raise DataError(f"data.path: {file} is not a readable parquet file: {error}") from error
+
+
+def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
+    dataset = _load_huggingface(config)
+    name = str(config.name)
+    columns = _columns(config, dataset.column_names, name)
+    for batch in dataset.select_columns(columns).iter(ROWS):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            yield _document(dict(zip(columns, values, strict=True)), config, Path(name).name, name)
+
+
+def _load_huggingface(config: DataConfig) -> Any:
+    """The `datasets.Dataset`; `name` may be a name on the hub, a local folder, or a loader with `data.path`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("data.source=huggingface: needs datasets; pip install 'fomoe-flwr[data]'") from error
+    folder = str(Path(config.path).expanduser()) if config.path else None
+    try:
+        return datasets.load_dataset(
+            str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=False
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"data.name={config.name} (data.split={config.split}): {reason}") from error
+
+
+def _columns(config: DataConfig, available: Iterable[str], where: str) -> list[str]:
+    """The columns to read, each once.
+
+    Raises:
+        DataError: one is missing.
+    """
+    present = list(available)
+    wanted = {"text_key": config.text_key}
+    if config.domain_key is not None:
+        wanted["domain_key"] = config.domain_key
+    for option, key in wanted.items():
+        if key not in present:
+            raise DataError(
+                f"data.{option}={key}: not in {where}, which has {name_some(present) or 'nothing'}"
+            )
+    return list(dict.fromkeys(wanted.values()))
+
+
+def _document(row: dict[str, Any], config: DataConfig, domain: str, where: str) -> Document:
+    _columns(config, row, where)
+    text = row[config.text_key]
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise DataError(f"data.text_key={config.text_key}: a {type(text).__name__} in {where}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise DataError(f"data.text_key={config.text_key}: not valid Unicode in {where}: {error}") from error
+    return Document(text, domain if config.domain_key is None else str(row[config.domain_key]))

@@ -1,0 +1,114 @@
+"""A site's documents as an endless stream of sequences, and the fixed sequences of a validation.
+
+Notable: where a site stands is one integer, the sequences it has consumed, and a batch is a pure function of it. So
+a checkpoint keeps that integer and nothing else of the data.
+
+Shapes: B sequences in a batch, T = seq_len + 1 tokens (inputs and targets overlap in all but one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fomoe_flwr.data.shards import TokenCorpus
+from fomoe_flwr.errors import DataError
+
+
+class _Concatenation(NamedTuple):
+    """Documents laid end to end, without copying a token. D documents."""
+
+    starts: NDArray[np.int64]  # [D], where each begins in the concatenation
+    shifts: NDArray[np.int64]  # [D], from there to where it begins in the corpus
+    num_tokens: int
+
+
+class TokenStream:
+    """The documents of one site, concatenated in a random order and cut into windows of seq_len + 1 tokens.
+
+    Windows begin every `seq_len` tokens; what is left at the end is shorter than one and not used. Each epoch goes
+    once through all windows, in an order of its own.
+
+    Raises:
+        DataError: the documents do not fill one window.
+    """
+
+    def __init__(self, corpus: TokenCorpus, documents: NDArray[np.int64], seq_len: int, seed: int) -> None:
+        # The sorted documents, so that the stream does not depend on the order in which they were listed.
+        order = np.random.default_rng([seed, 0, 0]).permutation(np.sort(documents))
+        self.corpus = corpus
+        self.seq_len = seq_len
+        self.seed = seed
+        self._concatenation = _concatenate(corpus, order)
+        self.num_windows = _count_windows(self._concatenation, seq_len)
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
+        if self.num_windows == 0:
+            raise DataError(
+                f"train.seq_len={seq_len}: a site's {len(documents)} documents have only "
+                f"{self._concatenation.num_tokens} tokens, less than one sequence of {seq_len + 1}"
+            )
+
+    def batch(self, position: int, batch_size: int) -> torch.Tensor:
+        """The `batch_size` sequences after the first `position`: tokens_BT, int64, [batch_size, seq_len + 1]."""
+        epoch_B, place_B = np.divmod(np.arange(position, position + batch_size), self.num_windows)
+        window_B = np.empty(batch_size, dtype=np.int64)
+        for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
+            here = epoch_B == epoch
+            window_B[here] = self._order(epoch)[place_B[here]]
+        return _read_windows(self.corpus, self._concatenation, window_B, self.seq_len)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            # Two are kept, so that a batch across the end of an epoch does not draw both anew each time.
+            self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
+            self._orders[epoch] = np.random.default_rng([self.seed, 1, epoch]).permutation(self.num_windows)
+        return self._orders[epoch]
+
+
+def validation_batches(
+    corpus: TokenCorpus, documents: NDArray[np.int64] | None, seq_len: int, batch_size: int, num_batches: int
+) -> Iterator[torch.Tensor]:
+    """Yield `num_batches` of tokens_BT, the same at every call, spread evenly over the validation split.
+
+    `documents` are those to use, None for all that are kept for validation. If they hold fewer windows, there are
+    fewer batches, all of one size so that their losses weigh the same: `batch_size`, or, below one whole batch, a
+    single batch of all windows.
+
+    Raises:
+        DataError: the documents do not fill one window.
+    """
+    chosen = corpus.val_documents if documents is None else documents
+    concatenation = _concatenate(corpus, chosen)
+    num_windows = _count_windows(concatenation, seq_len)
+    if num_windows == 0:
+        raise DataError(
+            f"train.seq_len={seq_len}: the {len(chosen)} validation documents have only {concatenation.num_tokens} "
+            f"tokens, less than one sequence of {seq_len + 1}; raise data.val_fraction"
+        )
+    size = min(batch_size, num_windows)
+    num_batches = min(num_batches, num_windows // size)
+    window_NB = (np.arange(num_batches * size) * num_windows // max(num_batches * size, 1)).reshape(-1, size)
+    return (_read_windows(corpus, concatenation, window_B, seq_len) for window_B in window_NB)
+
+
+def _concatenate(corpus: TokenCorpus, documents: NDArray[np.int64]) -> _Concatenation:
+    lengths = corpus.doc_lengths[documents]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    return _Concatenation(starts, corpus.doc_starts[documents] - starts, int(lengths.sum()))
+
+
+def _count_windows(concatenation: _Concatenation, seq_len: int) -> int:
+    return max(concatenation.num_tokens - 1, 0) // seq_len
+
+
+def _read_windows(
+    corpus: TokenCorpus, concatenation: _Concatenation, window_B: NDArray[np.int64], seq_len: int
+) -> torch.Tensor:
+    position_BT = window_B[:, None] * seq_len + np.arange(seq_len + 1)
+    document_BT = np.searchsorted(concatenation.starts, position_BT, side="right") - 1
+    return torch.from_numpy(corpus.take(position_BT + concatenation.shifts[document_BT]))

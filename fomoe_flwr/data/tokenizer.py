@@ -1,0 +1,96 @@
+"""Text to token ids: raw bytes, or any Hugging Face `tokenizer.json`.
+
+Notable: truncation and padding that a `tokenizer.json` may carry are turned off, and the text of a special token
+inside a document is encoded as ordinary text. The end-of-document token is added by `shards.py`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fomoe_flwr.errors import ConfigError, DataError
+
+END_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "[SEP]",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What the rest needs to know of a tokenizer."""
+
+    name: str  # as given in data.tokenizer
+    vocab_size: int  # one above the largest id
+    eos_id: int  # ends every document
+    fingerprint: str  # SHA-256 (hex); equal fingerprints give equal tokens
+    encode_batch: Callable[[Sequence[str]], list[NDArray[np.integer]]]  # no end token added
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """`bytes` (256 byte values and an end token), or the path of a `tokenizer.json`.
+
+    Raises:
+        DataError: no such file, not a tokenizer, no end token in it, or the package `tokenizers` is missing.
+    """
+    if spec == "bytes":
+        fingerprint = hashlib.sha256(b"bytes").hexdigest()
+        return Tokenizer("bytes", vocab_size=257, eos_id=256, fingerprint=fingerprint, encode_batch=_to_bytes)
+    file = Path(spec).expanduser()
+    if not file.is_file():
+        raise DataError(
+            f"data.tokenizer={spec}: no such file; allowed are bytes or the path of a tokenizer.json"
+        )
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(f"data.tokenizer={spec}: needs tokenizers; pip install 'fomoe-flwr[data]'") from error
+    content = file.read_bytes()
+    try:
+        encoder = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+        raise DataError(f"data.tokenizer={spec}: not a tokenizer.json: {error}") from error
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    vocabulary = encoder.get_vocab(with_added_tokens=True)
+    eos_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
+    if eos_id is None:
+        raise DataError(f"data.tokenizer={spec}: has no end token; looked for {', '.join(END_TOKENS)}")
+
+    def encode_batch(texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    # Not the number of entries: ids may have gaps.
+    vocab_size = max(vocabulary.values()) + 1
+    return Tokenizer(spec, vocab_size, eos_id, hashlib.sha256(content).hexdigest(), encode_batch)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Hold the tokenizer against the model's embedding.
+
+    Raises:
+        ConfigError: the model has fewer rows than the tokenizer has ids.
+    """
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size}: too small for tokenizer {tokenizer.name!r}, "
+            f"which needs {tokenizer.vocab_size}"
+        )
+
+
+def _to_bytes(texts: Sequence[str]) -> list[NDArray[np.integer]]:
+    return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]

@@ -1,0 +1,25 @@
+"""Errors a user can act on. Each carries one line: which key, which value, what is allowed."""
+
+
+class FomoeError(Exception):
+    """Base of every error that ends a command with one line and a non-zero exit code."""
+
+
+class ConfigError(FomoeError):
+    """A configuration that cannot be composed or cannot work."""
+
+
+class DataError(FomoeError):
+    """A corpus, tokenizer or token cache that cannot be read or does not fit the configuration."""
+
+
+class CheckpointError(FomoeError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class WireError(FomoeError):
+    """A message whose payload is not what its reader was promised."""
+
+
+class RunError(FomoeError):
+    """A federated run that cannot go on."""

@@ -1,0 +1,152 @@
+"""The σ-MoE layer in three parts: router, dispatcher (skip-token lives here) and experts.
+
+Letters: T tokens, D d_model, C candidates of the router, K experts a token, P token-expert pairs that stay,
+E resident experts, H d_expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.model.experts import IMPLEMENTATIONS
+
+
+class Routing(NamedTuple):
+    """What the router decided."""
+
+    weights_TK: Tensor  # sigmoid scores of the chosen, not renormalised
+    chosen_TK: Tensor  # indices into the candidates
+    balance_loss: Tensor  # scalar, 1 when balanced
+
+
+class Router(nn.Module):
+    """Sigmoid scores, top-k, no softmax and no renormalisation (σ-MoE; FoMoE, appendix B).
+
+    In skip mode the candidates are all experts; in partitioned mode the residents alone.
+
+    Load balancing is the auxiliary loss of Switch/GShard, `C · Σ_c f_c · P_c`, over all *candidates*, with
+    f_c the share of assignments and P_c the mean share of the score. The paper states none. A loss was chosen over
+    DeepSeek's bias update because its effect is a gradient: it is averaged between sites with the rest of
+    the router, and there is no second state that could drift apart between two synchronisations.
+    """
+
+    load_C: Tensor
+
+    def __init__(self, model: ModelConfig, num_candidates: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_candidates, model.d_model))
+        self.top_k = min(model.top_k, num_candidates)
+        # Assignments since the trainer last set it to zero.
+        self.register_buffer("load_C", torch.zeros(num_candidates, dtype=torch.float64), persistent=False)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):  # a rounded score would flip choices
+            scores_TC = torch.sigmoid(x_TD.float() @ self.weight.float().T)
+            weights_TK, chosen_TK = scores_TC.topk(self.top_k, dim=-1)
+            load_C = torch.zeros_like(scores_TC[0]).scatter_add(
+                0, chosen_TK.flatten(), torch.ones_like(weights_TK).flatten()
+            )
+            share_C = (scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0)
+            balance_loss = scores_TC.shape[1] * (load_C / chosen_TK.numel() * share_C).sum()
+        if self.training:
+            self.load_C += load_C.detach()
+        return Routing(weights_TK, chosen_TK, balance_loss)
+
+
+class Dispatch(NamedTuple):
+    """The pairs whose expert is here, sorted by expert."""
+
+    tokens_P: Tensor  # which token
+    pairs_P: Tensor  # which of the T·K pairs
+    offsets_E: Tensor  # int32, end of each expert's pairs
+
+
+def dispatch(chosen_TK: Tensor, slot_C: Tensor, num_slots: int) -> Dispatch:
+    """Sort pairs by expert and drop the ghosts.
+
+    A dropped pair costs nothing after this point, forward or backward, and the weights of the token's other
+    experts are as they were: with all of its experts elsewhere, the token goes on along the residual.
+
+    Args:
+        slot_C: position of each candidate among the residents; `num_slots` for a ghost.
+    """
+    slot_Q = slot_C[chosen_TK.flatten()]
+    sorted_Q, order_Q = slot_Q.sort(stable=True)
+    slots_E = torch.arange(num_slots, device=slot_Q.device)
+    offsets_E = torch.searchsorted(sorted_Q, slots_E, right=True).to(torch.int32)
+    pairs_P = order_Q[: int(offsets_E[-1])]
+    return Dispatch(pairs_P // chosen_TK.shape[1], pairs_P, offsets_E)
+
+
+class Experts(nn.Module):
+    """Weights of the resident experts, stacked; the stacking is known in `fomoe_flwr/model/` alone."""
+
+    def __init__(self, model: ModelConfig, num_local: int) -> None:
+        super().__init__()
+        self.up_EHD = nn.Parameter(torch.empty(num_local, model.d_expert, model.d_model))
+        self.down_EDH = nn.Parameter(torch.empty(num_local, model.d_model, model.d_expert))
+        self.compute = IMPLEMENTATIONS[model.experts_impl]
+
+    def forward(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
+        return self.compute(x_PD, self.up_EHD, self.down_EDH, offsets_E)
+
+
+class SharedExperts(nn.Module):
+    """Experts that every token passes; synchronised as dense."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        width = model.num_shared_experts * model.d_expert
+        self.up_proj = nn.Linear(model.d_model, width, bias=False)
+        self.down_proj = nn.Linear(width, model.d_model, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.down_proj(F.silu(self.up_proj(x_TD)))
+        return y_TD
+
+
+class MoE(nn.Module):
+    """`y = Σ_{i in top-k, resident} s_i · E_i(x)`, plus the shared experts."""
+
+    slot_C: Tensor
+
+    def __init__(self, model: ModelConfig, residents: Sequence[int], routing: str) -> None:
+        super().__init__()
+        num_candidates = model.num_experts if routing == "skip" else len(residents)
+        self.resident_experts = list(residents)
+        self.gate = Router(model, num_candidates)
+        self.experts = Experts(model, len(residents))
+        self.shared_experts = SharedExperts(model) if model.num_shared_experts else None
+        candidates = list(range(model.num_experts)) if routing == "skip" else self.resident_experts
+        slots = {expert: slot for slot, expert in enumerate(residents)}
+        self.slots = [slots.get(expert, len(residents)) for expert in candidates]
+        self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers of a module that was built without memory, and forget the load."""
+        self.slot_C.copy_(torch.tensor(self.slots, device="cpu"))
+        self.gate.load_C.zero_()
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns y_TD and the load-balancing loss."""
+        routing = self.gate(x_TD)
+        y_TD = self._routed(x_TD, routing.weights_TK, routing.chosen_TK)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD, routing.balance_loss
+
+    # The number of pairs that stay depends on the data, so torch.compile steps aside here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _routed(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        pairs = dispatch(chosen_TK, self.slot_C, len(self.resident_experts))
+        # index_select and index_add, not x[i]: the backward of plain indexing is several times slower.
+        y_PD = self.experts(x_TD.index_select(0, pairs.tokens_P), pairs.offsets_E)
+        weights_P = weights_TK.flatten().index_select(0, pairs.pairs_P)
+        y_PD = (y_PD * weights_P.unsqueeze(1)).to(x_TD.dtype)
+        return torch.zeros_like(x_TD).index_add(0, pairs.tokens_P, y_PD)

@@ -1,0 +1,226 @@
+"""The paper's decoder (FoMoE, appendix B): Peri-LN, RoPE, σ-MoE, tied embeddings, CompleteP multipliers.
+
+Layer norms have a gain and no bias. The module tree is laid out so that a dense parameter's path is its name.
+
+Letters: B sequences, S positions, T = B·S tokens, D d_model, N heads, W width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.errors import WireError
+from fomoe_flwr.model.moe import MoE
+from fomoe_flwr.model.names import expert_name, gate_name
+from fomoe_flwr.model.scaling import depth_multiplier, logit_multiplier
+
+# Logits of more than this many numbers are computed in pieces and again in the backward pass: with a
+# vocabulary of 200 k, the logits of a batch are larger than everything else together.
+_LOGITS_AT_ONCE = 2**27
+
+
+def _layer_norm(model: ModelConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=False)
+
+
+def rope_tables(seq_len: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles, each [S, W/2], fp32."""
+    exponents_F = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    angles_SF = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), theta**-exponents_F)
+    return angles_SF.cos(), angles_SF.sin()
+
+
+def rotate(x_BNSW: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+    """Rotate each (first half, second half) pair of a head by its position's angle (Hugging Face's layout)."""
+    a, b = x_BNSW.chunk(2, dim=-1)
+    cos_SF, sin_SF = cos_SF.to(x_BNSW.dtype), sin_SF.to(x_BNSW.dtype)
+    return torch.cat((a * cos_SF - b * sin_SF, b * cos_SF + a * sin_SF), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention with RoPE."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = model.num_heads
+        self.q_proj = nn.Linear(model.d_model, model.d_model, bias=False)
+        self.k_proj = nn.Linear(model.d_model, model.d_model, bias=False)
+        self.v_proj = nn.Linear(model.d_model, model.d_model, bias=False)
+        self.o_proj = nn.Linear(model.d_model, model.d_model, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+        def heads(projected_BSD: Tensor) -> Tensor:
+            return projected_BSD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        q_BNSW = rotate(heads(self.q_proj(x_BSD)), cos_SF, sin_SF)
+        k_BNSW = rotate(heads(self.k_proj(x_BSD)), cos_SF, sin_SF)
+        y_BNSW = F.scaled_dot_product_attention(q_BNSW, k_BNSW, heads(self.v_proj(x_BSD)), is_causal=True)
+        y_BSD: Tensor = self.o_proj(y_BNSW.transpose(1, 2).flatten(2))
+        return y_BSD
+
+
+class Block(nn.Module):
+    """Peri-LN: `x + m · LN(F(LN(x)))` for attention and for the MoE, m the CompleteP depth multiplier."""
+
+    def __init__(self, model: ModelConfig, residents: Sequence[int], routing: str) -> None:
+        super().__init__()
+        self.multiplier = depth_multiplier(model)
+        self.input_layernorm = _layer_norm(model)
+        self.self_attn = Attention(model)
+        self.post_attention_layernorm = _layer_norm(model)
+        self.pre_feedforward_layernorm = _layer_norm(model)
+        self.mlp = MoE(model, residents, routing)
+        self.post_feedforward_layernorm = _layer_norm(model)
+
+    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
+        x_BSD = x_BSD + self.multiplier * self.post_attention_layernorm(y_BSD)
+        y_TD, balance_loss = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
+        y_BSD = y_TD.view_as(x_BSD)
+        return x_BSD + self.multiplier * self.post_feedforward_layernorm(y_BSD), balance_loss
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, model: ModelConfig, residents: Sequence[Sequence[int]], routing: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(model.vocab_size, model.d_model)
+        self.embed_norm = _layer_norm(model)
+        self.layers = nn.ModuleList(Block(model, residents[layer], routing) for layer in range(model.num_layers))
+        self.norm = _layer_norm(model)
+
+
+class Losses(NamedTuple):
+    """Scalars of a batch: cross-entropy in nats a token, and the load-balancing loss to be added to it."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+
+
+class Transformer(nn.Module):
+    """The model of a site: dense part and resident experts. Only residents are allocated.
+
+    Args:
+        residents: the experts held, ascending, one list a layer.
+        routing: `skip` (the router chooses among all experts) or `partitioned` (among the residents).
+    """
+
+    def __init__(self, model: ModelConfig, residents: Sequence[Sequence[int]], routing: str) -> None:
+        super().__init__()
+        self.config, self.routing = model, routing
+        self.model = Backbone(model, residents, routing)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        return [block.mlp for block in self.model.layers]  # type: ignore[union-attr, misc]
+
+    def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Last hidden state x_BSD after its norm, and the load-balancing loss."""
+        config = self.config
+        x_BSD = self.model.embed_norm(self.model.embed_tokens(tokens_BS))
+        head_width = config.d_model // config.num_heads
+        cos_SF, sin_SF = rope_tables(tokens_BS.shape[1], head_width, config.rope_theta, tokens_BS.device)
+        balance_losses = []
+        for block in self.model.layers:
+            x_BSD, balance_loss = block(x_BSD, cos_SF, sin_SF)
+            balance_losses.append(balance_loss)
+        # A branch's gradient shrinks with depth by CompleteP; the balancing of each router shrinks alike.
+        balance = config.load_balance * config.base_num_layers * torch.stack(balance_losses).mean()
+        return self.model.norm(x_BSD), balance
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Next-token logits [T, V]; the embedding is tied."""
+        return F.linear(hidden_TD, self.model.embed_tokens.weight) * logit_multiplier(self.config)
+
+    def forward(self, tokens_BT: Tensor) -> Losses:
+        """Losses of predicting tokens_BT[:, 1:] from tokens_BT[:, :-1]."""
+        hidden_BSD, balance = self.hidden(tokens_BT[:, :-1])
+        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), tokens_BT[:, 1:].flatten()
+
+        def summed_loss(hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(hidden_TD).float(), targets_T, reduction="sum")
+
+        rows = max(1, _LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(targets_T) <= rows:
+            total = summed_loss(hidden_TD, targets_T)
+        else:
+            pieces = zip(hidden_TD.split(rows), targets_T.split(rows), strict=True)
+            total = sum(
+                (checkpoint(summed_loss, h, t, use_reentrant=False) for h, t in pieces), torch.zeros_like(balance)
+            )
+        return Losses(total / len(targets_T), balance)
+
+
+class NamedView(NamedTuple):
+    """A parameter of the module, or one slice of it, under its wire name."""
+
+    name: str
+    parameter: nn.Parameter
+    index: int | None  # the slice; None: the whole parameter
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same slice of another tensor of the parameter's shape (its data, its gradient)."""
+        return tensor if self.index is None else tensor[self.index]
+
+
+def named_views(module: Transformer) -> list[NamedView]:
+    """The site's shard as views into the module: stacked experts (and, partitioned, router rows) one by one."""
+    stacked: dict[str, list[str]] = {}
+    for layer, moe in enumerate(module.moe_layers):
+        prefix, residents = f"model.layers.{layer}.mlp.", moe.resident_experts
+        stacked[f"{prefix}experts.up_EHD"] = [expert_name(layer, e, "up_proj") for e in residents]
+        stacked[f"{prefix}experts.down_EDH"] = [expert_name(layer, e, "down_proj") for e in residents]
+        if module.routing == "partitioned":
+            stacked[gate_name(layer)] = [expert_name(layer, e, "gate") for e in residents]
+    views = []
+    for path, parameter in module.named_parameters():
+        if path in stacked:
+            views += [NamedView(name, parameter, index) for index, name in enumerate(stacked[path])]
+        else:
+            views.append(NamedView(path, parameter, None))
+    return views
+
+
+@torch.no_grad()
+def load_shard(module: Transformer, shard: Mapping[str, Tensor]) -> None:
+    """Copy a shard into the module.
+
+    Raises:
+        WireError: a name missing, left over, or of another shape.
+    """
+    views = named_views(module)
+    expected = {view.name for view in views}
+    for problem, names in (("lacks", expected - set(shard)), ("has an unexpected", set(shard) - expected)):
+        if names:
+            raise WireError(f"shard {problem} {min(names)} ({len(names)} such names)")
+    for view in views:
+        target, value = view.of(view.parameter.data), shard[view.name]
+        if target.shape != value.shape:
+            raise WireError(f"{view.name}: shape {tuple(value.shape)}, expected {tuple(target.shape)}")
+        target.copy_(value)
+
+
+def read_shard(module: Transformer) -> dict[str, Tensor]:
+    """The module's parameters by name, as views (no copy)."""
+    return {view.name: view.of(view.parameter.data) for view in named_views(module)}
+
+
+def build(
+    model: ModelConfig, residents: Sequence[Sequence[int]], routing: str, shard: Mapping[str, Tensor], device: str
+) -> Transformer:
+    """A site's model on its device, holding the given shard."""
+    with torch.device("meta"):  # skip PyTorch's own initialisation: the shard overwrites all of it
+        module = Transformer(model, residents, routing)
+    module.to_empty(device=device)
+    for moe in module.moe_layers:
+        moe.reset_buffers()
+    load_shard(module, shard)
+    return module
