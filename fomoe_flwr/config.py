@@ -222,7 +222,8 @@ class Composed:
 
     config: RunConfig
     run_dir: Path
-    overrides: tuple[str, ...]
+    sweep_dir: Path  # of a multirun
+    overrides: tuple[str, ...]  # without those of Hydra itself
 
 
 def conf_dir() -> Path:
@@ -252,12 +253,12 @@ def compose(overrides: Sequence[str]) -> Composed:
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             tree = hydra_compose("config", list(overrides), return_hydra_config=True)
-            run_dir = Path(str(tree.hydra.run.dir))
+            run_dir, sweep_dir = Path(str(tree.hydra.run.dir)), Path(str(tree.hydra.sweep.dir))
             config = from_tree(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     task_overrides = tuple(item for item in overrides if not item.lstrip("+~").startswith("hydra."))
-    return Composed(config, run_dir.absolute(), task_overrides)
+    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides)
 
 
 def from_tree(tree: DictConfig) -> RunConfig:

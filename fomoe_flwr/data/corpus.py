@@ -1,7 +1,7 @@
 """Documents from five sources, each in an order that never changes.
 
-Notable: reading is lazy everywhere, so a corpus may be larger than memory; and `source_digest` names what would be
-read by its content, so that the token cache is found again after a move and missed after an edit.
+Notable: reading is lazy everywhere, so a corpus may be larger than memory; and `source_digest` names what
+would be read by its content, so that the token cache is found again after a move and missed after an edit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import DataError
 
 SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",)}
-STDLIB_SKIPPED = {"__pycache__", "idlelib", "test", "tests"}
+STDLIB_SKIPPED = {"__phello__", "idlelib", "test", "tests"}  # __phello__ tests frozen modules
 PIECE = 16_384  # characters; length at which a corpus kept in one text file is cut into documents
 ROWS = 1024  # rows in memory at a time
 
@@ -137,7 +137,7 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"data.path: {file} is not UTF-8 text (byte {error.start})") from error
+        raise DataError(f"data.path: {file} is not UTF-8 text") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data.path: {file} cannot be read: {error}") from error
 
@@ -215,7 +215,7 @@ def _parquet_documents(config: DataConfig) -> Iterator[Document]:
                 for batch in table.iter_batches(ROWS, columns=columns):
                     for row in batch.to_pylist():
                         yield _document(row, config, domain, str(file))
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise DataError(f"data.path: {file} is not a readable parquet file: {error}") from error
 
 
@@ -229,7 +229,7 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _load_huggingface(config: DataConfig) -> Any:
-    """The `datasets.Dataset`; `name` may be a name on the hub, a local folder, or a loader with `data.path`."""
+    """The `datasets.Dataset`: `data.name` is one on the hub, a local folder, or a loader of `data.path`."""
     try:
         import datasets
     except ImportError as error:
@@ -240,7 +240,7 @@ def _load_huggingface(config: DataConfig) -> Any:
             str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=False
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error.__cause__ or error).split())  # "while generating the dataset" says little
         raise DataError(f"data.name={config.name} (data.split={config.split}): {reason}") from error
 
 

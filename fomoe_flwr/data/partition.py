@@ -1,7 +1,8 @@
 """Which site trains on which documents.
 
-Notable: sites are balanced by tokens and not by documents, for documents differ in length by a factor of 500. The
-deal depends on the corpus, the sites and the seed alone, so every process works it out for itself and agrees.
+Notable: sites are balanced by tokens and not by documents, for documents differ in length by a factor of 500.
+The deal depends on the corpus, the sites and the seed alone, so every process works it out for itself and all
+agree.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def deal_documents(
 ) -> list[Documents]:
     """Deal every training document to one site, as `data.partition` says.
 
-    `seq_len` is the length of a sequence in tokens, of which each site must be able to form one. The result has one
-    array a site, ascending.
+    `seq_len` is the length of a sequence in tokens, of which each site must be able to form one. The result
+    has one array of document indices a site, ascending; together they are `corpus.train_documents`.
 
     Raises:
         ConfigError: a site asks for a domain the corpus does not have, or `dirichlet_alpha` is not positive.
@@ -41,11 +42,12 @@ def deal_documents(
         case _:
             shares = _deal_dirichlet(corpus, len(sites), config.dirichlet_alpha, rng)
     for site, share in zip(sites, shares, strict=True):
-        num_tokens = int(corpus.doc_lengths[share].sum())
+        num_tokens = _count_tokens(corpus, share)
         if num_tokens < seq_len + 1:
             raise DataError(
-                f"data.partition={config.partition}: site {site.name!r} gets {len(share)} documents with {num_tokens} "
-                f"tokens, less than one sequence of {seq_len + 1}; use fewer sites or a larger corpus"
+                f"data.partition={config.partition}: site {site.name!r} gets {len(share)} documents with "
+                f"{num_tokens} tokens, less than one sequence of {seq_len + 1}; use fewer sites, "
+                f"a larger corpus or another partition"
             )
     return shares
 
@@ -55,45 +57,50 @@ def _deal_balanced(
 ) -> list[Documents]:
     """Each document in random order to the site with the fewest tokens so far, long ones first.
 
-    Long means by power of two: within one size the order stays random, and the short documents at the end even out
-    what the long ones left.
+    Long means by power of two: within one size the order stays random, and the short documents at the end
+    even out what the long ones left.
     """
     order = rng.permutation(documents)
     size = np.log2(corpus.doc_lengths[order]).astype(np.int64)
     order = order[np.argsort(-size, kind="stable")]
-    return _deal_to_emptiest([order[i : i + 1] for i in range(len(order))], corpus, [0] * num_sites)
+    site = np.array(_emptiest(corpus.doc_lengths[order].tolist(), [0] * num_sites), dtype=np.int64)
+    return [np.sort(order[site == index]) for index in range(num_sites)]
 
 
-def _deal_to_emptiest(
-    groups: Iterable[Documents], corpus: TokenCorpus, filled: Sequence[int]
-) -> list[Documents]:
-    """Each group whole, in turn, to the site with the fewest tokens; `filled` is what sites hold already."""
-    emptiest = [(num_tokens, site) for site, num_tokens in enumerate(filled)]
-    heapq.heapify(emptiest)
-    shares: list[list[Documents]] = [[] for _ in filled]
-    for group in groups:
-        num_tokens, site = emptiest[0]
-        shares[site].append(group)
-        heapq.heapreplace(emptiest, (num_tokens + int(corpus.doc_lengths[group].sum()), site))
-    return [_join(share) for share in shares]
+def _emptiest(weights: Iterable[int], filled: Sequence[int]) -> list[int]:
+    """For each weight in turn the site that is emptiest by then; `filled` is what the sites hold already."""
+    heap = [(held, site) for site, held in enumerate(filled)]
+    heapq.heapify(heap)
+    chosen = []
+    for weight in weights:
+        held, site = heap[0]
+        heapq.heapreplace(heap, (held + weight, site))
+        chosen.append(site)
+    return chosen
 
 
-def _join(parts: Sequence[Documents]) -> Documents:
-    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
+def _count_tokens(corpus: TokenCorpus, documents: Documents) -> int:
+    return int(corpus.doc_lengths[documents].sum())
+
+
+def _join(*parts: Documents) -> Documents:
+    return np.sort(np.concatenate(parts))
 
 
 def _by_domain(corpus: TokenCorpus) -> dict[str, Documents]:
     """The training documents of each domain that has any."""
     documents = corpus.train_documents
     domain = corpus.doc_domain[documents]
-    found = {name: documents[domain == index] for index, name in enumerate(corpus.domains)}
-    return {name: members for name, members in found.items() if len(members)}
+    order = np.argsort(domain, kind="stable")
+    present, firsts = np.unique(domain[order], return_index=True)
+    members = np.split(documents[order], firsts[1:])
+    return {corpus.domains[index]: group for index, group in zip(present, members, strict=True)}
 
 
 def _deal_by_domain(
     corpus: TokenCorpus, sites: Sequence[SiteConfig], rng: np.random.Generator
 ) -> list[Documents]:
-    """Claimed domains to the sites that name them; the others whole, largest first, to the remaining sites."""
+    """Claimed domains to the sites that name them; the others whole, largest first, to the sites without."""
     members = _by_domain(corpus)
     claims: dict[str, list[int]] = {}
     for index, site in enumerate(sites):
@@ -104,17 +111,20 @@ def _deal_by_domain(
                     f"allowed are {name_some(sorted(members))}"
                 )
             claims.setdefault(site.domain, []).append(index)
-    shares: list[Documents] = [_join([]) for _ in sites]
+    shares: list[Documents] = [np.empty(0, dtype=np.int64) for _ in sites]
     for domain, claimants in claims.items():
         dealt = _deal_balanced(corpus, members[domain], len(claimants), rng)
-        for site_index, share in zip(claimants, dealt, strict=True):
-            shares[site_index] = share
-    others = [index for index, site in enumerate(sites) if site.domain is None] or list(range(len(sites)))
+        for index, share in zip(claimants, dealt, strict=True):
+            shares[index] = share
+    takers = [index for index, site in enumerate(sites) if site.domain is None] or list(range(len(sites)))
     unclaimed = [documents for name, documents in members.items() if name not in claims]
-    unclaimed.sort(key=lambda documents: -int(corpus.doc_lengths[documents].sum()))
-    filled = [int(corpus.doc_lengths[shares[index]].sum()) for index in others]
-    for site_index, share in zip(others, _deal_to_emptiest(unclaimed, corpus, filled), strict=True):
-        shares[site_index] = _join([shares[site_index], share])
+    unclaimed.sort(key=lambda documents: -_count_tokens(corpus, documents))
+    chosen = _emptiest(
+        (_count_tokens(corpus, documents) for documents in unclaimed),
+        [_count_tokens(corpus, shares[index]) for index in takers],
+    )
+    for taker, documents in zip(chosen, unclaimed, strict=True):
+        shares[takers[taker]] = _join(shares[takers[taker]], documents)
     return shares
 
 
@@ -123,8 +133,8 @@ def _deal_dirichlet(
 ) -> list[Documents]:
     """Each domain in random shares drawn from a Dirichlet distribution: the smaller `alpha`, the more uneven.
 
-    Not by flwr-datasets' DirichletPartitioner: that one shares out numbers of documents where we share out tokens,
-    wants the corpus as a `datasets.Dataset`, and draws again by itself when a site is left with too little.
+    Not by flwr-datasets' DirichletPartitioner: that one shares out numbers of documents where we share out
+    tokens, wants the corpus as a `datasets.Dataset`, and draws anew when a site is left with too little.
     """
     if not 0 < alpha < np.inf:
         raise ConfigError(f"data.dirichlet_alpha={alpha}: must be above 0")
@@ -136,4 +146,4 @@ def _deal_dirichlet(
         middle = (np.cumsum(lengths) - lengths / 2) / lengths.sum()  # of each document in its domain, 0 to 1
         for part, dealt in zip(parts, np.split(order, np.searchsorted(middle, bounds)), strict=True):
             part.append(dealt)
-    return [_join(part) for part in parts]
+    return [_join(*part) for part in parts]

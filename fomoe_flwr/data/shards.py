@@ -1,8 +1,8 @@
 """The token cache: a corpus tokenised once, kept as memory-mapped shards, found again by content.
 
-Notable: every shard but the last holds exactly `shard_tokens` tokens, so a position in the corpus is a shard and an
-offset by division, and documents may straddle shards. A cache is written beside its place and renamed into it: a
-reader sees a whole cache or none, however many processes write at once.
+Notable: every shard but the last holds exactly `shard_tokens` tokens, so a position in the corpus is a shard
+and an offset by division, and documents may straddle shards. A cache is written beside its place and renamed
+into it: a reader sees a whole cache or none, however many processes write at once.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _sync(path: Path) -> None:
 def _publish(unfinished: Path, folder: Path) -> None:
     """Rename into place; a whole cache that another process put there first stays."""
     if folder.exists() and _open(folder) is None:
-        damaged = unfinished.with_suffix(".damaged")
+        damaged = unfinished.with_name(f"{unfinished.name}.damaged")
         with suppress(FileNotFoundError):  # another process has just moved it away
             folder.rename(damaged)
             shutil.rmtree(damaged)
@@ -218,7 +218,7 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
     )
     for name, values in zip(INDEX, arrays, strict=True):
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-        digest.update(values)
+        digest.update(values.tobytes())
     domains = list(index.domains)
     digest.update(json.dumps([domains, tokenizer.vocab_size, tokenizer.eos_id]).encode())
     meta = {
@@ -272,7 +272,7 @@ def _write_shards(folder: Path, blocks: Iterable[NDArray[Any]], digest: hashlib.
     names: list[str] = []
     position = 0
     for block in blocks:
-        digest.update(block)
+        digest.update(block.tobytes())
         rest = block
         while len(rest):
             number, offset = divmod(position, SHARD_TOKENS)
@@ -280,7 +280,7 @@ def _write_shards(folder: Path, blocks: Iterable[NDArray[Any]], digest: hashlib.
                 names.append(f"tokens-{number:05d}.bin")
             part, rest = np.split(rest, [SHARD_TOKENS - offset])
             with (folder / names[number]).open("ab") as file:
-                file.write(part)
+                file.write(part.tobytes())
             position += len(part)
     return names
 
@@ -288,8 +288,8 @@ def _write_shards(folder: Path, blocks: Iterable[NDArray[Any]], digest: hashlib.
 def _split(hashes: NDArray[np.uint64], val_fraction: float) -> NDArray[np.bool_]:
     """Which documents are kept for validation: those whose hash, as a fraction of its range, is low.
 
-    By content, so equal texts are never on both sides, and a document stays on its side as the corpus grows. A side
-    left empty gets the documents nearest to it.
+    By content, so equal texts are never on both sides, and a document stays on its side as the corpus grows.
+    A side left empty gets the document nearest to it.
 
     Raises:
         DataError: all texts are equal, so that one side must stay empty.
@@ -301,7 +301,7 @@ def _split(hashes: NDArray[np.uint64], val_fraction: float) -> NDArray[np.bool_]
         is_val = hashes != hashes.max()
     if not is_val.any():
         raise DataError(
-            f"data.val_fraction={val_fraction}: the corpus is too small to split; it needs two different documents "
-            f"and has {len(hashes)} of one text"
+            f"data.val_fraction={val_fraction}: the corpus is too small to split; it needs two different "
+            f"documents and has {len(hashes)} of one text"
         )
     return is_val

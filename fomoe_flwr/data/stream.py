@@ -1,7 +1,7 @@
 """A site's documents as an endless stream of sequences, and the fixed sequences of a validation.
 
-Notable: where a site stands is one integer, the sequences it has consumed, and a batch is a pure function of it. So
-a checkpoint keeps that integer and nothing else of the data.
+Notable: where a site stands is one integer, the sequences it has consumed, and a batch is a pure function of
+it. So a checkpoint keeps that integer and nothing else of the data.
 
 Shapes: B sequences in a batch, T = seq_len + 1 tokens (inputs and targets overlap in all but one).
 """
@@ -30,8 +30,8 @@ class _Concatenation(NamedTuple):
 class TokenStream:
     """The documents of one site, concatenated in a random order and cut into windows of seq_len + 1 tokens.
 
-    Windows begin every `seq_len` tokens; what is left at the end is shorter than one and not used. Each epoch goes
-    once through all windows, in an order of its own.
+    Windows begin every `seq_len` tokens; what is left at the end is shorter than one and not used. Each epoch
+    goes once through all windows, in an order of its own.
 
     Raises:
         DataError: the documents do not fill one window.
@@ -53,7 +53,7 @@ class TokenStream:
             )
 
     def batch(self, position: int, batch_size: int) -> torch.Tensor:
-        """The `batch_size` sequences after the first `position`: tokens_BT, int64, [batch_size, seq_len + 1]."""
+        """The sequences after the first `position`: tokens_BT, int64, [batch_size, seq_len + 1]."""
         epoch_B, place_B = np.divmod(np.arange(position, position + batch_size), self.num_windows)
         window_B = np.empty(batch_size, dtype=np.int64)
         for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
@@ -74,9 +74,9 @@ def validation_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield `num_batches` of tokens_BT, the same at every call, spread evenly over the validation split.
 
-    `documents` are those to use, None for all that are kept for validation. If they hold fewer windows, there are
-    fewer batches, all of one size so that their losses weigh the same: `batch_size`, or, below one whole batch, a
-    single batch of all windows.
+    `documents` are those to use, None for all that are kept for validation. If they hold fewer windows, there
+    are fewer batches, all of one size so that their losses weigh the same: `batch_size`, or, below one whole
+    batch, a single batch of all windows.
 
     Raises:
         DataError: the documents do not fill one window.
@@ -86,8 +86,9 @@ def validation_batches(
     num_windows = _count_windows(concatenation, seq_len)
     if num_windows == 0:
         raise DataError(
-            f"train.seq_len={seq_len}: the {len(chosen)} validation documents have only {concatenation.num_tokens} "
-            f"tokens, less than one sequence of {seq_len + 1}; raise data.val_fraction"
+            f"train.seq_len={seq_len}: the {len(chosen)} validation documents have only "
+            f"{concatenation.num_tokens} tokens, less than one sequence of {seq_len + 1}; "
+            f"raise data.val_fraction"
         )
     size = min(batch_size, num_windows)
     num_batches = min(num_batches, num_windows // size)

@@ -1,7 +1,7 @@
 """Text to token ids: raw bytes, or any Hugging Face `tokenizer.json`.
 
-Notable: truncation and padding that a `tokenizer.json` may carry are turned off, and the text of a special token
-inside a document is encoded as ordinary text. The end-of-document token is added by `shards.py`, nowhere else.
+Notable: truncation and padding that a `tokenizer.json` may carry are turned off, and the text of a special
+token inside a document is encoded as ordinary text. The token that ends a document is added by `shards.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     content = file.read_bytes()
     try:
         encoder = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+    except Exception as error:  # the library raises nothing narrower
         raise DataError(f"data.tokenizer={spec}: not a tokenizer.json: {error}") from error
     encoder.no_truncation()
     encoder.no_padding()

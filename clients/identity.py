@@ -1,0 +1,79 @@
+"""Which site a Flower node is, and what its operator set by `--node-config`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fomoe_flwr.config import DataConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.task import SiteTask
+
+KEYS = ("site", "device", "state-dir", "cache-dir", "data-path")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What a node knows about itself. In a simulation Flower's partition number picks the site."""
+
+    site: str | None
+    partition: int | None
+    device: str | None
+    state_dir: str | None
+    cache_dir: str | None
+    data_path: str | None
+
+
+def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
+    """Read `--node-config 'site="a" device="cuda:1" state-dir="/data/fomoe" …'`.
+
+    Raises:
+        ConfigError: a key nobody reads.
+    """
+    simulation = {"partition-id", "num-partitions"}
+    if unknown := sorted(set(node_config) - set(KEYS) - simulation):
+        raise ConfigError(f"node-config {unknown[0]}: unknown key; allowed are {', '.join(KEYS)}")
+
+    def text(key: str) -> str | None:
+        return str(node_config[key]) if key in node_config else None
+
+    partition = node_config.get("partition-id")
+    return NodeSettings(
+        site=text("site"),
+        partition=None if partition is None else int(partition),
+        device=text("device"),
+        state_dir=text("state-dir"),
+        cache_dir=text("cache-dir"),
+        data_path=text("data-path"),
+    )
+
+
+def device_of(task: SiteTask, settings: NodeSettings) -> str:
+    """The node's own word first, then the federation file's, then train.device."""
+    return settings.device or task.sites[task.site].device or task.train.device
+
+
+def data_of(task: SiteTask, settings: NodeSettings) -> DataConfig:
+    """The corpus as this node sees it."""
+    return replace(
+        task.data,
+        path=settings.data_path or task.data.path,
+        cache_dir=settings.cache_dir or task.data.cache_dir,
+    )
+
+
+def state_folder(task: SiteTask, settings: NodeSettings) -> Path:
+    """Where this site keeps its state of this run.
+
+    A simulated site shares the server's disk and keeps it in the run directory; a real one in `state-dir`, by
+    default below $XDG_STATE_HOME.
+    """
+    if settings.state_dir is not None:
+        return Path(settings.state_dir).expanduser() / task.run / task.name
+    if settings.partition is not None:
+        return Path(task.run_dir) / "sites" / task.name
+    home = Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser()
+    return home / "fomoe-flwr" / task.run / task.name

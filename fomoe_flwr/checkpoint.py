@@ -1,0 +1,182 @@
+"""Checkpoints that are either whole or not there: written aside, flushed to disk, renamed.
+
+    checkpoints/round_00003/
+        parameters.safetensors    the global state by name, fp32 (LocalAdamW: with its moments)
+        outer.safetensors         the outer optimizer's buffers
+        manifest.json             round, tokens, configuration, placement, RNG, and SHA-256 of each file
+
+The manifest is read first, and nothing is believed that does not match its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fomoe_flwr.errors import CheckpointError
+
+log = logging.getLogger("fomoe")
+
+FORMAT = 1
+_PATTERN = re.compile(r"round_(\d{5,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, read and verified."""
+
+    path: Path
+    manifest: dict[str, Any]
+    parameters: dict[str, Tensor]
+    outer: dict[str, Tensor]
+
+    @property
+    def round(self) -> int:
+        return int(self.manifest["round"])
+
+
+def checkpoint_path(run_dir: Path, round_: int) -> Path:
+    """Where a round's checkpoint lives."""
+    return run_dir / "checkpoints" / f"round_{round_:05d}"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary_path)`, flush what it wrote, and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    write(aside)
+    _flush(aside)
+    aside.replace(path)
+    _flush(path.parent)
+
+
+def save_checkpoint(
+    run_dir: Path,
+    round_: int,
+    parameters: Mapping[str, Tensor],
+    outer: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`.
+
+    Args:
+        facts: what else belongs to it, as JSON values (configuration, placement, RNG, tokens).
+    """
+    final = checkpoint_path(run_dir, round_)
+    aside = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    digests = {}
+    for name, tensors in (("parameters", parameters), ("outer", outer)):
+        file = aside / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        _flush(file)
+        digests[file.name] = _digest(file)
+    manifest = {"format": FORMAT, "round": round_, "sha256": digests, **facts}
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    _flush(aside / "manifest.json")
+    _flush(aside)
+    shutil.rmtree(final, ignore_errors=True)  # a resumed run passes a round again
+    aside.rename(final)
+    _flush(final.parent)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, whole or not."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _PATTERN.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """One checkpoint, verified.
+
+    Raises:
+        CheckpointError: what is wrong with which file.
+    """
+    manifest = read_manifest(path)
+    tensors = {}
+    for name in ("parameters", "outer"):
+        file = path / f"{name}.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path}: {file.name} is missing")
+        if _digest(file) != manifest["sha256"].get(file.name):
+            raise CheckpointError(f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)")
+        tensors[name] = load_file(file)
+    return Checkpoint(path, manifest, tensors["parameters"], tensors["outer"])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest alone, without the tensors.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint {path}: manifest.json is missing")
+    try:
+        manifest = json.loads(file.read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}")
+        int(manifest["round"]), dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: manifest.json is damaged ({error!r})") from error
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def resume_from(where: str) -> tuple[Path, Checkpoint]:
+    """The run directory and the newest whole checkpoint of `resume=RUN_DIR`, or just that of `resume=CHECKPOINT`.
+
+    A damaged checkpoint of a run directory is named in the log and the one before it is used.
+
+    Raises:
+        CheckpointError: there is none, or the one that was named is damaged.
+    """
+    path = Path(where).expanduser().absolute()
+    if not path.is_dir():
+        raise CheckpointError(f"resume={where}: no such directory")
+    if _PATTERN.fullmatch(path.name):
+        return path.parent.parent, read_checkpoint(path)
+    candidates = list_checkpoints(path)
+    if not candidates:
+        raise CheckpointError(f"resume={where}: no checkpoint in {path / 'checkpoints'}")
+    problems = []
+    for candidate in reversed(candidates):
+        try:
+            return path, read_checkpoint(candidate)
+        except CheckpointError as error:
+            log.warning("%s; trying the one before it", error)
+            problems.append(str(error))
+    raise CheckpointError(f"resume={where}: no checkpoint is whole; newest: {problems[0]}")

@@ -1,0 +1,121 @@
+"""The console command: `fomoe train [overrides]`, `fomoe train -m …`, `fomoe report DIR`.
+
+Everything that can be refused is refused before Hydra starts a job, in one line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fomoe_flwr import __version__
+from fomoe_flwr.config import (
+    Composed,
+    compose,
+    conf_dir,
+    from_tree,
+    merge_overrides,
+    register_schema,
+    rewrite_federation_file,
+    split_sweep,
+)
+from fomoe_flwr.console import setup_logging
+from fomoe_flwr.errors import ConfigError, FomoeError
+from fomoe_flwr.report import report
+from fomoe_flwr.resume import resumed_overrides
+
+USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train model=tiny strategy.overlap=2
+       fomoe train -m OVERRIDE ...    a run for each combination, e.g. strategy.overlap=1,2,4
+       fomoe train --cfg job          show the configuration (Hydra's other flags work too)
+       fomoe report DIR               tables and picture of a run, or the table of a sweep
+       fomoe --version"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit code 0: done; 1: the run failed; 2: the command cannot be right."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    setup_logging("hydra.verbose=true" in arguments)
+    try:
+        match arguments:
+            case ["train", *overrides]:
+                train(overrides)
+            case ["report", directory]:
+                report(Path(directory), Console())
+            case ["--version"]:
+                print(f"fomoe-flwr {__version__}")
+            case ["--help" | "-h"]:
+                print(USAGE)
+            case _:
+                print(USAGE, file=sys.stderr)
+                sys.exit(2)
+    except FomoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Check the configuration (each job's of a multirun), then let Hydra run it."""
+    flags = [item for item in arguments if item.startswith("-")]
+    overrides = rewrite_federation_file([item for item in arguments if not item.startswith("-")])
+    sweep_dir = None
+    if {"-m", "--multirun"} & set(flags):
+        if any(item.startswith("resume=") for item in overrides):
+            raise ConfigError("resume: one run is resumed at a time, without -m")
+        jobs = [compose(job) for job in split_sweep(overrides)]
+        for job in jobs:
+            check_job(job)
+        # Said to Hydra outright: its default holds the time, and the table at the end must find the folder.
+        sweep_dir = jobs[0].sweep_dir
+        overrides = merge_overrides(overrides, [f"hydra.sweep.dir={sweep_dir}"])
+    elif not flags:
+        overrides = resumed_overrides(overrides)
+        check_job(compose(overrides))
+    register_schema()
+    sys.argv = ["fomoe train", *flags, *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
+    finally:
+        if sweep_dir is not None and sweep_dir.is_dir():
+            report(sweep_dir, Console())
+
+
+def check_job(composed: Composed) -> None:
+    """What can be known to fail on this machine before a site is started.
+
+    Raises:
+        FomoeError: missing data, a tokenizer that does not fit, a GPU that is not there.
+    """
+    from fomoe_flwr.training import resolve_device
+    from strategies.server import open_validation
+
+    resolve_device(composed.config.train.device)
+    open_validation(composed.config)
+
+
+def _job(tree: DictConfig) -> None:
+    from strategies.launch import launch
+
+    hydra_config = HydraConfig.get()
+    composed = Composed(
+        from_tree(tree),
+        run_dir=Path(hydra_config.runtime.output_dir),
+        sweep_dir=Path(hydra_config.sweep.dir),
+        overrides=tuple(hydra_config.overrides.task),
+    )
+    try:
+        launch(composed)
+    except FomoeError as error:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise  # Hydra goes on with the other jobs and fails at the end
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,199 @@
+"""The server's half of a round: the mean of each name over its holders, and the outer optimizer.
+
+Every name is averaged over the replies that carry it, so an expert's mean takes its holders and nobody else
+without a special case. The outer optimizers are PyTorch's own; a name nobody returned has no gradient, and
+PyTorch leaves such a tensor and its momentum as they were.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
+from fomoe_flwr.model.names import MOMENTS, is_moment, moment_name
+from fomoe_flwr.model.scaling import lr_multiplier
+from fomoe_flwr.training import warmup
+
+Reply = Mapping[str, Tensor]
+
+
+class RunningMean:
+    """Weighted mean of each name, folded in one reply at a time: memory is one sum, however many sites there are."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    @torch.no_grad()
+    def add(self, reply: Reply, weight: Callable[[str], float]) -> None:
+        """Fold a reply in. A name of weight 0 counts as not sent (an expert that no token reached)."""
+        old_sums, old_values, alphas = [], [], []
+        for name, value in reply.items():
+            w = weight(name)
+            if w == 0:
+                continue
+            if name in self._sums:
+                old_sums.append(self._sums[name])
+                old_values.append(value)
+                alphas.append(w)
+            else:
+                self._sums[name] = value.to(torch.float32, copy=True).mul_(w) if w != 1 else value.to(
+                    torch.float32, copy=True
+                )
+            self._weights[name] = self._weights.get(name, 0.0) + w
+        # One call for each weight (there are few): a call for each name would cost more than the sums.
+        for w in sorted(set(alphas)):
+            chosen = [i for i, alpha in enumerate(alphas) if alpha == w]
+            torch._foreach_add_([old_sums[i] for i in chosen], [old_values[i] for i in chosen], alpha=w)
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """The means, in the memory of the sums. The object is empty afterwards."""
+        sums, self._sums = self._sums, {}
+        weights, self._weights = self._weights, {}
+        if sums:
+            torch._foreach_div_(list(sums.values()), [weights[name] for name in sums])
+        return sums
+
+
+class OrderedFold:
+    """Folds replies in the order of the sites, whatever the order in which they arrive.
+
+    Floating-point sums depend on their order, so the order must not depend on the network. A reply whose turn has
+    come is folded at once. One that is early waits in a file, as the bytes that arrived, until all before it
+    have answered, failed, or the round ends: memory does not grow with the number of sites.
+
+    Args:
+        order: the sites asked, in folding order.
+        fold: what to do with a reply: its site and its payload (the bytes of its bundles).
+    """
+
+    def __init__(self, order: Sequence[int], fold: Callable[[int, list[bytes]], None]) -> None:
+        self._waiting_for = list(order)
+        self._fold = fold
+        self._early: dict[int, list[Path]] = {}
+        self._gone: set[int] = set()
+        self._folder = tempfile.TemporaryDirectory(prefix="fomoe-early-")
+
+    def add(self, site: int, payload: list[bytes]) -> None:
+        """A reply has arrived."""
+        if self._waiting_for and site == self._waiting_for[0]:
+            self._fold(site, payload)
+            self._waiting_for.pop(0)
+            self._catch_up()
+            return
+        paths = [Path(self._folder.name) / f"{site}-{index}" for index in range(len(payload))]
+        for path, blob in zip(paths, payload, strict=True):
+            path.write_bytes(blob)
+        self._early[site] = paths
+
+    def drop(self, site: int) -> None:
+        """This site will not answer: those behind it need not wait."""
+        self._gone.add(site)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._waiting_for and (self._waiting_for[0] in self._early or self._waiting_for[0] in self._gone):
+            site = self._waiting_for.pop(0)
+            if site in self._early:
+                paths = self._early.pop(site)
+                self._fold(site, [path.read_bytes() for path in paths])
+                for path in paths:
+                    path.unlink()
+
+    def close(self) -> None:
+        """Fold what is left, without waiting any longer, and remove the files."""
+        self._gone.update(self._waiting_for)
+        self._gone.difference_update(self._early)
+        self._catch_up()
+        self._folder.cleanup()
+
+
+class OuterOptimizer:
+    """Applies the means to the global state, in place, name by name.
+
+    nesterov: `torch.optim.SGD(nesterov=True)` on the mean pseudo-gradient (DiLoCo, arXiv 2311.08105).
+    average: parameters minus mean pseudo-gradient, that is the mean of what the sites returned.
+    local_adamw: the same for parameters; both Adam moments are replaced by their means.
+    adamw: `torch.optim.AdamW` on mean gradients (data parallel), clipped, with the inner learning rates.
+    """
+
+    def __init__(
+        self, state: dict[str, Tensor], strategy: StrategyConfig, model: ModelConfig, train: TrainConfig
+    ) -> None:
+        self.state, self.strategy, self.train = state, strategy, train
+        self._parameters = {name: torch.nn.Parameter(t) for name, t in state.items() if not is_moment(name)}
+        self._optimizer = self._build(model)
+
+    def _build(self, model: ModelConfig) -> torch.optim.Optimizer:
+        strategy, train = self.strategy, self.train
+        tensors = list(self._parameters.values())
+        if strategy.outer == "nesterov":
+            return torch.optim.SGD(
+                tensors, lr=strategy.outer_lr, momentum=strategy.outer_momentum, nesterov=True, foreach=True
+            )
+        if strategy.outer == "adamw":
+            groups: dict[float, list[Tensor]] = {}
+            for name, tensor in self._parameters.items():
+                groups.setdefault(lr_multiplier(model, name), []).append(tensor)
+            return torch.optim.AdamW(
+                [{"params": params, "multiplier": multiplier} for multiplier, params in groups.items()],
+                betas=(train.beta1, train.beta2),
+                eps=train.eps,
+                weight_decay=train.weight_decay,
+                foreach=True,
+            )
+        return torch.optim.SGD(tensors, lr=1.0, foreach=True)
+
+    @torch.no_grad()
+    def step(self, means: Mapping[str, Tensor], step_number: int, warmup_steps: int) -> None:
+        """Apply one round's means.
+
+        Args:
+            means: pseudo-gradients of parameters and values of moments; a name may be missing.
+            step_number: global step, for adamw's warm-up.
+        """
+        for name, value in means.items():
+            if is_moment(name):
+                self.state[name].copy_(value)
+            else:
+                self._parameters[name].grad = value
+        if self.strategy.outer == "adamw":
+            if self.train.grad_clip:
+                torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.train.grad_clip)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.train.lr * warmup(step_number, warmup_steps) * group["multiplier"]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's own state, for a checkpoint: `<buffer>/<name>`."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        for key, value in tensors.items():
+            buffer, _, name = key.partition("/")
+            self._optimizer.state[self._parameters[name]][buffer] = value.clone()
+
+
+def with_moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with zeros for the moments it lacks (LocalAdamW averages them like parameters)."""
+    parameters = {name: tensor for name, tensor in state.items() if not is_moment(name)}
+    moments = {
+        key: state.get(key, torch.zeros_like(tensor))
+        for moment in MOMENTS
+        for name, tensor in parameters.items()
+        for key in (moment_name(moment, name),)
+    }
+    return parameters | moments

@@ -1,0 +1,45 @@
+"""What a run directory or a sweep directory has to say: tables, and one picture a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fomoe_flwr.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def report(directory: Path, console: Console) -> None:
+    """Print the tables of a run and draw its `report.png`, or print the table of a sweep.
+
+    Raises:
+        RunError: the directory is neither, or its metrics cannot be read.
+        ConfigError: its configuration cannot be read.
+    """
+    # Imported here: `fomoe --help` must not wait for matplotlib.
+    from fomoe_flwr.report.load import load_run
+    from fomoe_flwr.report.sweep import job_dirs, sweep_table
+    from fomoe_flwr.report.tables import comparison_table, run_table
+
+    if not directory.is_dir():
+        raise RunError(f"{directory}: no such directory")
+    if (directory / "config.yaml").is_file() or (directory / "metrics.jsonl").is_file():
+        from fomoe_flwr.report.picture import draw
+
+        run = load_run(directory)
+        for table in (run_table(run), comparison_table(run)):
+            _show(table, console)
+        console.print(f"picture: {draw(run)}", soft_wrap=True)
+    elif job_dirs(directory):
+        _show(sweep_table(directory), console)
+    else:
+        raise RunError(f"{directory}: neither a run (config.yaml, metrics.jsonl) nor a sweep (directories 0, 1, …)")
+
+
+def _show(table: Table, console: Console) -> None:
+    if not console.is_terminal:  # a file has no width of its own, and rich's 80 columns would cut numbers off
+        table.width = console.measure(table, options=console.options.update(max_width=200)).maximum
+    console.print(table, crop=False)

@@ -1,0 +1,135 @@
+"""Read a run directory: `config.yaml` and `metrics.jsonl` as typed values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fomoe_flwr.config import RunConfig, from_tree, one_line
+from fomoe_flwr.errors import ConfigError, RunError
+
+
+@dataclass(frozen=True)
+class SiteRound:
+    """What one site did in one round."""
+
+    site: str  # its name in federation.sites
+    tokens: int
+    train_loss: float | None
+    bytes_down: int
+    bytes_up: int
+    tokens_per_second: float | None
+    resident_share: float | None  # of the router's choices, those whose expert the site holds
+
+
+@dataclass(frozen=True)
+class Round:
+    """A line of `metrics.jsonl`. Round 0 is the evaluation before training."""
+
+    round: int
+    tokens: int  # since the beginning, all sites
+    train_loss: float | None  # nats a token
+    val_loss: float | None
+    val_bpb: float | None  # bits per byte of text
+    bytes_down: int  # in this round, all sites
+    bytes_up: int
+    bytes_by_class: dict[str, int]  # dense, expert, other; down + up
+    resident_share: float | None
+    seconds: dict[str, float]  # round (the whole), train, wire, aggregate, evaluate, checkpoint
+    sites: tuple[SiteRound, ...]
+
+    @property
+    def site_bytes(self) -> float | None:
+        """Bytes down + up for each site that took part; None where none did."""
+        return (self.bytes_down + self.bytes_up) / len(self.sites) if self.sites else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory; `rounds` ascend and are never empty."""
+
+    directory: Path
+    config: RunConfig
+    rounds: tuple[Round, ...]
+
+
+def load_run(directory: Path) -> Run:
+    """Read a run that is finished, under way or cut short.
+
+    Raises:
+        ConfigError: `config.yaml` is missing, empty or not a run's configuration.
+        RunError: `metrics.jsonl` is missing, damaged or without a complete round.
+    """
+    config = read_config(directory / "config.yaml")
+    return Run(directory, config, read_rounds(directory / "metrics.jsonl", config))
+
+
+def read_config(path: Path) -> RunConfig:
+    """The checked configuration of a run.
+
+    Raises:
+        ConfigError: see `load_run`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; is this the directory of a run?")
+    try:
+        tree = OmegaConf.load(path)
+        # An empty tree would pass for a run with every value at its default.
+        if not isinstance(tree, DictConfig) or not tree:
+            raise ConfigError("empty or not a mapping")
+        return from_tree(tree)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (ConfigError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+
+
+def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
+    """The rounds in ascending order. A half-written last line is what a crash leaves behind and does not count.
+
+    Raises:
+        RunError: see `load_run`.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such file; the run ended before its first evaluation")
+    # A crash may also cut a character in two; its line is then no JSON, as it should be.
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    site_names = {site.name for site in config.federation.sites}
+    # A resumed run repeats the rounds after its checkpoint; the later line is the one the model went on from.
+    rounds: dict[int, Round] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}, line {number}: not JSON: {error}") from error
+        try:
+            record = _round(values, site_names)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path}, line {number}: not the metrics of a round: {error}") from error
+        rounds[record.round] = record
+    if not rounds:
+        raise RunError(f"{path}: no complete round in it")
+    return tuple(rounds[number] for number in sorted(rounds))
+
+
+def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
+    sites = tuple(SiteRound(**_known(SiteRound, site)) for site in values["sites"])
+    for site in sites:
+        if site.site not in site_names:
+            raise ValueError(f"site {site.site!r} is not in config.yaml")
+    return Round(**_known(Round, values) | {"sites": sites})
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass out of a line that may carry more."""
+    return {spec.name: values[spec.name] for spec in dataclasses.fields(kind)}

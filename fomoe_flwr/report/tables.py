@@ -1,0 +1,59 @@
+"""Tables of one run, for a terminal or a file."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from fomoe_flwr.plan.traffic import compare_strategies
+from fomoe_flwr.report.load import Run
+from fomoe_flwr.report.summary import setting, summarize
+from fomoe_flwr.report.units import NONE, count, decimal, duration, in_bytes, percent, times
+
+
+def run_table(run: Run) -> Table:
+    """What the run was and what came out of it."""
+    summary, config = summarize(run), run.config
+    table = Table(title=str(run.directory), box=SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("setting", setting(config))
+    table.add_row("rounds", f"{summary.rounds} of {config.train.rounds}")
+    table.add_row("tokens", count(summary.tokens))
+    table.add_row("validation loss", _from_to(summary.first_val_loss, summary.val_loss))
+    table.add_row("validation bits per byte", _from_to(summary.first_val_bpb, summary.val_bpb))
+    table.add_row("bytes down, all sites", in_bytes(summary.bytes_down))
+    table.add_row("bytes up, all sites", in_bytes(summary.bytes_up))
+    table.add_row("router choices held by the site", percent(summary.resident_share))
+    table.add_row("tokens/s, all sites, wire included", count(summary.tokens_per_second))
+    table.add_row("wall time", duration(summary.seconds))
+    return table
+
+
+def comparison_table(run: Run) -> Table:
+    """Measured bytes next to what this run and its rivals should send by formula (`plan.traffic`)."""
+    table = Table(title="bytes per site and round, down + up", box=SIMPLE)
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("source", no_wrap=True)
+    for header in ("bytes", "bytes/token", "vs this run", "model held"):
+        table.add_column(header, justify="right", no_wrap=True)
+    rows = compare_strategies(run.config)
+    this_run = rows[0]
+    measured = summarize(run).site_bytes
+    if measured is None:
+        table.add_row(this_run.name, "measured", NONE, NONE, NONE, percent(this_run.model_share))
+    else:
+        ratio = measured / this_run.site_bytes
+        token_bytes = this_run.token_bytes * ratio
+        cells = (in_bytes(measured), in_bytes(token_bytes), times(ratio), percent(this_run.model_share))
+        table.add_row(this_run.name, "measured", *cells)
+    for row in rows:
+        cells = (in_bytes(row.site_bytes), in_bytes(row.token_bytes), times(row.ratio))
+        table.add_row(row.name, "by formula", *cells, percent(row.model_share))
+    return table
+
+
+def _from_to(first: float | None, last: float | None) -> str:
+    if first is None or last is None or first == 0:
+        return decimal(last)
+    return f"{decimal(first)} -> {decimal(last)} ({100 * (last / first - 1):+.1f} %)"

@@ -1,0 +1,77 @@
+"""What a site is told besides tensors: its part of the configuration, resolved, as JSON in the message."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from fomoe_flwr.config import DataConfig, ModelConfig, RunConfig, SiteConfig, StrategyConfig, TrainConfig, from_dict
+from fomoe_flwr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SiteTask:
+    """One site's work for one round."""
+
+    run: str  # identity of the run, the same after a resume
+    run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
+    round: int  # counted from 1
+    site: int  # position in `sites`
+    residents: list[list[int]]  # experts held, one list a layer
+    model: ModelConfig
+    train: TrainConfig
+    strategy: StrategyConfig
+    data: DataConfig
+    sites: list[SiteConfig]
+    warmup_steps: int
+    checkpoint_every: int
+    keep: int  # states of earlier rounds that the server may come back to
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.sites[self.site].name
+
+    @property
+    def first_step(self) -> int:
+        """Global step at which the round begins."""
+        return (self.round - 1) * self.train.local_steps
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> SiteTask:
+        """Raises ConfigError where server and site differ in version."""
+        values = json.loads(text)
+        sections = {"model": ModelConfig, "train": TrainConfig, "strategy": StrategyConfig, "data": DataConfig}
+        for key, section in sections.items():
+            values[key] = from_dict(section, values[key])
+        values["sites"] = [from_dict(SiteConfig, site) for site in values["sites"]]
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"task: {error}; server and site differ in version") from error
+
+
+def make_task(
+    config: RunConfig, run: str, run_dir: str, round_: int, site: int, residents: list[list[int]]
+) -> SiteTask:
+    """The part of the configuration that a site needs in a round."""
+    return SiteTask(
+        run=run,
+        run_dir=run_dir,
+        round=round_,
+        site=site,
+        residents=residents,
+        model=config.model,
+        train=config.train,
+        strategy=config.strategy,
+        data=config.data,
+        sites=config.federation.sites,
+        warmup_steps=config.warmup_steps,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        seed=config.seed,
+    )

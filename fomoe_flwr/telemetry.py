@@ -1,0 +1,155 @@
+"""What a run tells the world: `metrics.jsonl`, a line on the console, a progress bar, and wandb.
+
+One object with one method a round; where a part is off, it does nothing, and the loop never asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fomoe_flwr.config import RunConfig
+
+log = logging.getLogger("fomoe")
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units, as link speeds are)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_time(seconds: float) -> str:
+    """75 -> '1:15'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Telemetry:
+    """Writes the figures of each round as they come.
+
+    Args:
+        rounds_done: lines of later rounds are cut from `metrics.jsonl`: they belong to a future that a resumed
+            run does not have.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, run: str, rounds_done: int = 0) -> None:
+        self.config, self.path = config, run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._keep_lines(rounds_done)
+        self._started, self._first_round = time.monotonic(), rounds_done
+        self._bar: tqdm[Any] | None = None
+        self._wandb = _start_wandb(config, run_dir, run)
+
+    def _keep_lines(self, rounds_done: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["round"] <= rounds_done:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break  # half a line: the run was killed while it wrote
+        self.path.write_text("".join(kept) if rounds_done else "")
+
+    def begin_round(self, number: int, sites: int) -> None:
+        """A bar that fills as sites answer; it shows itself only if the round is long and somebody looks."""
+        if sites and sys.stderr.isatty():
+            self._bar = tqdm(total=sites, desc=f"round {number}", unit="site", leave=False, delay=2.0)
+
+    def site_answered(self) -> None:
+        """One more reply of the round is in."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def end_round(self, line: Mapping[str, Any]) -> None:
+        """Record a round's line of metrics."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        log.info(self._summary(line))
+        if self._wandb is not None:
+            self._wandb.log(_flat(line), step=line["round"])
+
+    def _summary(self, line: Mapping[str, Any]) -> str:
+        number, rounds = line["round"], self.config.train.rounds
+        parts = [f"round {number}/{rounds}"]
+        if line["train_loss"] is not None:
+            parts.append(f"train {line['train_loss']:.3f}")
+        if line["val_loss"] is not None:
+            parts.append(f"val {line['val_loss']:.3f}")
+        if line["val_bpb"] is not None:
+            parts.append(f"bpb {line['val_bpb']:.3f}")
+        if number:
+            parts += [
+                f"{sum(site['tokens'] for site in line['sites']) / line['seconds']['round']:,.0f} tokens/s",
+                f"down {human_bytes(line['bytes_down'])} up {human_bytes(line['bytes_up'])}",
+                f"resident {line['resident_share']:.0%}",
+                f"{line['seconds']['round']:.1f} s",
+            ]
+            done = number - self._first_round
+            left = (time.monotonic() - self._started) / done * (rounds - number)
+            parts.append(f"left {human_time(left)}")
+            if line["failures"]:
+                parts.append(f"FAILED {', '.join(line['failures'])}")
+        return "  ".join(parts)
+
+    def close(self, failed: bool = False) -> None:
+        """Finish wandb's run, as failed if the run did."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if failed else 0)
+
+
+def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested figures under slash-joined names, as wandb groups them."""
+    flat: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, Mapping):
+                    flat |= _flat(item, f"{prefix}{key}/{item.get('site', '')}/")
+        elif isinstance(value, int | float):
+            flat[prefix + key] = value
+    return flat
+
+
+def _start_wandb(config: RunConfig, run_dir: Path, run: str) -> Any:
+    settings = config.wandb
+    if settings.mode == "disabled":
+        return None
+    import wandb  # slow to import, and not needed when off
+
+    return wandb.init(
+        id=run,
+        resume="allow",
+        mode=settings.mode,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        name=run_dir.name,
+        dir=run_dir,
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True),
+    )

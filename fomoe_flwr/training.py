@@ -1,0 +1,263 @@
+"""The local loop of a site: K steps from the shard it was sent, and the pseudo-gradient of what it holds.
+
+The optimizer is `torch.optim.AdamW` over *named* tensors: each expert is a parameter of its own that shares memory
+with its slice of the stack. So moments are kept by name, and an expert that is new to the site has its own
+step count and warm-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_flwr.config import ModelConfig, TrainConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.model.names import expert_name
+from fomoe_flwr.model.scaling import lr_multiplier
+from fomoe_flwr.model.transformer import NamedView, Transformer, named_views
+
+log = logging.getLogger("fomoe.site")
+
+STEPS_A_LOG_LINE = 10
+
+
+@dataclass
+class Moments:
+    """AdamW's state of one parameter. `born` is the global step at which it was last reset."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    born: int
+
+
+class TrainReport(NamedTuple):
+    """What a round of local steps came to."""
+
+    train_loss: float  # mean cross-entropy, nats a token
+    tokens: int
+    seconds: float
+    resident_share: float  # share of the router's assignments that hit a resident
+    expert_tokens: dict[str, int]  # assignments each resident expert got, by its up-projection's name
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"train.device={device}: PyTorch sees no GPU here; allowed are auto, cpu")
+    return device
+
+
+def use_threads(threads: int) -> None:
+    """CPU threads of this site's operators; 0 leaves PyTorch's default."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
+    """bf16 matrix products over fp32 weights, or nothing."""
+    context: AbstractContextManager[None] = torch.autocast(
+        torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == "bf16"
+    )
+    return context
+
+
+def warmup(step: int, steps: int) -> float:
+    """Linear warm-up: 1/steps at step 0, 1 from step `steps - 1` on."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+class LocalAdamW:
+    """AdamW over a model's named tensors, with CompleteP's learning rates and warm-up for what is new.
+
+    Args:
+        moments: state by name; a name without any starts afresh.
+        first_step: global step of the first update; the warm-up counts global steps.
+        newborn: the step at which a name without moments counts as born; 0: it needs no warm-up of its own.
+    """
+
+    def __init__(
+        self,
+        module: Transformer,
+        model: ModelConfig,
+        train: TrainConfig,
+        warmup_steps: int,
+        first_step: int,
+        moments: Mapping[str, Moments],
+        newborn: int = 0,
+    ) -> None:
+        self.train, self.warmup_steps, self.step_number = train, warmup_steps, first_step
+        self.leaves: list[tuple[NamedView, nn.Parameter]] = []
+        groups: dict[tuple[float, int], list[nn.Parameter]] = {}
+        self.born: dict[str, int] = {}
+        for view in named_views(module):
+            leaf = view.parameter if view.index is None else nn.Parameter(view.of(view.parameter.data))
+            self.leaves.append((view, leaf))
+            self.born[view.name] = moments[view.name].born if view.name in moments else newborn
+            key = (lr_multiplier(model, view.name), self.born[view.name])
+            groups.setdefault(key, []).append(leaf)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": leaves, "lr": 0.0, "multiplier": multiplier, "born": born}
+                for (multiplier, born), leaves in groups.items()
+            ],
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        for view, leaf in self.leaves:
+            if view.name in moments:
+                saved = moments[view.name]
+                self.optimizer.state[leaf] = {
+                    "step": torch.tensor(float(saved.step), device=leaf.device),
+                    "exp_avg": saved.exp_avg.to(leaf.device, torch.float32, copy=True),
+                    "exp_avg_sq": saved.exp_avg_sq.to(leaf.device, torch.float32, copy=True),
+                }
+
+    def learning_rate(self, born: int) -> float:
+        """Of a tensor born at a step, before CompleteP's multiplier. Born later than 0: a warm-up of its own."""
+        factor = warmup(self.step_number, self.warmup_steps)
+        if born > 0:
+            factor = min(factor, warmup(self.step_number - born, self.train.expert_warmup_steps))
+        return self.train.lr * factor
+
+    def step(self) -> None:
+        """One update from the gradients of the module."""
+        for view, leaf in self.leaves:
+            if view.index is not None:
+                grad = view.parameter.grad
+                leaf.grad = None if grad is None else grad[view.index]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(group["born"]) * group["multiplier"]
+        self.optimizer.step()
+        self.step_number += 1
+
+    def moments(self) -> dict[str, Moments]:
+        """State by name (no copy)."""
+        return {
+            view.name: Moments(state["exp_avg"], state["exp_avg_sq"], int(state["step"]), self.born[view.name])
+            for view, leaf in self.leaves
+            if (state := self.optimizer.state.get(leaf))
+        }
+
+
+@dataclass
+class _Losses:
+    """Sums on the device; read once in a while, because reading waits for the device."""
+
+    total: Tensor
+    steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def mean(self) -> float:
+        return float(self.total) / max(self.steps, 1)
+
+
+def _backward(module: nn.Module, tokens_BT: Tensor, device: str, dtype: str, losses: _Losses) -> None:
+    with autocast(device, dtype):
+        loss = module(tokens_BT.to(device, non_blocking=True))
+    (loss.cross_entropy + loss.balance).backward()
+    losses.total += loss.cross_entropy.detach()
+    losses.steps += 1
+
+
+def train_adamw(
+    module: Transformer, optimizer: LocalAdamW, batches: Iterable[Tensor], train: TrainConfig, device: str
+) -> TrainReport:
+    """K steps of AdamW, one for each batch tokens_BT, with the gradient clipped to a global norm.
+
+    Raises:
+        FloatingPointError: the loss is not finite; what was learnt is worthless and must not be sent.
+    """
+    losses = _begin(module, device)
+    compiled = torch.compile(module) if train.compile else module
+    tokens = 0
+    for tokens_BT in batches:
+        _backward(compiled, tokens_BT, device, train.dtype, losses)
+        if train.grad_clip:
+            nn.utils.clip_grad_norm_(module.parameters(), train.grad_clip)
+        optimizer.step()
+        module.zero_grad(set_to_none=True)
+        tokens += tokens_BT[:, 1:].numel()
+        if losses.steps % STEPS_A_LOG_LINE == 0:
+            seconds = time.perf_counter() - losses.started
+            log.info(
+                "step %d  loss %.4f  lr %.2e  %.0f ms/step  %.0f tokens/s",
+                optimizer.step_number,
+                losses.mean(),
+                optimizer.learning_rate(0),
+                1e3 * seconds / losses.steps,
+                tokens / seconds,
+            )
+    return _finish(module, losses, tokens)
+
+
+def train_gradient(
+    module: Transformer, batches: Iterable[Tensor], train: TrainConfig, device: str
+) -> tuple[TrainReport, dict[str, Tensor]]:
+    """The mean gradient over the batches, by name, without a step (data parallel: the server steps).
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    losses = _begin(module, device)
+    compiled = torch.compile(module) if train.compile else module
+    tokens = 0
+    for tokens_BT in batches:
+        _backward(compiled, tokens_BT, device, train.dtype, losses)
+        tokens += tokens_BT[:, 1:].numel()
+    gradients = {}
+    for view in named_views(module):
+        grad = view.parameter.grad
+        gradients[view.name] = view.of(torch.zeros_like(view.parameter) if grad is None else grad) / losses.steps
+    return _finish(module, losses, tokens), gradients
+
+
+def _begin(module: Transformer, device: str) -> _Losses:
+    module.train()
+    for moe in module.moe_layers:
+        moe.gate.load_C.zero_()
+    return _Losses(torch.zeros((), device=device))
+
+
+def _finish(module: Transformer, losses: _Losses, tokens: int) -> TrainReport:
+    mean_loss = losses.mean()  # waits for the device, so that the time below is true
+    seconds = time.perf_counter() - losses.started
+    if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
+        raise FloatingPointError(f"training loss is {mean_loss} after {losses.steps} steps; lower train.lr")
+    expert_tokens, resident, assigned = {}, 0, 0
+    for layer, moe in enumerate(module.moe_layers):
+        load_C = moe.gate.load_C.tolist()
+        assigned += int(sum(load_C))
+        for slot, load in zip(moe.slots, load_C, strict=True):
+            if slot < len(moe.resident_experts):
+                expert_tokens[expert_name(layer, moe.resident_experts[slot], "up_proj")] = int(load)
+                resident += int(load)
+    return TrainReport(mean_loss, tokens, seconds, resident / assigned if assigned else 1.0, expert_tokens)
+
+
+@torch.no_grad()
+def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
+    """Mean cross-entropy (nats a token) and number of tokens."""
+    module.eval()
+    total, tokens = 0.0, 0
+    for tokens_BT in batches:
+        count = tokens_BT[:, 1:].numel()
+        with autocast(device, dtype):
+            total += float(module(tokens_BT.to(device)).cross_entropy) * count
+        tokens += count
+    return total / max(tokens, 1), tokens

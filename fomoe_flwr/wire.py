@@ -1,0 +1,211 @@
+"""Tensors to Flower Arrays and back: few big bundles a message, each a safetensors blob with the names inside.
+
+Flower charges about 35 ms for an object and nothing for a name, and it refuses bf16 tensors; so a bundle is bytes
+that Flower need not understand. The dense bundle is one object for all sites, and experts are bundled by their
+set of holders, so that sites with the same experts share the object; the number of bundles does not grow with
+the number of experts. Reading is without a copy; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fomoe_flwr.errors import WireError
+from fomoe_flwr.model.names import expert_of
+
+BUNDLE = "fomoe.safetensors"  # stype of our Arrays
+MAX_BUNDLE_BYTES = 512 * 2**20  # memory that one encode or decode needs at the most
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES_BACK = {text: dtype for dtype, text in _DTYPES.items()}
+WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# A bundle is read where it lies. Its bytes cannot be written, and nobody here writes to what arrived.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+
+def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
+    """A safetensors blob of the tensors, cast to `dtype` (fp32 or bf16) while they are copied."""
+    header: dict[str, Any] = {}
+    size = 0
+    for name, tensor in named.items():
+        end = size + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    blob_U = torch.empty(8 + len(text) + size, dtype=torch.uint8)
+    blob_U[: 8 + len(text)] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    body = blob_U[8 + len(text) :]
+    for name, tensor in named.items():
+        start, end = header[name]["data_offsets"]
+        body[start:end].view(dtype).view(tensor.shape).copy_(tensor)
+    return blob_U.numpy().tobytes()
+
+
+def _read_header(blob: bytes) -> tuple[dict[str, Any], int]:
+    """The header and where the data begins.
+
+    Raises:
+        WireError: not a safetensors blob.
+    """
+    length = int.from_bytes(blob[:8], "little")
+    if len(blob) < 8 or length > len(blob) - 8:
+        raise WireError(f"bundle of {len(blob)} bytes: truncated or not safetensors")
+    try:
+        header = json.loads(blob[8 : 8 + length])
+    except ValueError as error:
+        raise WireError(f"bundle of {len(blob)} bytes: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise WireError(f"bundle of {len(blob)} bytes: its header is not a table of names")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def decode(blob: bytes) -> dict[str, Tensor]:
+    """The tensors of a blob, as read-only views of its bytes.
+
+    Raises:
+        WireError: damaged, or a dtype that does not belong on this wire.
+    """
+    header, start = _read_header(blob)
+    named: dict[str, Tensor] = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape = _DTYPES_BACK[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"{name}: unreadable entry in the bundle's header ({error})") from error
+        count = math.prod(shape)
+        if min(shape, default=0) < 0 or end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(blob) - start:
+            raise WireError(f"{name}: {end - begin} bytes at {begin} do not hold {entry['dtype']} {list(shape)}")
+        if count:
+            flat = torch.frombuffer(blob, dtype=dtype, count=count, offset=start + begin)
+        else:
+            flat = torch.empty(0, dtype=dtype)
+        named[name] = flat.view(shape)
+    return named
+
+
+def byte_classes(blob: bytes) -> dict[str, int]:
+    """Length of a blob by class: dense tensors, expert tensors, and other (its header)."""
+    header, start = _read_header(blob)
+    classes = {"dense": 0, "expert": 0, "other": start}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        classes["dense" if expert_of(name) is None else "expert"] += end - begin
+    return classes
+
+
+def split_bundle(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in order, cut so that no bundle is larger than MAX_BUNDLE_BYTES (unless one tensor is)."""
+    bundle: list[str] = []
+    total = 0
+    for name in names:
+        if bundle and total + sizes[name] > MAX_BUNDLE_BYTES:
+            yield bundle
+            bundle, total = [], 0
+        bundle.append(name)
+        total += sizes[name]
+    if bundle:
+        yield bundle
+
+
+def to_arrays(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Array]:
+    """The tensors as Flower Arrays named key, key.1, key.2, …: one, but for very large groups."""
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in named.items()}
+    arrays = {}
+    for index, names in enumerate(split_bundle(list(named), sizes)):
+        blob = encode({name: named[name] for name in names}, dtype)
+        bundle_key = key if index == 0 else f"{key}.{index}"
+        arrays[bundle_key] = Array(dtype="uint8", shape=(len(blob),), stype=BUNDLE, data=blob)
+    return arrays
+
+
+def blobs_of(record: ArrayRecord) -> list[bytes]:
+    """The bundles' bytes.
+
+    Raises:
+        WireError: an Array that is not a bundle of ours.
+    """
+    for key, array in record.items():
+        if array.stype != BUNDLE:
+            raise WireError(f"array {key!r} has stype {array.stype!r}, expected {BUNDLE!r}")
+    return [array.data for array in record.values()]
+
+
+def from_blobs(blobs: Iterable[bytes]) -> dict[str, Tensor]:
+    """The tensors of several blobs.
+
+    Raises:
+        WireError: a name stands in two of them.
+    """
+    named: dict[str, Tensor] = {}
+    for blob in blobs:
+        part = decode(blob)
+        if twice := part.keys() & named.keys():
+            raise WireError(f"{min(twice)}: sent twice in one message")
+        named.update(part)
+    return named
+
+
+def from_record(record: ArrayRecord) -> dict[str, Tensor]:
+    """A message's tensors by name; read-only views of its bytes."""
+    return from_blobs(blobs_of(record))
+
+
+def named_from_flower(record: ArrayRecord) -> dict[str, Tensor]:
+    """The tensors of an ArrayRecord made by Flower itself (one Array a name), or of one of our bundles."""
+    if all(array.stype == BUNDLE for array in record.values()):
+        return from_record(record)
+    return record.to_torch_state_dict()
+
+
+@dataclass
+class Ledger:
+    """Bytes really put into messages, by class; `other` is bundle headers, configuration and metrics."""
+
+    dense: int = 0
+    expert: int = 0
+    other: int = 0
+    by_site: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert + self.other
+
+    def count(self, site: int, content: RecordDict) -> None:
+        """Add one message to or from a site."""
+        before = self.total
+        for record in content.array_records.values():
+            for array in record.values():
+                classes = _classes_of(array)
+                self.dense += classes["dense"]
+                self.expert += classes["expert"]
+                self.other += classes["other"]
+        for side in (*content.config_records.values(), *content.metric_records.values()):
+            self.other += record_bytes(side)
+        self.by_site[site] = self.by_site.get(site, 0) + self.total - before
+
+
+def _classes_of(array: Array) -> dict[str, int]:
+    if array.stype == BUNDLE:
+        try:
+            return byte_classes(array.data)
+        except (WireError, KeyError, TypeError, ValueError):
+            pass  # a damaged bundle crossed the wire all the same: its bytes count, its tensors cannot be told
+    return {"dense": 0, "expert": 0, "other": len(array.data)}
+
+
+def record_bytes(record: ConfigRecord | MetricRecord) -> int:
+    """Length of a record as Flower puts it on the wire."""
+    return len(record.deflate())

@@ -1,0 +1,54 @@
+"""Push messages, and yield each reply as it arrives: no barrier, no list of all replies in memory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fomoe_flwr.errors import RunError
+
+# The pause between two looks grows while nothing comes: a short round is not kept waiting, a long one not polled.
+FIRST_PAUSE_S = 0.002
+LONGEST_PAUSE_S = 1.0
+
+
+def exchange(grid: Grid, messages: list[Message], timeout: float | None) -> Iterator[tuple[int, Message]]:
+    """Yield (index of the message answered, reply) in order of arrival, until all have come or time is up.
+
+    The index is found by the message's id, for an error made by Flower itself does not name the right node.
+    The list is emptied once the messages are pushed: they hold the round's shards.
+    """
+    ids = list(grid.push_messages(list(messages)))
+    if len(ids) != len(messages):
+        raise RunError(f"Flower accepted {len(ids)} of {len(messages)} messages")
+    messages.clear()
+    waiting = {message_id: index for index, message_id in enumerate(ids)}
+    deadline = None if timeout is None else time.monotonic() + timeout
+    pause = FIRST_PAUSE_S
+    while waiting:
+        arrived = False
+        # One id at a time: asked for all of them, Flower would hand over every finished reply at once.
+        for message_id, index in list(waiting.items()):
+            for reply in grid.pull_messages([message_id]):
+                arrived = True
+                del waiting[message_id]
+                yield index, reply
+        if arrived:
+            pause = FIRST_PAUSE_S
+            continue
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        if waiting:
+            time.sleep(pause)
+            pause = min(pause * 1.3, LONGEST_PAUSE_S)
+
+
+def error_line(reply: Message) -> str:
+    """The reason of an error reply as one line, without the layers Flower wraps around it."""
+    reason = str(reply.error.reason)
+    inner = re.search(r"Message: (.*?)'?>?\s*$", reason, re.DOTALL)
+    return " ".join((inner[1] if inner else reason).split())

@@ -1,0 +1,84 @@
+"""Start a run from Python: over Flower's simulation engine, or in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from clients.app import app as client_app
+from fomoe_flwr.config import Composed, RunConfig
+from fomoe_flwr.training import resolve_device
+from strategies.local_grid import LocalGrid
+from strategies.server import run_server
+
+
+def launch(composed: Composed) -> None:
+    """Run to the end by `runtime=flower` or `runtime=local`.
+
+    Raises:
+        FomoeError: as `run_server`, from either runtime.
+    """
+    if composed.config.runtime.name == "local":
+        _run_locally(composed)
+    else:
+        _run_in_simulation(composed)
+
+
+def _run_locally(composed: Composed) -> None:
+    config = composed.config
+    grid = LocalGrid(client_app, len(config.federation.sites), local_workers(config))
+    try:
+        run_server(grid, composed)
+    finally:
+        grid.close()
+
+
+def local_workers(config: RunConfig) -> int:
+    """Sites that work at a time in this process: one a core's worth of threads, one on a GPU."""
+    if config.runtime.workers is not None:
+        return config.runtime.workers
+    if resolve_device(config.train.device) != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(len(config.federation.sites), cores // max(config.train.threads, 1)))
+
+
+def _run_in_simulation(composed: Composed) -> None:
+    # Before Flower is imported: no word to outside, and no advice that is not this program's.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.simulation import run_simulation
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run_server(grid, composed)
+
+    config = composed.config
+    # The engine of `flwr run`, in this process, so that a failure reaches our exit code. Flower announces that
+    # its Python entry will go in favour of `flwr run`; that notice is for us and not for the user.
+    flower_log = logging.getLogger("flwr")
+    level = flower_log.level
+    flower_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run_simulation(
+                server_app,
+                client_app,
+                num_supernodes=len(config.federation.sites),
+                backend_config={
+                    "client_resources": {
+                        "num_cpus": config.runtime.cpus_per_site,
+                        "num_gpus": config.runtime.gpus_per_site,
+                    },
+                    "init_args": {"logging_level": logging.ERROR, "log_to_driver": False},
+                },
+            )
+    finally:
+        flower_log.setLevel(level)
