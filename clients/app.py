@@ -27,7 +27,12 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Say which site this node is."""
     settings = node_settings(context.node_config)
-    answer = ConfigRecord({"site": settings.site or "", "partition-id": -1 if settings.partition is None else settings.partition})
+    answer = ConfigRecord(
+        {
+            "site": settings.site or "",
+            "partition-id": -1 if settings.partition is None else settings.partition,
+        }
+    )
     return Message(RecordDict({"config": answer}), reply_to=message)
 
 
@@ -51,7 +56,12 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     facts = ConfigRecord(
-        {"run": task.run, "round": task.round, "site": task.name, "expert-tokens": json.dumps(report.expert_tokens)}
+        {
+            "run": task.run,
+            "round": task.round,
+            "site": task.name,
+            "expert-tokens": json.dumps(report.expert_tokens),
+        }
     )
     return Message(
         RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics, "config": facts}), reply_to=message

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.identity import NodeSettings, data_of, device_of, state_folder
@@ -71,7 +73,9 @@ def train_round(task: SiteTask, shard: Mapping[str, Tensor], settings: NodeSetti
         known = _moments_at_start(task, shard, state)
         # Moments that are missing at the start, or dropped on purpose, are no reason for a warm-up.
         newborn = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
-        optimizer = LocalAdamW(module, task.model, task.train, task.warmup_steps, task.first_step, known, newborn)
+        optimizer = LocalAdamW(
+            module, task.model, task.train, task.warmup_steps, task.first_step, known, newborn
+        )
         new_experts = sum(name not in known for name in sent) if newborn else 0
         report = train_adamw(module, optimizer, batches, task.train, device)
         moments = optimizer.moments()
@@ -144,7 +148,7 @@ def _stream(
     seed: int,
 ) -> TokenStream:
     corpus = _corpus(data, vocab_size)
-    dealt = _dealt(data, sites, vocab_size, seed)
+    dealt = _dealt(data, sites, vocab_size, seq_len, seed)
     return TokenStream(corpus, dealt[site], seq_len, seed)
 
 
@@ -153,17 +157,27 @@ def _dealt(
     data: tuple[tuple[str, object], ...],
     sites: tuple[tuple[tuple[str, object], ...], ...],
     vocab_size: int,
+    seq_len: int,
     seed: int,
-) -> list[object]:
+) -> list[NDArray[np.int64]]:
     site_configs = [from_dict(SiteConfig, dict(site)) for site in sites]
-    return list(deal_documents(_corpus(data, vocab_size), site_configs, from_dict(DataConfig, dict(data)), seed))
+    return list(
+        deal_documents(
+            _corpus(data, vocab_size), site_configs, from_dict(DataConfig, dict(data)), seed, seq_len
+        )
+    )
 
 
 def _moments_at_start(task: SiteTask, shard: Mapping[str, Tensor], state: SiteState) -> Mapping[str, Moments]:
     if task.strategy.outer == "local_adamw":
         names = [name for name in shard if not is_moment(name)]
         return {
-            name: Moments(*(shard[moment_name(moment, name)] for moment in MOMENTS), step=task.first_step, born=0)
+            name: Moments(
+                shard[moment_name("exp_avg", name)],
+                shard[moment_name("exp_avg_sq", name)],
+                task.first_step,
+                born=0,
+            )
             for name in names
         }
     if not state.round and task.round > 1:

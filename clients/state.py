@@ -59,7 +59,9 @@ def load_state(folder: Path, before_round: int) -> SiteState:
                 for name, (step, born) in facts["steps"].items()
             }
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"site state {path} is damaged ({error}); remove it to go on without it") from error
+        raise CheckpointError(
+            f"site state {path} is damaged ({error}); remove it to go on without it"
+        ) from error
     return SiteState(rounds[-1], int(facts["position"]), moments)
 
 
@@ -75,7 +77,8 @@ def save_state(folder: Path, state: SiteState, checkpoint_every: int, keep: int)
     steps = {name: (moment.step, moment.born) for name, moment in state.moments.items()}
     facts = json.dumps({"position": state.position, "steps": steps})
     write_atomically(
-        folder / f"round_{state.round:05d}.safetensors", lambda path: save_file(tensors, path, {"state": facts})
+        folder / f"round_{state.round:05d}.safetensors",
+        lambda path: save_file(tensors, path, {"state": facts}),
     )
     files = _files(folder)
     for round_ in [r for r in files if r > state.round]:

@@ -131,7 +131,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path}: {file.name} is missing")
         if _digest(file) != manifest["sha256"].get(file.name):
-            raise CheckpointError(f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)")
+            raise CheckpointError(
+                f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)"
+            )
         tensors[name] = load_file(file)
     return Checkpoint(path, manifest, tensors["parameters"], tensors["outer"])
 
@@ -148,7 +150,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}")
+            raise CheckpointError(
+                f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}"
+            )
         int(manifest["round"]), dict(manifest["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: manifest.json is damaged ({error!r})") from error

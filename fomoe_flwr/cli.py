@@ -25,6 +25,7 @@ from fomoe_flwr.config import (
     register_schema,
     rewrite_federation_file,
     split_sweep,
+    task_overrides,
 )
 from fomoe_flwr.console import setup_logging
 from fomoe_flwr.errors import ConfigError, FomoeError
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(arguments: Sequence[str]) -> None:
     """Check the configuration (each job's of a multirun), then let Hydra run it."""
+    from strategies.server import check_unused  # Flower takes seconds to import: not for --help
+
     flags = [item for item in arguments if item.startswith("-")]
     overrides = rewrite_federation_file([item for item in arguments if not item.startswith("-")])
     sweep_dir = None
@@ -79,7 +82,10 @@ def train(arguments: Sequence[str]) -> None:
         overrides = merge_overrides(overrides, [f"hydra.sweep.dir={sweep_dir}"])
     elif not flags:
         overrides = resumed_overrides(overrides)
-        check_job(compose(overrides))
+        composed = compose(overrides)
+        if not composed.config.resume:
+            check_unused(composed)
+        check_job(composed)
     register_schema()
     sys.argv = ["fomoe train", *flags, *overrides]
     try:
@@ -110,7 +116,7 @@ def _job(tree: DictConfig) -> None:
         from_tree(tree),
         run_dir=Path(hydra_config.runtime.output_dir),
         sweep_dir=Path(hydra_config.sweep.dir),
-        overrides=tuple(hydra_config.overrides.task),
+        overrides=task_overrides(hydra_config.overrides.task),
     )
     try:
         launch(composed)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -223,7 +223,7 @@ class Composed:
     config: RunConfig
     run_dir: Path
     sweep_dir: Path  # of a multirun
-    overrides: tuple[str, ...]  # without those of Hydra itself
+    overrides: tuple[str, ...]  # without resume= and those of Hydra itself
 
 
 def conf_dir() -> Path:
@@ -232,7 +232,9 @@ def conf_dir() -> Path:
     for candidate in (package / "conf", package.parent / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate
-    raise ConfigError(f"conf/config.yaml is neither in {package} nor beside it; the installation is incomplete")
+    raise ConfigError(
+        f"conf/config.yaml is neither in {package} nor beside it; the installation is incomplete"
+    )
 
 
 def register_schema() -> None:
@@ -257,8 +259,12 @@ def compose(overrides: Sequence[str]) -> Composed:
             config = from_tree(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
-    task_overrides = tuple(item for item in overrides if not item.lstrip("+~").startswith("hydra."))
-    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides)
+    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(overrides))
+
+
+def task_overrides(overrides: Iterable[str]) -> tuple[str, ...]:
+    """What a later `resume=` needs to compose this configuration again."""
+    return tuple(item for item in overrides if not item.lstrip("+~").startswith(("hydra.", "resume=")))
 
 
 def from_tree(tree: DictConfig) -> RunConfig:
@@ -267,7 +273,7 @@ def from_tree(tree: DictConfig) -> RunConfig:
     Raises:
         ConfigError: an impossible value or combination.
     """
-    task = OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"])
+    task = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     # Merged once more into the bare schema, as plain values: `+key=value` gets past Hydra, but not past this.
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.to_container(task, resolve=True))
     config = OmegaConf.to_object(merged)
@@ -288,7 +294,10 @@ def _read_federation(path: str) -> FederationConfig:
     loaded = OmegaConf.merge(OmegaConf.structured(FederationConfig), OmegaConf.load(file))
     federation = OmegaConf.to_object(loaded)
     assert isinstance(federation, FederationConfig)
-    federation.name, federation.path = file.stem, None  # from here on the sites themselves are the configuration
+    federation.name, federation.path = (
+        file.stem,
+        None,
+    )  # from here on the sites themselves are the configuration
     return federation
 
 
@@ -300,7 +309,9 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
     """
     if not federation.sites:
         if federation.num_sites is None:
-            raise ConfigError("federation.num_sites=null: give a number of sites or list them in federation.sites")
+            raise ConfigError(
+                "federation.num_sites=null: give a number of sites or list them in federation.sites"
+            )
         return [SiteConfig(name=f"site-{index}") for index in range(federation.num_sites)]
     sites = []
     for site in federation.sites:
@@ -351,7 +362,9 @@ def check_combinations(config: RunConfig) -> None:
         )
     for key in ("d_model", "d_expert"):
         if getattr(model, key) % 8:
-            raise ConfigError(f"model.{key}={getattr(model, key)}: must be a multiple of 8 (grouped_mm strides)")
+            raise ConfigError(
+                f"model.{key}={getattr(model, key)}: must be a multiple of 8 (grouped_mm strides)"
+            )
     if model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
     for key in ("fraction_train", "fraction_evaluate"):
@@ -363,8 +376,13 @@ def check_combinations(config: RunConfig) -> None:
         if value >= 1:
             raise ConfigError(f"{key}={value}: must be below 1")
     if strategy.outer == "local_adamw" and strategy.inner != "adamw":
-        raise ConfigError(f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments")
-    for key, device in (("train.device", train.device), *((f"{s.name}.device", s.device) for s in config.federation.sites)):
+        raise ConfigError(
+            f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments"
+        )
+    for key, device in (
+        ("train.device", train.device),
+        *((f"{s.name}.device", s.device) for s in config.federation.sites),
+    ):
         if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{key}={device}: allowed are auto, cpu, cuda, cuda:N")
     if data.source in ("text", "jsonl", "parquet") and data.path is None:
@@ -395,9 +413,9 @@ def known_keys(config_type: type = RunConfig, prefix: str = "") -> Iterator[str]
     """Every key of the configuration, dotted."""
     for spec in dataclasses.fields(config_type):
         yield prefix + spec.name
-        factory = spec.default_factory
-        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
-            yield from known_keys(factory, f"{prefix}{spec.name}.")
+        section: Any = spec.default_factory
+        if dataclasses.is_dataclass(section):
+            yield from known_keys(section, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
 
 
 def one_line(error: Exception) -> str:
@@ -411,14 +429,18 @@ def one_line(error: Exception) -> str:
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"{match[1]}={match[2]}: no such option; allowed are {', '.join(sorted(options))}"
-    unknown = re.search(r"Could not override '([^']+)'", text) if "not in" in text or "append" in text else None
+    unknown = (
+        re.search(r"Could not override '([^']+)'", text) if "not in" in text or "append" in text else None
+    )
     if unknown or (unknown := re.search(r"Key '[^']+' (?:is )?not in[\s\S]*?full_key: (\S+)", text)):
         key = unknown[1]
         close = difflib.get_close_matches(key, list(known_keys()), n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         return f"{key}: unknown key{hint}"
     full_key = re.search(r"full_key: (\S+)", text)
-    reason = re.search(r"(Value '[^\n]*' of type [^\n]*|[^\n]*could not be converted[^\n]*|Incompatible value[^\n]*)", text)
+    reason = re.search(
+        r"(Value '[^\n]*' of type [^\n]*|[^\n]*could not be converted[^\n]*|Incompatible value[^\n]*)", text
+    )
     if full_key and reason:
         return f"{full_key[1]}: {reason[1].strip()}"
     return " ".join(causes[0].split())
@@ -453,5 +475,7 @@ def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
     """
     known = {spec.name for spec in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{config_type.__name__}.{unknown[0]}: unknown key; server and site differ in version")
+        raise ConfigError(
+            f"{config_type.__name__}.{unknown[0]}: unknown key; server and site differ in version"
+        )
     return config_type(**values)

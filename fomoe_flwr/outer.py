@@ -42,8 +42,10 @@ class RunningMean:
                 old_values.append(value)
                 alphas.append(w)
             else:
-                self._sums[name] = value.to(torch.float32, copy=True).mul_(w) if w != 1 else value.to(
-                    torch.float32, copy=True
+                self._sums[name] = (
+                    value.to(torch.float32, copy=True).mul_(w)
+                    if w != 1
+                    else value.to(torch.float32, copy=True)
                 )
             self._weights[name] = self._weights.get(name, 0.0) + w
         # One call for each weight (there are few): a call for each name would cost more than the sums.
@@ -98,7 +100,9 @@ class OrderedFold:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        while self._waiting_for and (self._waiting_for[0] in self._early or self._waiting_for[0] in self._gone):
+        while self._waiting_for and (
+            self._waiting_for[0] in self._early or self._waiting_for[0] in self._gone
+        ):
             site = self._waiting_for.pop(0)
             if site in self._early:
                 paths = self._early.pop(site)
@@ -134,9 +138,9 @@ class OuterOptimizer:
         strategy, train = self.strategy, self.train
         tensors = list(self._parameters.values())
         if strategy.outer == "nesterov":
-            return torch.optim.SGD(
-                tensors, lr=strategy.outer_lr, momentum=strategy.outer_momentum, nesterov=True, foreach=True
-            )
+            momentum = strategy.outer_momentum
+            nesterov = momentum > 0  # PyTorch refuses Nesterov without momentum, which is a plain step
+            return torch.optim.SGD(tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, foreach=True)
         if strategy.outer == "adamw":
             groups: dict[float, list[Tensor]] = {}
             for name, tensor in self._parameters.items():

@@ -28,7 +28,7 @@ class Placement:
 
     @property
     def num_sites(self) -> int:
-        return self.holds_LEM.shape[2]
+        return int(self.holds_LEM.shape[2])
 
     def residents(self, site: int) -> list[list[int]]:
         """The experts of a site, ascending, one list a layer."""
@@ -105,7 +105,9 @@ def full_residents(num_layers: int, num_experts: int) -> list[list[int]]:
     return [list(range(num_experts)) for _ in range(num_layers)]
 
 
-def holder_groups(residents_by_site: Sequence[Sequence[Sequence[int]]]) -> dict[tuple[int, int], tuple[int, ...]]:
+def holder_groups(
+    residents_by_site: Sequence[Sequence[Sequence[int]]],
+) -> dict[tuple[int, int], tuple[int, ...]]:
     """For every (layer, expert) that anybody holds, the indices of its holders in `residents_by_site`, ascending."""
     groups: dict[tuple[int, int], tuple[int, ...]] = {}
     for site, residents in enumerate(residents_by_site):

@@ -6,7 +6,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from fomoe_flwr.config import DataConfig, ModelConfig, RunConfig, SiteConfig, StrategyConfig, TrainConfig, from_dict
+from fomoe_flwr.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SiteConfig,
+    StrategyConfig,
+    TrainConfig,
+    from_dict,
+)
 from fomoe_flwr.errors import ConfigError
 
 
@@ -45,7 +53,12 @@ class SiteTask:
     def from_json(cls, text: str) -> SiteTask:
         """Raises ConfigError where server and site differ in version."""
         values = json.loads(text)
-        sections = {"model": ModelConfig, "train": TrainConfig, "strategy": StrategyConfig, "data": DataConfig}
+        sections = {
+            "model": ModelConfig,
+            "train": TrainConfig,
+            "strategy": StrategyConfig,
+            "data": DataConfig,
+        }
         for key, section in sections.items():
             values[key] = from_dict(section, values[key])
         values["sites"] = [from_dict(SiteConfig, site) for site in values["sites"]]

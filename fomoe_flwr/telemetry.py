@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from tqdm import tqdm
 
@@ -144,7 +144,7 @@ def _start_wandb(config: RunConfig, run_dir: Path, run: str) -> Any:
     return wandb.init(
         id=run,
         resume="allow",
-        mode=settings.mode,
+        mode=cast(Literal["offline", "online"], settings.mode),
         project=settings.project,
         entity=settings.entity,
         group=settings.group,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.model.names import expert_name
 from fomoe_flwr.model.scaling import lr_multiplier
-from fomoe_flwr.model.transformer import NamedView, Transformer, named_views
+from fomoe_flwr.model.transformer import Losses, NamedView, Transformer, named_views
 
 log = logging.getLogger("fomoe.site")
 
@@ -104,7 +104,7 @@ class LocalAdamW:
         groups: dict[tuple[float, int], list[nn.Parameter]] = {}
         self.born: dict[str, int] = {}
         for view in named_views(module):
-            leaf = view.parameter if view.index is None else nn.Parameter(view.of(view.parameter.data))
+            leaf = view.parameter if view.slot is None else nn.Parameter(view.of(view.parameter.data))
             self.leaves.append((view, leaf))
             self.born[view.name] = moments[view.name].born if view.name in moments else newborn
             key = (lr_multiplier(model, view.name), self.born[view.name])
@@ -138,9 +138,9 @@ class LocalAdamW:
     def step(self) -> None:
         """One update from the gradients of the module."""
         for view, leaf in self.leaves:
-            if view.index is not None:
+            if view.slot is not None:
                 grad = view.parameter.grad
-                leaf.grad = None if grad is None else grad[view.index]
+                leaf.grad = None if grad is None else grad[view.slot]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(group["born"]) * group["multiplier"]
         self.optimizer.step()
@@ -149,7 +149,9 @@ class LocalAdamW:
     def moments(self) -> dict[str, Moments]:
         """State by name (no copy)."""
         return {
-            view.name: Moments(state["exp_avg"], state["exp_avg_sq"], int(state["step"]), self.born[view.name])
+            view.name: Moments(
+                state["exp_avg"], state["exp_avg_sq"], int(state["step"]), self.born[view.name]
+            )
             for view, leaf in self.leaves
             if (state := self.optimizer.state.get(leaf))
         }
@@ -167,10 +169,12 @@ class _Losses:
         return float(self.total) / max(self.steps, 1)
 
 
-def _backward(module: nn.Module, tokens_BT: Tensor, device: str, dtype: str, losses: _Losses) -> None:
+def _backward(
+    module: Callable[[Tensor], Losses], tokens_BT: Tensor, device: str, dtype: str, losses: _Losses
+) -> None:
     with autocast(device, dtype):
         loss = module(tokens_BT.to(device, non_blocking=True))
-    (loss.cross_entropy + loss.balance).backward()
+    torch.autograd.backward(loss.cross_entropy + loss.balance)
     losses.total += loss.cross_entropy.detach()
     losses.steps += 1
 
@@ -223,7 +227,9 @@ def train_gradient(
     gradients = {}
     for view in named_views(module):
         grad = view.parameter.grad
-        gradients[view.name] = view.of(torch.zeros_like(view.parameter) if grad is None else grad) / losses.steps
+        gradients[view.name] = (
+            view.of(torch.zeros_like(view.parameter) if grad is None else grad) / losses.steps
+        )
     return _finish(module, losses, tokens), gradients
 
 

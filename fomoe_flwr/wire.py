@@ -13,10 +13,10 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 from fomoe_flwr.errors import WireError
@@ -29,8 +29,11 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _DTYPES_BACK = {text: dtype for dtype, text in _DTYPES.items()}
 WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# A bundle is read where it lies. Its bytes cannot be written, and nobody here writes to what arrived.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+# A bundle is read where it lies, and nobody writes to what arrived. PyTorch warns of that once a process:
+# let it do so here, unheard, instead of in the middle of a run.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
@@ -44,7 +47,9 @@ def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     blob_U = torch.empty(8 + len(text) + size, dtype=torch.uint8)
-    blob_U[: 8 + len(text)] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    blob_U[: 8 + len(text)] = torch.frombuffer(
+        bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8
+    )
     body = blob_U[8 + len(text) :]
     for name, tensor in named.items():
         start, end = header[name]["data_offsets"]
@@ -52,23 +57,51 @@ def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
     return blob_U.numpy().tobytes()
 
 
-def _read_header(blob: bytes) -> tuple[dict[str, Any], int]:
-    """The header and where the data begins.
+class _Entry(NamedTuple):
+    """Where a tensor lies in its blob."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _read_header(blob: bytes) -> tuple[list[_Entry], int]:
+    """What the header says, held against the length of the blob, and where the data begins.
 
     Raises:
-        WireError: not a safetensors blob.
+        WireError: not a safetensors blob, or tensors that do not fill it exactly.
     """
     length = int.from_bytes(blob[:8], "little")
-    if len(blob) < 8 or length > len(blob) - 8:
+    start = 8 + length
+    if len(blob) < 8 or start > len(blob):
         raise WireError(f"bundle of {len(blob)} bytes: truncated or not safetensors")
     try:
-        header = json.loads(blob[8 : 8 + length])
-    except ValueError as error:
+        header = json.loads(blob[8:start])
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON; JSON nested too deep
         raise WireError(f"bundle of {len(blob)} bytes: its header is not JSON") from error
     if not isinstance(header, dict):
         raise WireError(f"bundle of {len(blob)} bytes: its header is not a table of names")
     header.pop("__metadata__", None)
-    return header, 8 + length
+    entries = []
+    for name, entry in header.items():
+        try:
+            dtype, shape = _DTYPES_BACK[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"{name}: unreadable entry in the bundle's header ({error})") from error
+        # JSON also has true, 1.5 and Infinity, which Python would take for numbers.
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise WireError(f"{name}: unreadable entry in the bundle's header (sizes must be whole numbers)")
+        if end - begin != math.prod(shape) * dtype.itemsize or end > len(blob) - start:
+            raise WireError(
+                f"{name}: {end - begin} bytes at {begin} do not hold {entry['dtype']} {list(shape)}"
+            )
+        entries.append(_Entry(name, dtype, shape, start + begin, start + end))
+    if sum(entry.end - entry.begin for entry in entries) != len(blob) - start:
+        raise WireError(f"bundle of {len(blob)} bytes: its tensors overlap or leave bytes over")
+    return entries, start
 
 
 def decode(blob: bytes) -> dict[str, Tensor]:
@@ -77,32 +110,32 @@ def decode(blob: bytes) -> dict[str, Tensor]:
     Raises:
         WireError: damaged, or a dtype that does not belong on this wire.
     """
-    header, start = _read_header(blob)
     named: dict[str, Tensor] = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape = _DTYPES_BACK[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise WireError(f"{name}: unreadable entry in the bundle's header ({error})") from error
+    for name, dtype, shape, begin, _ in _read_header(blob)[0]:
         count = math.prod(shape)
-        if min(shape, default=0) < 0 or end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(blob) - start:
-            raise WireError(f"{name}: {end - begin} bytes at {begin} do not hold {entry['dtype']} {list(shape)}")
-        if count:
-            flat = torch.frombuffer(blob, dtype=dtype, count=count, offset=start + begin)
-        else:
-            flat = torch.empty(0, dtype=dtype)
-        named[name] = flat.view(shape)
+        # frombuffer refuses to read nothing.
+        flat = (
+            torch.frombuffer(blob, dtype=dtype, count=count, offset=begin)
+            if count
+            else torch.empty(0, dtype=dtype)
+        )
+        try:
+            named[name] = flat.view(shape)
+        except (RuntimeError, TypeError) as error:  # no number at all, but other sizes beyond 64 bits
+            raise WireError(f"{name}: PyTorch cannot have the shape {list(shape)}") from error
     return named
 
 
 def byte_classes(blob: bytes) -> dict[str, int]:
-    """Length of a blob by class: dense tensors, expert tensors, and other (its header)."""
-    header, start = _read_header(blob)
+    """Length of a blob by class: dense tensors, expert tensors, and other (its header).
+
+    Raises:
+        WireError: damaged.
+    """
+    entries, start = _read_header(blob)
     classes = {"dense": 0, "expert": 0, "other": start}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        classes["dense" if expert_of(name) is None else "expert"] += end - begin
+    for entry in entries:
+        classes["dense" if expert_of(entry.name) is None else "expert"] += entry.end - entry.begin
     return classes
 
 
@@ -193,7 +226,7 @@ class Ledger:
                 self.expert += classes["expert"]
                 self.other += classes["other"]
         for side in (*content.config_records.values(), *content.metric_records.values()):
-            self.other += record_bytes(side)
+            self.other += len(side.deflate())  # as Flower puts it on the wire
         self.by_site[site] = self.by_site.get(site, 0) + self.total - before
 
 
@@ -201,11 +234,6 @@ def _classes_of(array: Array) -> dict[str, int]:
     if array.stype == BUNDLE:
         try:
             return byte_classes(array.data)
-        except (WireError, KeyError, TypeError, ValueError):
+        except WireError:
             pass  # a damaged bundle crossed the wire all the same: its bytes count, its tensors cannot be told
     return {"dense": 0, "expert": 0, "other": len(array.data)}
-
-
-def record_bytes(record: ConfigRecord | MetricRecord) -> int:
-    """Length of a record as Flower puts it on the wire."""
-    return len(record.deflate())

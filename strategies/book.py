@@ -26,7 +26,6 @@ class RoundBook(RoundObserver):
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
-        self._round_began = time.perf_counter()
 
     def asked(self, current: Round) -> None:
         self._telemetry.begin_round(current.number, len(current.names))
@@ -35,7 +34,7 @@ class RoundBook(RoundObserver):
         self._telemetry.site_answered()
 
     def finished(self, strategy: FoMoE) -> None:
-        config, current = self._composed.config, strategy.round
+        current = strategy.round
         self._tokens += sum(result.tokens for result in current.results.values())
         started = time.perf_counter()
         val_loss = self._evaluate(strategy)
@@ -44,7 +43,7 @@ class RoundBook(RoundObserver):
             self._save(strategy)
         saved = time.perf_counter()
         seconds = {
-            "round": saved - self._round_began,
+            "round": saved - current.began,
             "train": max((result.seconds for result in current.results.values()), default=0.0),
             "wire": current.wire_s,
             "aggregate": current.aggregate_s,
@@ -53,7 +52,6 @@ class RoundBook(RoundObserver):
         }
         bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
         self._telemetry.end_round(metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds))
-        self._round_began = time.perf_counter()
 
     def _is_checkpoint_round(self, number: int) -> bool:
         every, last = self._composed.config.checkpoint.every, self._composed.config.train.rounds
@@ -84,9 +82,7 @@ class RoundBook(RoundObserver):
             "tokens": self._tokens,
             "config": dataclasses.asdict(config),
             "overrides": list(self._composed.overrides),
-            "placement": {
-                name: placement.residents(site) for site, name in enumerate(strategy.site_names)
-            },
+            "placement": {name: placement.residents(site) for site, name in enumerate(strategy.site_names)},
             # Every random choice is drawn anew from the seed and a counter, so this is the generator's whole state.
             "rng": {"seed": config.seed, "round": number},
         }
@@ -127,7 +123,11 @@ def metrics_line(
             "tokens_per_second": current.results[site].tokens_per_second,
             "resident_share": current.results[site].resident_share,
         }
-        | ({"val_loss": current.evaluations[name]} if (name := current.results[site].site) in current.evaluations else {})
+        | (
+            {"val_loss": current.evaluations[name]}
+            if (name := current.results[site].site) in current.evaluations
+            else {}
+        )
         for site in sorted(current.results)
     ]
     return {
@@ -139,7 +139,8 @@ def metrics_line(
         "bytes_down": current.down.total,
         "bytes_up": current.up.total,
         "bytes_by_class": {
-            name: getattr(current.down, name) + getattr(current.up, name) for name in ("dense", "expert", "other")
+            name: getattr(current.down, name) + getattr(current.up, name)
+            for name in ("dense", "expert", "other")
         },
         "resident_share": mean("resident_share"),
         "seconds": seconds,

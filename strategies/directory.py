@@ -51,7 +51,9 @@ class SiteDirectory:
             time.sleep(_PAUSE_S)
 
     def _ask(self, grid: Grid, nodes: Sequence[int], timeout: float) -> None:
-        messages = [Message(RecordDict({"config": ConfigRecord()}), node, MessageType.QUERY) for node in nodes]
+        messages = [
+            Message(RecordDict({"config": ConfigRecord()}), node, MessageType.QUERY) for node in nodes
+        ]
         for index, reply in exchange(grid, messages, timeout) if messages else ():
             node = nodes[index]
             self._asked.add(node)

@@ -107,9 +107,14 @@ class FoMoE(Strategy):
 
     # ----- the model
 
-    def load(self, state: dict[str, Tensor], outer: dict[str, Tensor] | None = None, rounds_done: int = 0) -> None:
+    def load(
+        self, state: dict[str, Tensor], outer: dict[str, Tensor] | None = None, rounds_done: int = 0
+    ) -> None:
         """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`."""
-        self.state = with_moments(state) if self.config.strategy.outer == "local_adamw" else dict(state)
+        if self.config.strategy.outer == "local_adamw":
+            state = with_moments(state)
+        # In one order whatever the source: bundles of a resumed run are the same bytes.
+        self.state = dict(sorted(state.items()))
         self.outer = OuterOptimizer(self.state, self.config.strategy, self.config.model, self.config.train)
         self.outer.load_state_tensors(outer or {})
         self.first_round = rounds_done + 1
@@ -127,7 +132,12 @@ class FoMoE(Strategy):
         config, strategy = self.config, self.config.strategy
         draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
         return draw_placement(
-            len(self.site_names), config.model.num_experts, config.overlap, config.model.num_layers, config.seed, draw
+            len(self.site_names),
+            config.model.num_experts,
+            config.overlap,
+            config.model.num_layers,
+            config.seed,
+            draw,
         )
 
     # ----- Flower's methods
@@ -162,8 +172,8 @@ class FoMoE(Strategy):
         """
         if not self.state:
             self.load(wire.named_from_flower(arrays))
-        self.round = Round(server_round)
         sites = self._sample(grid, self.fraction_train, self.min_train_nodes, server_round)
+        self.round = Round(server_round)  # its clock starts when there are sites to ask
         messages, self.round.names = self._messages(sites, MessageType.TRAIN, config)
         return messages
 
@@ -324,14 +334,18 @@ class FoMoE(Strategy):
                 f"strategy.min_replies={settings.min_replies}; {reasons}"
             )
         assert self.outer is not None
-        self.outer.step(mean.finish(), (server_round - 1) * self.config.train.local_steps, self.config.warmup_steps)
+        self.outer.step(
+            mean.finish(), (server_round - 1) * self.config.train.local_steps, self.config.warmup_steps
+        )
         current.aggregate_s += time.perf_counter() - started
         return self.train_metrics_aggr_fn([figures[site] for site in sorted(figures)], self.weighted_by_key)
 
     def _fold(self, mean: RunningMean, site: int, blobs: list[bytes]) -> None:
         """Add one reply to the mean; a name weighs the tokens of its site, or those its expert really got."""
         result, train = self.round.results[site], self.config.train
-        nominal = train.local_steps * train.batch_size * train.seq_len  # so that an ordinary weight is exactly 1
+        nominal = (
+            train.local_steps * train.batch_size * train.seq_len
+        )  # so that an ordinary weight is exactly 1
 
         def weight(name: str) -> float:
             expert = expert_of(name)
@@ -352,7 +366,9 @@ class FoMoE(Strategy):
             self.round.evaluations[self.site_names[site]] = number(metrics_of(reply.content), "val_loss")
         if not figures:
             return None
-        return self.evaluate_metrics_aggr_fn([figures[site] for site in sorted(figures)], self.weighted_by_key)
+        return self.evaluate_metrics_aggr_fn(
+            [figures[site] for site in sorted(figures)], self.weighted_by_key
+        )
 
     def _after_round(self, result: Result, evaluate_fn: EvaluateFn | None) -> None:
         if evaluate_fn is not None and (metrics := evaluate_fn(self.round.number, self.arrays())) is not None:

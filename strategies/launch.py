@@ -6,6 +6,10 @@ import logging
 import os
 import warnings
 
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
 from clients.app import app as client_app
 from fomoe_flwr.config import Composed, RunConfig
 from fomoe_flwr.training import resolve_device
@@ -45,14 +49,6 @@ def local_workers(config: RunConfig) -> int:
 
 
 def _run_in_simulation(composed: Composed) -> None:
-    # Before Flower is imported: no word to outside, and no advice that is not this program's.
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from flwr.app import Context
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.simulation import run_simulation
-
     server_app = ServerApp()
 
     @server_app.main()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -42,7 +43,11 @@ class LocalGrid(Grid):
         self._run = Run.create_empty(RUN_ID)
         self._contexts: dict[int, Context] = {}
         for index in range(num_nodes):
-            config = {"partition-id": index, "num-partitions": num_nodes, **(node_configs or {}).get(index, {})}
+            config: UserConfig = {
+                "partition-id": index,
+                "num-partitions": num_nodes,
+                **(node_configs or {}).get(index, {}),
+            }
             node_id = 100 + index
             self._contexts[node_id] = Context(RUN_ID, node_id, config, RecordDict(), {})
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="site")
@@ -58,7 +63,12 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
@@ -81,7 +91,9 @@ class LocalGrid(Grid):
         with self._lock:
             return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Flower's barrier, for strategies that use it."""
         from strategies.exchange import exchange
 
@@ -95,7 +107,7 @@ class LocalGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             reply = self._client_app(message, context)
-        except Exception as error:  # noqa: BLE001 - as in Flower, whatever an app raises becomes an error reply
+        except Exception as error:
             log.debug("node %d raised", message.metadata.dst_node_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(code=_CLIENT_APP_RAISED, reason=reason), reply_to=message)

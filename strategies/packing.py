@@ -12,7 +12,6 @@ from fomoe_flwr.model.names import expert_of
 from fomoe_flwr.placement import holder_groups
 from fomoe_flwr.wire import to_arrays
 
-
 _ALL: tuple[int, ...] = ()  # key of the dense group, which every site gets
 
 

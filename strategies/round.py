@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,7 +33,10 @@ class Round:
     """A round while it runs, and its figures afterwards. Sites are indices into the federation's list."""
 
     number: int
-    names: Mapping[int, frozenset[str]] = field(default_factory=dict)  # what each site was sent, in folding order
+    began: float = field(default_factory=time.perf_counter)
+    names: Mapping[int, frozenset[str]] = field(
+        default_factory=dict
+    )  # what each site was sent, in folding order
     down: wire.Ledger = field(default_factory=wire.Ledger)
     up: wire.Ledger = field(default_factory=wire.Ledger)
     results: dict[int, SiteResult] = field(default_factory=dict)
@@ -79,8 +83,9 @@ def read_reply(
     current.up.count(site, content)
     arrays_key, config_key, weight_key = keys
     facts = content.config_records.get(config_key, ConfigRecord())
-    if facts.get("round", current.number) != current.number:
-        raise WireError(f"answered for round {facts['round']}, this is round {current.number}")
+    answered = facts.get("round", current.number)
+    if answered != current.number:
+        raise WireError(f"answered for round {answered!r}, this is round {current.number}")
     if arrays_key not in content.array_records:
         raise WireError(f"the reply has no ArrayRecord {arrays_key!r}")
     blobs = wire.blobs_of(content.array_records[arrays_key])

@@ -13,7 +13,7 @@ from rich.console import Console
 from fomoe_flwr.checkpoint import Checkpoint, resume_from, write_atomically
 from fomoe_flwr.config import Composed, RunConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare
-from fomoe_flwr.errors import CheckpointError
+from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.report import report
@@ -34,6 +34,8 @@ def run_server(grid: Grid, composed: Composed) -> None:
     checkpoint = resume_from(config.resume)[1] if config.resume else None
     if checkpoint is not None:
         check_resumable(checkpoint, config)
+    else:
+        check_unused(composed)
     run = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
     corpus = open_validation(config)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,19 @@ def run_server(grid: Grid, composed: Composed) -> None:
     finally:
         telemetry.close(failed)
     report(run_dir, Console())
+
+
+def check_unused(composed: Composed) -> None:
+    """Refuse to begin a run where another one lives: its metrics and checkpoints would be lost.
+
+    Raises:
+        ConfigError: naming both ways out.
+    """
+    run_dir = composed.run_dir
+    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        raise ConfigError(
+            f"hydra.run.dir={run_dir}: holds a run already; go on with it by resume={run_dir}, or choose another"
+        )
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -83,6 +83,11 @@ def source_digest(config: DataConfig) -> str:
     return digest.hexdigest()
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether the path below a source folder is passed over: it or a folder on it begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def name_some(names: Iterable[object], limit: int = 12) -> str:
     """The first `limit` names for an error message, and how many more there are."""
     listed = [str(name) for name in names]
@@ -109,16 +114,12 @@ def _local_files(config: DataConfig) -> tuple[Path, list[Path]]:
     files = [
         file
         for file in root.rglob("*")
-        if file.name.endswith(suffixes) and file.is_file() and not _is_hidden(file.relative_to(root))
+        if file.name.endswith(suffixes) and file.is_file() and not is_hidden(file.relative_to(root))
     ]
     if not files:
         wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
         raise DataError(f"data.path={config.path}: no file {wanted} in this folder")
     return root, sorted(files, key=lambda file: _relative(file, root))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _relative(file: Path, root: Path) -> str:
@@ -245,7 +246,7 @@ def _load_huggingface(config: DataConfig) -> Any:
 
 
 def _columns(config: DataConfig, available: Iterable[str], where: str) -> list[str]:
-    """The columns to read, each once.
+    """The columns to read: text, then domain if it has one.
 
     Raises:
         DataError: one is missing.
@@ -259,7 +260,7 @@ def _columns(config: DataConfig, available: Iterable[str], where: str) -> list[s
             raise DataError(
                 f"data.{option}={key}: not in {where}, which has {name_some(present) or 'nothing'}"
             )
-    return list(dict.fromkeys(wanted.values()))
+    return list(wanted.values())
 
 
 def _document(row: dict[str, Any], config: DataConfig, domain: str, where: str) -> Document:

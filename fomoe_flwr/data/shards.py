@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_flwr.config import DataConfig
-from fomoe_flwr.data.corpus import Document, read_documents, source_digest
+from fomoe_flwr.data.corpus import Document, is_hidden, read_documents, source_digest
 from fomoe_flwr.data.tokenizer import Tokenizer, load_tokenizer
 from fomoe_flwr.errors import DataError
 
@@ -95,8 +95,7 @@ def prepare(config: DataConfig) -> TokenCorpus:
             cannot be written.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    default = os.environ.get("FOMOE_CACHE") or "~/.cache/fomoe-flwr"
-    root = Path(config.cache_dir or default).expanduser()
+    root = _cache_root(config)
     folder = root / _key(config, tokenizer)
     for _ in range(ATTEMPTS):
         corpus = _open(folder)
@@ -107,6 +106,17 @@ def prepare(config: DataConfig) -> TokenCorpus:
         except OSError as error:  # those of the source are DataErrors already
             raise DataError(f"data.cache_dir={root}: cannot write the token cache: {error}") from error
     raise DataError(f"data.cache_dir={root}: the token cache was written but cannot be read back")
+
+
+def _cache_root(config: DataConfig) -> Path:
+    default = os.environ.get("FOMOE_CACHE") or "~/.cache/fomoe-flwr"
+    root = Path(config.cache_dir or default).expanduser().resolve()
+    source = Path(config.path or os.devnull).expanduser().resolve()
+    if root.is_relative_to(source) and not is_hidden(root.relative_to(source)):
+        raise DataError(
+            f"data.cache_dir={root}: lies inside data.path={config.path}, where it would be read as text"
+        )
+    return root
 
 
 def _key(config: DataConfig, tokenizer: Tokenizer) -> str:
@@ -210,7 +220,7 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
     shards = _write_shards(folder, _tokenise(config, tokenizer, index, dtype), digest)
     is_val = _split(np.array(index.hashes, dtype=np.uint64), config.val_fraction)
-    arrays = (
+    arrays: tuple[NDArray[Any], ...] = (
         np.array(index.starts, dtype=np.int64),
         np.array(index.bytes, dtype=np.int64),
         np.array(index.domain, dtype=np.int32),

@@ -45,7 +45,8 @@ class TokenStream:
         self.seed = seed
         self._concatenation = _concatenate(corpus, order)
         self.num_windows = _count_windows(self._concatenation, seq_len)
-        self._orders: dict[int, NDArray[np.int64]] = {}  # of the latest epochs
+        self._drawn = -1  # the epoch whose order is kept
+        self._order = np.empty(0, dtype=np.int64)
         if self.num_windows == 0:
             raise DataError(
                 f"train.seq_len={seq_len}: a site's {len(documents)} documents have only "
@@ -58,15 +59,15 @@ class TokenStream:
         window_B = np.empty(batch_size, dtype=np.int64)
         for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
             here = epoch_B == epoch
-            window_B[here] = self._order(epoch)[place_B[here]]
+            window_B[here] = self._draw(epoch)[place_B[here]]
         return _read_windows(self.corpus, self._concatenation, window_B, self.seq_len)
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            # Two are kept, so that a batch across the end of an epoch does not draw both anew each time.
-            self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
-            self._orders[epoch] = np.random.default_rng([self.seed, 1, epoch]).permutation(self.num_windows)
-        return self._orders[epoch]
+    def _draw(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the windows in this epoch. Only the latest is kept: epochs are passed one by one."""
+        if epoch != self._drawn:
+            self._order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.num_windows)
+            self._drawn = epoch
+        return self._order
 
 
 def validation_batches(

@@ -22,7 +22,8 @@ class _DenseGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        # contiguous() takes the strides of an empty tensor for good, grouped_mm does not.
+        return grad.contiguous() if grad.numel() else grad.new_zeros(grad.shape)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -45,7 +46,9 @@ def grouped_experts(x_PD: Tensor, up_EHD: Tensor, down_EDH: Tensor, offsets_E: T
     dtype = _compute_dtype(x_PD)
     up_EDH, down_EHD = up_EHD.to(dtype).transpose(1, 2), down_EDH.to(dtype).transpose(1, 2)
     hidden_PH = F.silu(F.grouped_mm(x_PD.to(dtype), up_EDH, offs=offsets_E))
-    y_PD: Tensor = _DenseGradient.apply(F.grouped_mm(hidden_PH, down_EHD, offs=offsets_E))
+    y_PD: Tensor = _DenseGradient.apply(  # type: ignore[no-untyped-call]
+        F.grouped_mm(hidden_PH, down_EHD, offs=offsets_E)
+    )
     return y_PD
 
 

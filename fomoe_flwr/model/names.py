@@ -1,9 +1,9 @@
 """One name for every tensor, everywhere (wire, checkpoints, exports, logs), in Hugging Face's form.
 
-    model.layers.3.self_attn.q_proj.weight            dense
-    model.layers.3.mlp.gate.weight                    the router in skip mode: dense, [N_e, d_model]
-    model.layers.3.mlp.experts.7.up_proj.weight       an expert, [d_expert, d_model]
-    model.layers.3.mlp.experts.7.gate.weight          its router row in partitioned mode, [d_model]
+model.layers.3.self_attn.q_proj.weight            dense
+model.layers.3.mlp.gate.weight                    the router in skip mode: dense, [N_e, d_model]
+model.layers.3.mlp.experts.7.up_proj.weight       an expert, [d_expert, d_model]
+model.layers.3.mlp.experts.7.gate.weight          its router row in partitioned mode, [d_model]
 """
 
 from __future__ import annotations

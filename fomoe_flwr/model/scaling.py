@@ -32,7 +32,9 @@ def lr_multiplier(model: ModelConfig, name: str) -> float:
     """Factor of the learning rate of parameter `name`."""
     if name.endswith("down_proj.weight"):
         return model.base_d_expert / model.d_expert
-    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "up_proj.weight", "gate.weight")):
+    if name.endswith(
+        ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "up_proj.weight", "gate.weight")
+    ):
         return model.base_d_model / model.d_model
     return 1.0
 

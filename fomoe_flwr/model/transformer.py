@@ -57,7 +57,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
         def heads(projected_BSD: Tensor) -> Tensor:
-            return projected_BSD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            batch, positions, _ = projected_BSD.shape
+            return projected_BSD.view(batch, positions, self.num_heads, -1).transpose(1, 2)
 
         q_BNSW = rotate(heads(self.q_proj(x_BSD)), cos_SF, sin_SF)
         k_BNSW = rotate(heads(self.k_proj(x_BSD)), cos_SF, sin_SF)
@@ -94,7 +95,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(model.vocab_size, model.d_model)
         self.embed_norm = _layer_norm(model)
-        self.layers = nn.ModuleList(Block(model, residents[layer], routing) for layer in range(model.num_layers))
+        self.layers = nn.ModuleList(
+            Block(model, residents[layer], routing) for layer in range(model.num_layers)
+        )
         self.norm = _layer_norm(model)
 
 
@@ -120,7 +123,7 @@ class Transformer(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoE]:
-        return [block.mlp for block in self.model.layers]  # type: ignore[union-attr, misc]
+        return [block.mlp for block in self.model.layers]  # type: ignore[misc]
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden state x_BSD after its norm, and the load-balancing loss."""
@@ -152,9 +155,10 @@ class Transformer(nn.Module):
         if len(targets_T) <= rows:
             total = summed_loss(hidden_TD, targets_T)
         else:
-            pieces = zip(hidden_TD.split(rows), targets_T.split(rows), strict=True)
+            pieces = zip(torch.split(hidden_TD, rows), torch.split(targets_T, rows), strict=True)
             total = sum(
-                (checkpoint(summed_loss, h, t, use_reentrant=False) for h, t in pieces), torch.zeros_like(balance)
+                (checkpoint(summed_loss, h, t, use_reentrant=False) for h, t in pieces),
+                torch.zeros_like(balance),
             )
         return Losses(total / len(targets_T), balance)
 
@@ -164,11 +168,11 @@ class NamedView(NamedTuple):
 
     name: str
     parameter: nn.Parameter
-    index: int | None  # the slice; None: the whole parameter
+    slot: int | None  # the slice; None: the whole parameter
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same slice of another tensor of the parameter's shape (its data, its gradient)."""
-        return tensor if self.index is None else tensor[self.index]
+        return tensor if self.slot is None else tensor[self.slot]
 
 
 def named_views(module: Transformer) -> list[NamedView]:
@@ -183,7 +187,7 @@ def named_views(module: Transformer) -> list[NamedView]:
     views = []
     for path, parameter in module.named_parameters():
         if path in stacked:
-            views += [NamedView(name, parameter, index) for index, name in enumerate(stacked[path])]
+            views += [NamedView(name, parameter, slot) for slot, name in enumerate(stacked[path])]
         else:
             views.append(NamedView(path, parameter, None))
     return views
@@ -214,7 +218,11 @@ def read_shard(module: Transformer) -> dict[str, Tensor]:
 
 
 def build(
-    model: ModelConfig, residents: Sequence[Sequence[int]], routing: str, shard: Mapping[str, Tensor], device: str
+    model: ModelConfig,
+    residents: Sequence[Sequence[int]],
+    routing: str,
+    shard: Mapping[str, Tensor],
+    device: str,
 ) -> Transformer:
     """A site's model on its device, holding the given shard."""
     with torch.device("meta"):  # skip PyTorch's own initialisation: the shard overwrites all of it

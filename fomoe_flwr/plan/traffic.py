@@ -1,7 +1,7 @@
 """Payload bytes per site and round between a site and the server (a star), by formula.
 
-Counts tensors alone: no names, no headers, no acknowledgements. Measured bytes lie a little above. Random placement
-needs no term of its own: an expert new to a site comes down with the shard that is sent anyway.
+Counts tensors alone: no names, no headers, no acknowledgements. Measured bytes lie a little above. Random
+placement needs no term of its own: an expert new to a site comes down with the shard that is sent anyway.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def report(directory: Path, console: Console) -> None:
     elif job_dirs(directory):
         _show(sweep_table(directory), console)
     else:
-        raise RunError(f"{directory}: neither a run (config.yaml, metrics.jsonl) nor a sweep (directories 0, 1, …)")
+        raise RunError(f"{directory}: neither a run (config.yaml, metrics.jsonl) nor a sweep (0/, 1/, …)")
 
 
 def _show(table: Table, console: Console) -> None:

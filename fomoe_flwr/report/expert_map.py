@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
 from fomoe_flwr.report.load import Run
-from fomoe_flwr.report.panels import INK, SITE_COLORS, VALIDATION, dress
+from fomoe_flwr.report.panels import INK, dress, site_colors
 
 MAX_ROWS = 64  # sites x layers that the eye can tell apart
 MAX_EXPERTS = 64
@@ -37,11 +37,11 @@ def expert_map(axes: Axes, run: Run) -> None:
 
 def _grids(axes: Axes, placement: Placement, names: list[str]) -> None:
     num_layers, num_experts, num_sites = placement.holds_LEM.shape
+    colors = site_colors(num_sites)
     cells = np.empty((num_sites, num_layers, num_experts, 3))
     cells[:] = to_rgb(EMPTY)
     for site in range(num_sites):
-        color = SITE_COLORS[site] if num_sites <= len(SITE_COLORS) else VALIDATION
-        cells[site, placement.holds_LEM[:, :, site]] = to_rgb(color)
+        cells[site, placement.holds_LEM[:, :, site]] = to_rgb(colors[site])
     # One grid below the other: rows are a site's layers, columns the experts of a layer.
     x_edges, y_edges = np.arange(num_experts + 1) - 0.5, np.arange(num_sites * num_layers + 1)
     rows = cells.reshape(num_sites * num_layers, num_experts, 3)
@@ -52,18 +52,20 @@ def _grids(axes: Axes, placement: Placement, names: list[str]) -> None:
     axes.set_yticks((np.arange(num_sites) + 0.5) * num_layers, names)
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    layers = "one row: the only layer" if num_layers == 1 else f"rows: layers 0 to {num_layers - 1}, from the top"
-    axes.set_xlabel(f"expert   ({layers}; coloured: held, grey: not)", color=INK)
+    rows_are = (
+        "one row: the only layer" if num_layers == 1 else f"rows: layers 0 to {num_layers - 1} from the top"
+    )
+    axes.set_xlabel(f"expert   ({rows_are}; coloured: held, grey: not)", color=INK)
     axes.spines[:].set_visible(False)
 
 
 def _counts(axes: Axes, placement: Placement, names: list[str]) -> None:
     held_M = placement.holds_LEM.sum(axis=(0, 1))
     total = placement.holds_LEM[:, :, 0].size
-    axes.bar(range(len(names)), held_M, color=VALIDATION)
+    axes.bar(range(len(names)), held_M, color=site_colors(len(names)))
     axes.axhline(total, color=INK, linestyle="--", linewidth=1.5)
     axes.annotate(
-        f"the whole model: {total:,}",
+        f"the whole model: {total:,}   each site: {held_M.max():,}",
         (0.015, total),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),
@@ -71,6 +73,7 @@ def _counts(axes: Axes, placement: Placement, names: list[str]) -> None:
         color=INK,
     )
     axes.set_ylim(0, 1.2 * total)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if len(names) <= 12:
         axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)
     else:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fomoe_flwr.config import RunConfig, from_tree, one_line
 from fomoe_flwr.errors import ConfigError, RunError
+
+CLASSES = ("dense", "expert", "other")  # of bytes; other is what is no tensor
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Round:
     val_bpb: float | None  # bits per byte of text
     bytes_down: int  # in this round, all sites
     bytes_up: int
-    bytes_by_class: dict[str, int]  # dense, expert, other; down + up
+    bytes_by_class: dict[str, int]  # by `CLASSES`; down + up
     resident_share: float | None
-    seconds: dict[str, float]  # round (the whole), train, wire, aggregate, evaluate, checkpoint
+    seconds: float  # the whole round
     sites: tuple[SiteRound, ...]
 
     @property
@@ -93,7 +95,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
-    """The rounds in ascending order. A half-written last line is what a crash leaves behind and does not count.
+    """The rounds in the order written. A half-written last line is what a crash leaves and does not count.
 
     Raises:
         RunError: see `load_run`.
@@ -103,8 +105,7 @@ def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
     # A crash may also cut a character in two; its line is then no JSON, as it should be.
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     site_names = {site.name for site in config.federation.sites}
-    # A resumed run repeats the rounds after its checkpoint; the later line is the one the model went on from.
-    rounds: dict[int, Round] = {}
+    rounds = []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
@@ -113,13 +114,16 @@ def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
                 break
             raise RunError(f"{path}, line {number}: not JSON: {error}") from error
         try:
-            record = _round(values, site_names)
-        except (KeyError, TypeError, ValueError) as error:
+            rounds.append(_round(values, site_names))
+        except KeyError as error:
+            raise RunError(
+                f"{path}, line {number}: not the metrics of a round: {error} is missing"
+            ) from error
+        except (TypeError, ValueError) as error:
             raise RunError(f"{path}, line {number}: not the metrics of a round: {error}") from error
-        rounds[record.round] = record
     if not rounds:
         raise RunError(f"{path}: no complete round in it")
-    return tuple(rounds[number] for number in sorted(rounds))
+    return tuple(rounds)
 
 
 def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
@@ -127,7 +131,12 @@ def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
     for site in sites:
         if site.site not in site_names:
             raise ValueError(f"site {site.site!r} is not in config.yaml")
-    return Round(**_known(Round, values) | {"sites": sites})
+    parsed = {
+        "sites": sites,
+        "seconds": float(values["seconds"]["round"]),
+        "bytes_by_class": {name: int(values["bytes_by_class"][name]) for name in CLASSES},
+    }
+    return Round(**_known(Round, values) | parsed)
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

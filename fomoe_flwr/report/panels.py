@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fomoe_flwr.plan.traffic import Traffic, compare_strategies
-from fomoe_flwr.report.load import Run, SiteRound
+from fomoe_flwr.report.load import CLASSES, Run, SiteRound
 from fomoe_flwr.report.units import byte_unit, in_bytes, percent, times
 
 INK = "#333333"
 # Okabe and Ito for quantities, Tol's muted set for sites: both are made for the colour-blind.
 TRAIN, VALIDATION = "#56B4E9", "#0072B2"
-CLASSES = {"dense": ("dense part", "#0072B2"), "expert": ("experts", "#E69F00"), "other": ("other", "#999999")}
+CLASS_COLORS = {"dense": "#0072B2", "expert": "#E69F00", "other": "#999999"}
+CLASS_LABELS = {"dense": "dense part", "expert": "experts", "other": "other"}
 SITE_COLORS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#DDCC77", "#882255", "#44AA99", "#AA4499")
 
 MANY_ROUNDS = 60  # from here on no markers and no gaps between bars
@@ -31,6 +32,11 @@ def dress(axes: Axes, title: str, y_label: str) -> None:
     axes.tick_params(colors=INK)
 
 
+def site_colors(num_sites: int) -> Sequence[str]:
+    """A colour a site while there are enough of them, else one for all."""
+    return SITE_COLORS[:num_sites] if num_sites <= len(SITE_COLORS) else [VALIDATION] * num_sites
+
+
 def losses(axes: Axes, run: Run) -> None:
     """Training and validation loss; bits per byte as the right-hand scale."""
     dress(axes, "Loss", "nats per token")
@@ -41,24 +47,25 @@ def losses(axes: Axes, run: Run) -> None:
     ):
         measured = [(round_, loss) for round_, loss in points if loss is not None]
         if measured:
-            axes.plot(*zip(*measured, strict=True), color=color, label=label, linewidth=2, marker=_marker(run))
+            _line(axes, run, measured, color, label)
     if not axes.lines:
         _say(axes, "no loss measured")
         return
-    axes.legend(frameon=False, loc="upper right")
-    # Bits per byte is the validation loss in another unit (the factor is the validation text's tokens per byte):
-    # a second line would lie on the first, a second scale says the same.
+    axes.legend(frameon=False, loc="best")
+    # Bits per byte is the validation loss in another unit (the factor is that text's tokens per byte): a second
+    # line would lie on the first, a second scale says the same.
     factors = [r.val_bpb / r.val_loss for r in run.rounds if r.val_bpb and r.val_loss]
     if factors:
         factor = factors[-1]
-        right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+        scales = (lambda loss: np.multiply(loss, factor), lambda bpb: np.divide(bpb, factor))
+        right = axes.secondary_yaxis("right", functions=scales)
         right.set_ylabel("validation, bits per byte", color=INK)
         right.tick_params(colors=INK)
 
 
 def traffic(axes: Axes, run: Run) -> None:
-    """Measured bytes, stacked by class, and the rivals' by formula; linear, for a stack on a log scale misleads."""
-    dress(axes, "Traffic per site, down + up", "bytes per round")
+    """Measured bytes, stacked by class, and the rivals' by formula; linear, as a stack on a log scale misleads."""
+    dress(axes, "Traffic per site, down + up (bars: measured)", "bytes per round")
     _by_round(axes, run)
     rounds = [record for record in run.rounds if record.sites]
     if not rounds:
@@ -74,9 +81,9 @@ def traffic(axes: Axes, run: Run) -> None:
 
     positions, width = [record.round for record in rounds], 0.8 if len(rounds) < MANY_ROUNDS else 1.0
     bottom = np.zeros(len(rounds))
-    for name, (label, color) in CLASSES.items():
+    for name in CLASSES:
         heights = np.array([r.bytes_by_class[name] / len(r.sites) for r in rounds]) / factor
-        axes.bar(positions, heights, width, bottom, color=color, label=f"{label}, measured")
+        axes.bar(positions, heights, width, bottom, color=CLASS_COLORS[name], label=CLASS_LABELS[name])
         bottom += heights
     axes.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1.2, handlelength=1.2)
 
@@ -99,31 +106,24 @@ def traffic(axes: Axes, run: Run) -> None:
 
 def resident_share(axes: Axes, run: Run) -> None:
     """How many of the router's choices were experts that the site holds."""
-    dress(axes, "Router choices that the site holds", "of its choices")
-    by_site(axes, run, lambda site: site.resident_share)
     held = run.config.overlap / len(run.config.federation.sites)
-    axes.axhline(held, color=INK, linestyle=":", linewidth=1.5)
-    note = f"share of the experts a site holds: {percent(held)}"
-    above = held < 0.8
-    axes.annotate(
-        note,
-        (0.985, held),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3 if above else -3),
-        textcoords="offset points",
-        ha="right",
-        va="bottom" if above else "top",
-        color=INK,
-    )
+    title = f"Router choices that the site holds (dotted: the experts it holds, {percent(held)})"
+    dress(axes, title, "share of choices")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    by_site(axes, run, lambda site: site.resident_share)
+    if axes.lines:
+        axes.axhline(held, color=INK, linestyle=":", linewidth=1.5)
 
 
 def speed(axes: Axes, run: Run) -> None:
     """Tokens a second of each site while it trains."""
     dress(axes, "Speed of a site while training", "tokens/s")
     by_site(axes, run, lambda site: site.tokens_per_second)
-    axes.set_ylim(bottom=0)
+    if axes.lines:
+        axes.set_ylim(0, 1.15 * axes.dataLim.y1)
+        # One legend for this panel and the one above.
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
 
 
 def by_site(axes: Axes, run: Run, value: Callable[[SiteRound], float | None]) -> None:
@@ -143,12 +143,14 @@ def by_site(axes: Axes, run: Run, value: Callable[[SiteRound], float | None]) ->
         for name, color in zip(names, SITE_COLORS, strict=False):
             mine = [(round_, measured) for site, round_, measured in points if site == name]
             if mine:
-                axes.plot(*zip(*mine, strict=True), color=color, label=name, linewidth=1.8, marker=_marker(run))
+                _line(axes, run, mine, color, name)
         return
     rounds = sorted({round_ for _, round_, _ in points})
     values = [[measured for _, here, measured in points if here == round_] for round_ in rounds]
-    axes.fill_between(rounds, [min(v) for v in values], [max(v) for v in values], color=TRAIN, alpha=0.4)
-    axes.plot(rounds, [sum(v) / len(v) for v in values], color=VALIDATION, linewidth=2, marker=_marker(run))
+    low, high = [min(here) for here in values], [max(here) for here in values]
+    axes.fill_between(rounds, low, high, color=TRAIN, alpha=0.4, label="lowest to highest site")
+    means = [(round_, sum(here) / len(here)) for round_, here in zip(rounds, values, strict=True)]
+    _line(axes, run, means, VALIDATION, "mean of the sites")
 
 
 def _off_chart(rows: list[Traffic], ours: float) -> str:
@@ -166,9 +168,12 @@ def _by_round(axes: Axes, run: Run) -> None:
     axes.set_axisbelow(True)
 
 
-def _marker(run: Run) -> str:
-    return "o" if len(run.rounds) < MANY_ROUNDS else ""
+def _line(axes: Axes, run: Run, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
+    rounds, values = zip(*points, strict=True)
+    marker = "o" if len(run.rounds) < MANY_ROUNDS else ""
+    axes.plot(rounds, values, color=color, label=label, linewidth=1.8, marker=marker, markersize=5)
 
 
 def _say(axes: Axes, text: str) -> None:
+    axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=12)

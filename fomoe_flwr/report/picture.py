@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.plan.traffic import compare_strategies
@@ -28,17 +29,17 @@ def draw(run: Run) -> Path:
     Raises:
         RunError: it cannot be written.
     """
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
     # The head has a strip of its own, so that no length of it pushes into the panels.
-    head, body = figure.subfigures(2, 1, height_ratios=(0.09, 0.91))
-    head.text(0.5, 0.72, setting(run.config), ha="center", va="center", fontsize=14, fontweight="bold")
-    head.text(0.5, 0.22, headline(run), ha="center", va="center", fontsize=12, color=panels.INK)
-    left, right = body.subfigures(1, 2)
-    upper, lower = left.subplots(2, 1)
+    grid = figure.add_gridspec(2, 2, height_ratios=(0.09, 0.91))
+    head = figure.add_subfigure(grid[0, :])
+    head.text(0.5, 0.72, setting(run.config), ha="center", va="center", fontsize=12.5, fontweight="bold")
+    head.text(0.5, 0.22, headline(run), ha="center", va="center", fontsize=11.5, color=panels.INK)
+    upper, lower = figure.add_subfigure(grid[1, 0]).subplots(2, 1)
     panels.losses(upper, run)
     expert_map(lower, run)
-    upper, middle, lower = right.subplots(3, 1, height_ratios=(2, 1, 1))
+    upper, middle, lower = figure.add_subfigure(grid[1, 1]).subplots(3, 1, height_ratios=(2, 1, 1))
     panels.traffic(upper, run)
     panels.resident_share(middle, run)
     panels.speed(lower, run)
@@ -53,7 +54,8 @@ def draw(run: Run) -> Path:
 def headline(run: Run) -> str:
     """The result in one sentence."""
     summary = summarize(run)
-    parts = [f"{summary.rounds} {'round' if summary.rounds == 1 else 'rounds'}, {count(summary.tokens)} tokens"]
+    rounds = "1 round" if summary.rounds == 1 else f"{summary.rounds} rounds"
+    parts = [f"{rounds}, {count(summary.tokens)} tokens"]
     if summary.val_loss is not None:
         before = "" if summary.first_val_loss is None else f"{decimal(summary.first_val_loss)} → "
         parts.append(f"validation loss {before}{decimal(summary.val_loss)}")
@@ -61,7 +63,7 @@ def headline(run: Run) -> str:
         _, diloco, ddp = compare_strategies(run.config)
         parts.append(
             f"{in_bytes(summary.site_bytes)} per site and round "
-            f"(by formula, {diloco.name} {times(diloco.site_bytes / summary.site_bytes)}, "
-            f"{ddp.name} {times(ddp.site_bytes / summary.site_bytes)} as many)"
+            f"({diloco.name} would need {times(diloco.site_bytes / summary.site_bytes)}, "
+            f"{ddp.name} {times(ddp.site_bytes / summary.site_bytes)}, by formula)"
         )
     return "    ".join(parts)

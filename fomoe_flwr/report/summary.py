@@ -46,7 +46,7 @@ def summarize(run: Run) -> Summary:
         site_bytes=sum(site_bytes) / len(site_bytes) if site_bytes else None,
         resident_share=last.resident_share,
         tokens_per_second=_tokens_per_second(rounds),
-        seconds=sum(record.seconds["round"] for record in rounds),
+        seconds=sum(record.seconds for record in rounds),
     )
 
 
@@ -55,11 +55,13 @@ def setting(config: RunConfig) -> str:
     model, strategy = config.model, config.strategy
     counts = parameter_counts(model)
     num_sites = len(config.federation.sites)
-    holders = "all experts at every site" if config.overlap == num_sites else f"each expert at {config.overlap}"
+    steps = config.train.local_steps
+    full = config.overlap == num_sites
+    holders = "all experts at every site" if full else f"each expert at {config.overlap}"
     parts = (
-        f"{model.name}: {count(counts.total)} parameters, {counts.experts / counts.total:.0%} in experts",
+        f"{model.name}: {count(counts.total)} parameters, {100 * counts.experts / counts.total:.0f} % in experts",
         f"{num_sites} {'site' if num_sites == 1 else 'sites'}, {holders}",
-        f"K = {config.train.local_steps}",
+        f"K = {steps} local {'step' if steps == 1 else 'steps'}",
         f"{strategy.routing} routing",
         f"{strategy.outer} outer",
     )
@@ -72,5 +74,5 @@ def _measured(values: Sequence[float | None]) -> list[float]:
 
 def _tokens_per_second(rounds: Sequence[Round]) -> float | None:
     # The first line's tokens are the starting point: 0, or what a resumed run had behind it.
-    seconds = sum(record.seconds["round"] for record in rounds[1:])
+    seconds = sum(record.seconds for record in rounds[1:])
     return (rounds[-1].tokens - rounds[0].tokens) / seconds if seconds else None

@@ -16,6 +16,8 @@ from fomoe_flwr.report.load import Run, load_run, read_config
 from fomoe_flwr.report.summary import summarize
 from fomoe_flwr.report.units import NONE, count, decimal, in_bytes, percent
 
+RESULTS = ("rounds", "tokens", "val loss", "val bpb", "bytes/site\nand round", "resident\nshare", "tokens/s")
+
 Settings = dict[str, str]
 
 
@@ -27,11 +29,11 @@ def job_dirs(sweep_dir: Path) -> list[Path]:
 
 def sweep_table(sweep_dir: Path) -> Table:
     """Every job of a sweep; one without a readable run is `failed`, with the reason below the table."""
-    table = Table(title=str(sweep_dir), box=SIMPLE, pad_edge=False, collapse_padding=True, caption_justify="left")
+    table = Table(title=str(sweep_dir), box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("job", justify="right", no_wrap=True)
     table.add_column("overrides")
     table.add_column("status", no_wrap=True)
-    for header in ("rounds", "tokens", "val loss", "val bpb", "bytes/site\nand round", "resident\nshare", "tokens/s"):
+    for header in RESULTS:
         table.add_column(header, justify="right", no_wrap=True)
     jobs = job_dirs(sweep_dir)
     reasons = []
@@ -40,9 +42,9 @@ def sweep_table(sweep_dir: Path) -> Table:
         try:
             table.add_row(job.name, text, *_results(load_run(job)))
         except FomoeError as error:
-            table.add_row(job.name, text, "failed", *(NONE for _ in range(7)))
+            table.add_row(job.name, text, "failed", *(NONE for _ in RESULTS))
             reasons.append(f"job {job.name}: {error}")
-    table.caption = "\n".join(reasons) or None
+    table.caption, table.caption_justify = "\n".join(reasons) or None, "left"
     return table
 
 
@@ -54,7 +56,8 @@ def differing(jobs: Sequence[Path]) -> list[Settings]:
     settings = [_overrides(job) for job in jobs]
     if not any(settings):
         settings = [_configured(job) for job in jobs]
-    known = [values for values in settings if values]  # a job that left no trace says nothing about the others
+    # A job that left no trace says nothing about the others.
+    known = [values for values in settings if values]
     keys = dict.fromkeys(key for values in known for key in values)
     apart = [key for key in keys if len({values.get(key) for values in known}) > 1]
     return [{key: values[key] for key in apart if key in values} for values in settings]

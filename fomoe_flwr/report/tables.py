@@ -8,7 +8,7 @@ from rich.table import Table
 from fomoe_flwr.plan.traffic import compare_strategies
 from fomoe_flwr.report.load import Run
 from fomoe_flwr.report.summary import setting, summarize
-from fomoe_flwr.report.units import NONE, count, decimal, duration, in_bytes, percent, times
+from fomoe_flwr.report.units import count, decimal, duration, in_bytes, percent, times
 
 
 def run_table(run: Run) -> Table:
@@ -32,24 +32,30 @@ def run_table(run: Run) -> Table:
 
 def comparison_table(run: Run) -> Table:
     """Measured bytes next to what this run and its rivals should send by formula (`plan.traffic`)."""
-    table = Table(title="bytes per site and round, down + up", box=SIMPLE)
+    table = Table(
+        title="bytes per site and round, down + up", box=SIMPLE, pad_edge=False, collapse_padding=True
+    )
     table.add_column("strategy", no_wrap=True)
     table.add_column("source", no_wrap=True)
     for header in ("bytes", "bytes/token", "vs this run", "model held"):
         table.add_column(header, justify="right", no_wrap=True)
-    rows = compare_strategies(run.config)
-    this_run = rows[0]
+    this_run, *rivals = compare_strategies(run.config)
     measured = summarize(run).site_bytes
-    if measured is None:
-        table.add_row(this_run.name, "measured", NONE, NONE, NONE, percent(this_run.model_share))
-    else:
+    lines = [(row, "by formula") for row in (this_run, *rivals)]
+    if measured is not None:
         ratio = measured / this_run.site_bytes
         token_bytes = this_run.token_bytes * ratio
-        cells = (in_bytes(measured), in_bytes(token_bytes), times(ratio), percent(this_run.model_share))
-        table.add_row(this_run.name, "measured", *cells)
-    for row in rows:
-        cells = (in_bytes(row.site_bytes), in_bytes(row.token_bytes), times(row.ratio))
-        table.add_row(row.name, "by formula", *cells, percent(row.model_share))
+        lines.insert(
+            0, (this_run._replace(site_bytes=measured, token_bytes=token_bytes, ratio=ratio), "measured")
+        )
+    for row, source in lines:
+        cells = (
+            in_bytes(row.site_bytes),
+            in_bytes(row.token_bytes),
+            times(row.ratio),
+            percent(row.model_share),
+        )
+        table.add_row(row.name, source, *cells)
     return table
 
 

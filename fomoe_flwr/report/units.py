@@ -5,7 +5,8 @@ from __future__ import annotations
 NONE = "-"  # a value that was not measured
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
-_COUNT = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))  # B: billion, as is usual for tokens
+# B for billion, as is usual for tokens and parameters.
+_COUNT = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 
 
 def byte_unit(value: float) -> tuple[float, str]:

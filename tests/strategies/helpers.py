@@ -1,0 +1,79 @@
+"""Runs in this process, and ClientApps that answer what a test wants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from clients.app import app as real_client_app
+from fomoe_flwr import wire
+from fomoe_flwr.config import Composed
+from fomoe_flwr.task import SiteTask
+from strategies.local_grid import LocalGrid
+from strategies.server import run_server
+
+Answer = Callable[[SiteTask, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def run(
+    composed: Composed, client_app: ClientApp = real_client_app, grid_type: type[LocalGrid] = LocalGrid
+) -> Path:
+    """A whole run over an in-process Grid; returns its directory."""
+    grid = grid_type(client_app, len(composed.config.federation.sites), workers=2)
+    try:
+        run_server(grid, composed)
+    finally:
+        grid.close()
+    return composed.run_dir
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what depends on the clock."""
+    kept = []
+    for line in lines:
+        line = {key: value for key, value in line.items() if key != "seconds"}
+        line["sites"] = [
+            {k: v for k, v in site.items() if k != "tokens_per_second"} for site in line["sites"]
+        ]
+        kept.append(line)
+    return kept
+
+
+def answering(
+    answer: Answer, dtype: torch.dtype = torch.float32, examples: Callable[[SiteTask], int] = lambda _: 1
+) -> ClientApp:
+    """A ClientApp whose training is `answer(task, shard)`; an exception becomes an error reply."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        return Message(
+            RecordDict({"config": ConfigRecord({"site": "", "partition-id": partition})}), reply_to=message
+        )
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        task = SiteTask.from_json(str(message.content["config"]["task"]))
+        update = answer(task, wire.from_record(message.content["arrays"]))
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(wire.to_arrays("all", update, dtype)),
+                "metrics": MetricRecord({"num-examples": examples(task), "train_loss": 1.0}),
+                "config": ConfigRecord({"round": task.round}),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    return app

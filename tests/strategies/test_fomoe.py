@@ -1,0 +1,364 @@
+"""The Strategy: holders only, any order of arrival, true byte counts, and what happens when sites fail."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from typing import ClassVar
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from clients.app import app as real_client_app
+from fomoe_flwr import wire
+from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.config import Composed
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.model.names import expert_of
+from fomoe_flwr.model.scaling import initial_state
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.task import SiteTask
+from strategies.fomoe import FoMoE
+from strategies.local_grid import LocalGrid
+from tests.conftest import Compose
+from tests.strategies.helpers import answering, metrics, run, without_times
+
+
+def start_state(composed: Composed) -> dict[str, Tensor]:
+    config = composed.config
+    everything = full_residents(config.model.num_layers, config.model.num_experts)
+    return initial_state(config.model, everything, config.strategy.routing, config.seed)
+
+
+def final_state(composed: Composed) -> dict[str, Tensor]:
+    return read_checkpoint(checkpoint_path(composed.run_dir, composed.config.train.rounds)).parameters
+
+
+def site_number(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every site answers with 2^site everywhere, so that a mean tells who was in it."""
+    return {name: torch.full_like(tensor, 2.0**task.site) for name, tensor in shard.items()}
+
+
+AVERAGE = ("strategy.outer=average", "strategy.wire_dtype=fp32", "train.rounds=1", "train.eval_batches=0")
+
+
+@pytest.mark.parametrize("routing", ["skip", "partitioned"])
+def test_each_expert_averages_its_holders_and_nobody_else(small: Compose, routing: str) -> None:
+    composed = small(*AVERAGE, "strategy.overlap=2", f"strategy.routing={routing}", "federation.num_sites=4")
+    start, placement = start_state(composed), FoMoE(composed.config).placement(1)
+    run(composed, answering(site_number))
+    for name, value in final_state(composed).items():
+        expert = expert_of(name)
+        holders = range(4) if expert is None else placement.holders(*expert)
+        assert len(holders) == (4 if expert is None else 2)
+        expected = start[name] - sum(2.0**site for site in holders) / len(holders)
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_the_mean_is_weighted_by_the_examples_a_site_reports(small: Compose) -> None:
+    composed = small(*AVERAGE, "strategy.overlap=2", "federation.num_sites=2")
+    run(composed, answering(site_number, examples=lambda task: 1 + 2 * task.site))
+    name = "model.norm.weight"
+    assert torch.allclose(final_state(composed)[name], start_state(composed)[name] - (1 * 1 + 3 * 2) / 4)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.experts.3.up_proj.weight"])
+def test_a_name_nobody_returned_stays_as_it_was(small: Compose, name: str) -> None:
+    composed = small("strategy.wire_dtype=fp32", "train.rounds=2", "train.eval_batches=0")
+
+    def all_but_one(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        sent = {key for key in shard if task.round == 1 or key != name}
+        return {key: value for key, value in site_number(task, shard).items() if key in sent}
+
+    run(composed, answering(all_but_one))
+    first = read_checkpoint(checkpoint_path(composed.run_dir, 1))
+    last = read_checkpoint(checkpoint_path(composed.run_dir, 2))
+    momentum = f"momentum_buffer/{name}"
+    assert torch.equal(last.parameters[name], first.parameters[name])
+    assert torch.equal(last.outer[momentum], first.outer[momentum])
+    assert not torch.equal(
+        last.parameters["model.embed_norm.weight"], first.parameters["model.embed_norm.weight"]
+    )
+
+
+class ShuffledGrid(LocalGrid):
+    """Hands replies over late and in a different order than they were asked for."""
+
+    rng = random.Random(0)
+
+    def pull_messages(self, message_ids):
+        ids = list(message_ids)
+        self.rng.shuffle(ids)
+        return super().pull_messages(ids) if self.rng.random() < 0.5 else []
+
+
+def test_the_result_does_not_depend_on_the_order_of_arrival(small: Compose, tmp_path) -> None:
+    def noisy(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(100 * task.round + task.site)
+        time.sleep(random.random() * 0.02)
+        return {
+            name: torch.randn(tensor.shape, generator=generator) * 1e3**task.site
+            for name, tensor in shard.items()
+        }
+
+    overrides = ("federation.num_sites=8", "strategy.overlap=4", "train.rounds=2", "train.eval_batches=0")
+    finals = []
+    for index in range(4):
+        composed = small(*overrides, run_dir=tmp_path / str(index))
+        run(composed, answering(noisy), ShuffledGrid if index else LocalGrid)
+        finals.append(final_state(composed))
+    for other in finals[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in finals[0].items())
+
+
+class CountingGrid(LocalGrid):
+    """Adds up what really is in the messages, by a way of its own."""
+
+    down: ClassVar[list[int]] = []
+    up: ClassVar[list[int]] = []
+
+    @staticmethod
+    def length(message: Message) -> int:
+        if message.metadata.message_type == "query" or message.has_error():
+            return 0
+        arrays = [array for record in message.content.array_records.values() for array in record.values()]
+        others = [*message.content.config_records.values(), *message.content.metric_records.values()]
+        return sum(len(array.data) for array in arrays) + sum(len(record.deflate()) for record in others)
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.down += [self.length(message) for message in messages]
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
+        self.up += [self.length(reply) for reply in replies]
+        return replies
+
+
+@pytest.mark.parametrize("outer", ["nesterov", "local_adamw"])
+@pytest.mark.parametrize("wire_dtype", ["bf16", "fp32"])
+def test_reported_bytes_are_the_lengths_of_the_payloads(small: Compose, outer: str, wire_dtype: str) -> None:
+    CountingGrid.down, CountingGrid.up = [], []
+    composed = small(
+        f"strategy.outer={outer}", f"strategy.wire_dtype={wire_dtype}", "strategy.fraction_evaluate=1.0",
+        "strategy.placement=random",
+    )  # fmt: skip
+    lines = metrics(run(composed, real_client_app, CountingGrid))
+    assert sum(line["bytes_down"] for line in lines) == sum(CountingGrid.down) > 0
+    assert sum(line["bytes_up"] for line in lines) == sum(CountingGrid.up) > 0
+    for line in lines:
+        assert sum(line["bytes_by_class"].values()) == line["bytes_down"] + line["bytes_up"]
+        if line["round"]:
+            assert sum(site["bytes_down"] for site in line["sites"]) == line["bytes_down"]
+            assert sum(site["bytes_up"] for site in line["sites"]) == line["bytes_up"]
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 4])
+def test_the_number_of_objects_does_not_grow_with_the_number_of_experts(small: Compose, overlap: int) -> None:
+    counts = set()
+    for num_experts in (4, 8, 32):
+        composed = small(
+            f"strategy.overlap={overlap}", f"model.num_experts={num_experts}", "federation.num_sites=4"
+        )
+        strategy, grid = FoMoE(composed.config), LocalGrid(answering(site_number), 4)
+        strategy.load(start_state(composed))
+        messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+        counts.add(max(len(message.content["arrays"]) for message in messages))
+        grid.close()
+    assert len(counts) == 1
+    assert counts.pop() <= 1 + overlap
+
+
+def test_a_site_that_fails_is_named_and_the_others_go_on(small: Compose) -> None:
+    composed = small(*AVERAGE, "strategy.overlap=4", "federation.num_sites=4")
+
+    def third_fails(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        if task.site == 2:
+            raise OSError("disk full")
+        return site_number(task, shard)
+
+    line = metrics(run(composed, answering(third_fails)))[-1]
+    assert line["failures"] == {"site-2": "OSError: disk full"}
+    assert [site["site"] for site in line["sites"]] == ["site-0", "site-1", "site-3"]
+    name = "model.norm.weight"
+    assert torch.allclose(final_state(composed)[name], start_state(composed)[name] - (1 + 2 + 8) / 3)
+
+
+def test_a_run_whose_sites_all_fail_fails_and_says_why(small: Compose) -> None:
+    def fails(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise OSError("disk full")
+
+    with pytest.raises(RunError, match=r"round 1: 0 of 4 sites gave a good reply.*disk full"):
+        run(small(), answering(fails))
+
+
+def test_a_site_that_never_answers_does_not_hold_the_run_for_ever(small: Compose) -> None:
+    composed = small(*AVERAGE, "strategy.timeout_s=1.0")
+
+    def first_is_late(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        if task.site == 0:
+            time.sleep(2.5)
+        return site_number(task, shard)
+
+    assert metrics(run(composed, answering(first_is_late)))[-1]["failures"] == {
+        "site-0": "no reply within 1 s"
+    }
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda update: update | {"model.stranger": torch.ones(3)},
+            "model.stranger: was not sent to this site",
+        ),
+        (lambda update: update | {"model.norm.weight": torch.ones(3)}, r"model.norm.weight: shape \[3\]"),
+    ],
+)
+def test_a_reply_that_does_not_fit_is_refused_whole(small: Compose, spoil, reason: str) -> None:
+    composed = small(*AVERAGE, "strategy.overlap=4", "federation.num_sites=4")
+
+    def spoilt(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        update = site_number(task, shard)
+        return spoil(update) if task.site == 3 else update
+
+    line = metrics(run(composed, answering(spoilt)))[-1]
+    assert re.search(reason, line["failures"]["site-3"])
+    name = "model.embed_norm.weight"
+    assert torch.allclose(final_state(composed)[name], start_state(composed)[name] - (1 + 2 + 4) / 3)
+
+
+def test_sites_evaluate_their_residents_when_asked(small: Compose) -> None:
+    composed = small("strategy.fraction_evaluate=1.0", "train.eval_batches=0", "train.rounds=1")
+    first, last = metrics(run(composed))
+    losses = [site["val_loss"] for site in last["sites"]]
+    assert len(losses) == 4
+    assert all(1.0 < loss < 7.0 for loss in losses)
+    assert first["val_loss"] is None
+    assert last["val_loss"] == pytest.approx(sum(losses) / 4)
+
+
+def test_fraction_train_samples_sites_from_the_seed(small: Compose, tmp_path) -> None:
+    asked = []
+    for index in range(2):
+        composed = small(
+            "strategy.fraction_train=0.5",
+            "strategy.overlap=4",
+            "train.rounds=6",
+            run_dir=tmp_path / str(index),
+        )
+        asked.append([[site["site"] for site in line["sites"]] for line in metrics(run(composed))])
+    assert asked[0] == asked[1]
+    assert all(len(sites) == 2 for sites in asked[0][1:])
+    assert len({tuple(sites) for sites in asked[0]}) > 2
+
+
+def test_random_placement_moves_experts_and_warms_them_up(small: Compose) -> None:
+    composed = small("strategy.placement=random", "strategy.overlap=2", "train.rounds=3")
+    lines = metrics(run(composed))
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    strategy = FoMoE(composed.config)
+    assert (strategy.placement(1).holds_LEM != strategy.placement(2).holds_LEM).any()
+
+
+# ----- as a library, in a ServerApp that is not ours
+
+
+def foreign_model() -> dict[str, Tensor]:
+    return {"model.norm.weight": torch.zeros(4)} | {
+        f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.zeros(2, 4) for e in range(8)
+    }
+
+
+def foreign_strategy(small: Compose, **arguments) -> FoMoE:
+    config = small(
+        "strategy.outer=average", "strategy.wire_dtype=fp32", "model.num_layers=1", "strategy.overlap=2"
+    ).config
+    return FoMoE(config, **arguments)
+
+
+def test_somebody_elses_server_app_can_use_the_strategy(small: Compose) -> None:
+    seen = []
+
+    def weigh(records: list[RecordDict], key: str) -> MetricRecord:
+        seen.append(key)
+        return MetricRecord({"sites": len(records)})
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = foreign_strategy(small, train_metrics_aggr_fn=weigh, fraction_evaluate=0.0)
+        result = strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(foreign_model()),
+            num_rounds=2,
+            train_config=ConfigRecord({"theirs": 7}),
+            evaluate_fn=lambda round_, arrays: MetricRecord(
+                {"norm": float(arrays["model.norm.weight"].numpy().sum())}
+            ),
+        )
+        seen.append(result)
+
+    theirs = []
+
+    def answer(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        theirs.append(sorted(shard))
+        return {name: torch.ones_like(tensor) for name, tensor in shard.items()}
+
+    server_app(LocalGrid(answering(answer), 4), Context(1, 1, {}, RecordDict(), {}))
+    result = seen[-1]
+    assert seen[:-1] == ["num-examples"] * 2
+    assert {round_: record["sites"] for round_, record in result.train_metrics_clientapp.items()} == {
+        1: 4,
+        2: 4,
+    }
+    assert [record["norm"] for record in result.evaluate_metrics_serverapp.values()] == [0.0, -4.0, -8.0]
+    assert all((array.numpy() == -2).all() for array in result.arrays.values())
+    assert all(len(names) == 1 + 4 for names in theirs)
+
+
+def test_flowers_own_loop_can_drive_the_strategy(small: Compose) -> None:
+    """`Strategy.start` of Flower instead of ours: our methods keep its contract."""
+    strategy = foreign_strategy(small)
+    grid = LocalGrid(answering(lambda task, shard: {n: torch.ones_like(t) for n, t in shard.items()}), 4)
+    result = Strategy.start(strategy, grid, ArrayRecord(foreign_model()), num_rounds=2)
+    grid.close()
+    assert all((array.numpy() == -2).all() for array in result.arrays.values())
+
+
+def test_user_keys_and_server_round_reach_the_client(small: Compose) -> None:
+    configs = []
+
+    class Spy(LocalGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            configs.extend(m.content["their-config"] for m in messages if m.metadata.message_type == "train")
+            assert len({id(config) for config in configs}) == len(configs), (
+                "Flower fails on a shared ConfigRecord"
+            )
+            return super().push_messages(messages)
+
+    strategy = foreign_strategy(small, arrayrecord_key="their-arrays", configrecord_key="their-config")
+    strategy.load(foreign_model())
+    grid = Spy(answering(site_number), 4)
+    messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord({"theirs": 7}), grid)
+    assert isinstance(messages, list), "a generator works in simulation and fails in a deployment"
+    grid.push_messages(messages)
+    grid.close()
+    assert [(config["theirs"], config["server-round"]) for config in configs] == [(7, 1)] * 4
+    assert set(wire.from_record(messages[0].content["their-arrays"])) <= set(foreign_model())
+
+
+def test_the_same_run_twice_gives_the_same_lines(small: Compose, tmp_path) -> None:
+    lines = [
+        without_times(metrics(run(small("strategy.placement=random", run_dir=tmp_path / name))))
+        for name in ("a", "b")
+    ]
+    assert lines[0] == lines[1]
