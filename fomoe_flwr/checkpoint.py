@@ -3,7 +3,7 @@
     checkpoints/round_00003/
         parameters.safetensors    the global state by name, fp32 (LocalAdamW: with its moments)
         outer.safetensors         the outer optimizer's buffers
-        manifest.json             round, tokens, configuration, placement, RNG, and SHA-256 of each file
+        manifest.json             round, tokens, configuration, placement, RNG, and SHA-256 of each file and of itself
 
 The manifest is read first, and nothing is believed that does not match its digest.
 """
@@ -64,6 +64,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Of all that the manifest says but its own digest; layout does not count."""
+    files = {file: digest for file, digest in manifest["sha256"].items() if file != "manifest.json"}
+    return hashlib.sha256(json.dumps({**manifest, "sha256": files}).encode()).hexdigest()
+
+
 def write_atomically(path: Path, write: Any) -> None:
     """Call `write(temporary_path)`, flush what it wrote, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +104,7 @@ def save_checkpoint(
         _flush(file)
         digests[file.name] = _digest(file)
     manifest = {"format": FORMAT, "round": round_, "sha256": digests, **facts}
+    digests["manifest.json"] = _manifest_digest(manifest)
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
     _flush(aside / "manifest.json")
     _flush(aside)
@@ -149,13 +156,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path}: manifest.json is missing")
     try:
         manifest = json.loads(file.read_text())
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}"
-            )
-        int(manifest["round"]), dict(manifest["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+        ours = manifest["format"] == FORMAT
+        whole = not ours or manifest["sha256"]["manifest.json"] == _manifest_digest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: manifest.json is damaged ({error!r})") from error
+    if not ours:
+        raise CheckpointError(f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}")
+    if not whole:
+        raise CheckpointError(
+            f"checkpoint {path}: manifest.json is damaged (it differs from its own SHA-256)"
+        )
     assert isinstance(manifest, dict)
     return manifest
 

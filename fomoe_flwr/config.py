@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
@@ -259,6 +260,8 @@ def compose(overrides: Sequence[str]) -> Composed:
             config = from_tree(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    except (ValueError, AssertionError) as error:  # Hydra's own, of `model=1` and `+=`
+        raise ConfigError(f"{' '.join(overrides)}: {one_line(error) or 'not an override'}") from error
     return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(overrides))
 
 
@@ -279,7 +282,10 @@ def from_tree(tree: DictConfig) -> RunConfig:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
     if config.federation.path is not None:
+        num_sites = config.federation.num_sites
         config.federation = _read_federation(config.federation.path)
+        if num_sites is not None:  # given beside the file; a list of sites in it must agree
+            config.federation.num_sites = num_sites
     check_fields(config)
     config.federation.sites = expand_sites(config.federation)
     config.federation.num_sites = len(config.federation.sites)
@@ -291,13 +297,16 @@ def _read_federation(path: str) -> FederationConfig:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"federation.path={path}: no such file")
-    loaded = OmegaConf.merge(OmegaConf.structured(FederationConfig), OmegaConf.load(file))
-    federation = OmegaConf.to_object(loaded)
+    try:
+        loaded = OmegaConf.merge(OmegaConf.structured(FederationConfig), OmegaConf.load(file))
+        federation = OmegaConf.to_object(loaded)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"federation.path={path}: {one_line(error)}") from error
+    except (YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ConfigError(f"federation.path={path}: not a YAML file ({one_line(error)})") from error
     assert isinstance(federation, FederationConfig)
-    federation.name, federation.path = (
-        file.stem,
-        None,
-    )  # from here on the sites themselves are the configuration
+    # From here on the sites themselves are the configuration.
+    federation.name, federation.path = file.stem, None
     return federation
 
 
@@ -429,20 +438,23 @@ def one_line(error: Exception) -> str:
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"{match[1]}={match[2]}: no such option; allowed are {', '.join(sorted(options))}"
-    unknown = (
-        re.search(r"Could not override '([^']+)'", text) if "not in" in text or "append" in text else None
-    )
-    if unknown or (unknown := re.search(r"Key '[^']+' (?:is )?not in[\s\S]*?full_key: (\S+)", text)):
+    overridden = re.search(r"Could not override '([^']+)'", text)
+    unknown = re.search(r"Key '[^']+' (?:is )?not in[\s\S]*?full_key: (\S+)", text) or overridden
+    if unknown:
         key = unknown[1]
-        close = difflib.get_close_matches(key, list(known_keys()), n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        return f"{key}: unknown key{hint}"
+        # A key of one of the sites comes without the list it stands in.
+        within = f"{overridden[1]}: " if overridden and overridden[1] != key else ""
+        close = difflib.get_close_matches(key, [*known_keys(), *known_keys(SiteConfig)], n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{within}{key}: unknown key{hint}"
     full_key = re.search(r"full_key: (\S+)", text)
-    reason = re.search(
-        r"(Value '[^\n]*' of type [^\n]*|[^\n]*could not be converted[^\n]*|Incompatible value[^\n]*)", text
-    )
-    if full_key and reason:
-        return f"{full_key[1]}: {reason[1].strip()}"
+    mistyped = re.search(r"Value '([^\n]*)' of type '[^\n]*' could not be converted to (\w+)", text)
+    if full_key and mistyped:
+        wanted = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+        return f"{full_key[1]}={mistyped[1]}: must be {wanted.get(mistyped[2], mistyped[2])}"
+    if full_key:  # Hydra names key and value, the last cause says in its first line what is wrong with them
+        merging = re.search(r"Error merging override ([^\n]+)", text)
+        return f"{merging[1] if merging else full_key[1]}: {causes[-1].splitlines()[0]}"
     return " ".join(causes[0].split())
 
 

@@ -4,6 +4,9 @@
 class FomoeError(Exception):
     """Base of every error that ends a command with one line and a non-zero exit code."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a value or a name may have a line break in it
+
 
 class ConfigError(FomoeError):
     """A configuration that cannot be composed or cannot work."""

@@ -140,7 +140,9 @@ class OuterOptimizer:
         if strategy.outer == "nesterov":
             momentum = strategy.outer_momentum
             nesterov = momentum > 0  # PyTorch refuses Nesterov without momentum, which is a plain step
-            return torch.optim.SGD(tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, foreach=True)
+            return torch.optim.SGD(
+                tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, foreach=True
+            )
         if strategy.outer == "adamw":
             groups: dict[float, list[Tensor]] = {}
             for name, tensor in self._parameters.items():

@@ -17,6 +17,9 @@ from fomoe_flwr.model.names import MOMENTS, moment_name
 from fomoe_flwr.outer import OrderedFold, OuterOptimizer, RunningMean, with_moments
 from fomoe_flwr.wire import decode, encode
 
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
+settings.load_profile("repeatable")
+
 NORM = "model.norm.weight"  # learns at lr
 UP, DOWN = (f"model.layers.0.mlp.experts.3.{part}_proj.weight" for part in ("up", "down"))
 NAMES = (NORM, UP, DOWN)
@@ -164,9 +167,10 @@ def folded(order: Sequence[int], events: Sequence[tuple[str, int]]) -> tuple[dic
     return mean.finish(), sequence
 
 
-@settings(deadline=None)
 @given(arrivals())
-def test_any_order_of_arrival_and_any_failures_give_the_same_bits(case: tuple[int, list[tuple[str, int]]]) -> None:
+def test_any_order_of_arrival_and_any_failures_give_the_same_bits(
+    case: tuple[int, list[tuple[str, int]]],
+) -> None:
     num_sites, events = case
     canonical = sorted(site for kind, site in events if kind == "reply")
     means, sequence = folded(range(num_sites), events)
@@ -320,7 +324,11 @@ def test_average_has_no_memory() -> None:
 
 def test_local_adamw_averages_parameters_and_replaces_moments_by_their_means() -> None:
     state = with_moments({NORM: numbers(10)})
-    means = {NORM: numbers(4), moment_name("exp_avg", NORM): numbers(0.5), moment_name("exp_avg_sq", NORM): numbers(2)}
+    means = {
+        NORM: numbers(4),
+        moment_name("exp_avg", NORM): numbers(0.5),
+        moment_name("exp_avg_sq", NORM): numbers(2),
+    }
     outer = optimizer_for(state, LOCAL_ADAMW)
     for left in (6, 2):  # moments are replaced, parameters descend by the pseudo-gradient
         outer.step(copied(means), 0, 0)

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fomoe_flwr.errors import ConfigError
@@ -20,6 +20,9 @@ from fomoe_flwr.placement import (
     holder_groups,
     moves,
 )
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
+settings.load_profile("repeatable")
 
 
 @st.composite
@@ -63,10 +66,12 @@ def test_each_site_holds_its_equal_share_of_every_layer(size: tuple[int, int, in
 
 
 @given(sizes(), seeds, st.integers(0, 3))
-def test_a_placement_depends_on_seed_and_draw_alone(size: tuple[int, int, int, int], seed: int, draw: int) -> None:
-    np.random.seed(1)  # noqa: NPY002 - the global generator must not matter
+def test_a_placement_depends_on_seed_and_draw_alone(
+    size: tuple[int, int, int, int], seed: int, draw: int
+) -> None:
+    np.random.seed(1)  # the global generator must not matter
     first = place(size, seed, draw)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     assert (first.holds_LEM == place(size, seed, draw).holds_LEM).all()
 
 
@@ -98,7 +103,9 @@ def test_a_full_overlap_is_the_full_replica() -> None:
 
 def test_different_draws_and_seeds_differ() -> None:
     size = (4, 16, 2, 2)
-    drawn = [place(size, seed=0, draw=draw) for draw in range(20)] + [place(size, seed=s) for s in range(1, 20)]
+    drawn = [place(size, seed=0, draw=draw) for draw in range(20)] + [
+        place(size, seed=s) for s in range(1, 20)
+    ]
     for one, other in itertools.combinations(drawn, 2):
         assert (one.holds_LEM != other.holds_LEM).any()
 
@@ -122,7 +129,9 @@ def test_layers_are_drawn_independently() -> None:
         (6, 9, 1, "overlap must be a multiple of 2"),
     ],
 )
-def test_an_infeasible_size_names_what_is_allowed(num_sites: int, num_experts: int, overlap: int, said: str) -> None:
+def test_an_infeasible_size_names_what_is_allowed(
+    num_sites: int, num_experts: int, overlap: int, said: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^strategy.overlap={overlap}: .*{said}") as error:
         draw_placement(num_sites, num_experts, overlap, 1, seed=0)
     assert "\n" not in str(error.value)

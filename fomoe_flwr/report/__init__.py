@@ -30,16 +30,16 @@ def report(directory: Path, console: Console) -> None:
         from fomoe_flwr.report.picture import draw
 
         run = load_run(directory)
-        for table in (run_table(run), comparison_table(run)):
-            _show(table, console)
-        console.print(f"picture: {draw(run)}", soft_wrap=True)
+        console.print(run_table(run))
+        _print_whole(comparison_table(run), console)
+        console.print(f"picture: {draw(run)}", soft_wrap=True, markup=False)
     elif job_dirs(directory):
-        _show(sweep_table(directory), console)
+        _print_whole(sweep_table(directory), console)
     else:
         raise RunError(f"{directory}: neither a run (config.yaml, metrics.jsonl) nor a sweep (0/, 1/, …)")
 
 
-def _show(table: Table, console: Console) -> None:
-    if not console.is_terminal:  # a file has no width of its own, and rich's 80 columns would cut numbers off
-        table.width = console.measure(table, options=console.options.update(max_width=200)).maximum
+def _print_whole(table: Table, console: Console) -> None:
+    # In 80 columns, which is also what rich takes a file to have, it would cut numbers off; better a long line.
+    table.width = console.measure(table, options=console.options.update(max_width=200)).maximum
     console.print(table, crop=False)

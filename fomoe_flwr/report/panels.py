@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -55,8 +56,8 @@ def losses(axes: Axes, run: Run) -> None:
     # Bits per byte is the validation loss in another unit (the factor is that text's tokens per byte): a second
     # line would lie on the first, a second scale says the same.
     factors = [r.val_bpb / r.val_loss for r in run.rounds if r.val_bpb and r.val_loss]
-    if factors:
-        factor = factors[-1]
+    if known := [factor for factor in factors if math.isfinite(factor)]:  # a run that diverged has nan
+        factor = known[-1]
         scales = (lambda loss: np.multiply(loss, factor), lambda bpb: np.divide(bpb, factor))
         right = axes.secondary_yaxis("right", functions=scales)
         right.set_ylabel("validation, bits per byte", color=INK)
@@ -106,13 +107,13 @@ def traffic(axes: Axes, run: Run) -> None:
 
 def resident_share(axes: Axes, run: Run) -> None:
     """How many of the router's choices were experts that the site holds."""
-    held = run.config.overlap / len(run.config.federation.sites)
-    title = f"Router choices that the site holds (dotted: the experts it holds, {percent(held)})"
-    dress(axes, title, "share of choices")
+    dress(axes, "Router choices held by the site", "share of choices")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     by_site(axes, run, lambda site: site.resident_share)
     if axes.lines:
+        held = run.config.overlap / len(run.config.federation.sites)
+        axes.set_title(f"dotted: share of experts held, {percent(held)}", loc="right", fontsize=10, color=INK)
         axes.axhline(held, color=INK, linestyle=":", linewidth=1.5)
 
 
@@ -121,7 +122,7 @@ def speed(axes: Axes, run: Run) -> None:
     dress(axes, "Speed of a site while training", "tokens/s")
     by_site(axes, run, lambda site: site.tokens_per_second)
     if axes.lines:
-        axes.set_ylim(0, 1.15 * axes.dataLim.y1)
+        axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # 0 where no time was measured
         # One legend for this panel and the one above.
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.errors import ConfigError, FomoeError
@@ -29,7 +30,7 @@ def job_dirs(sweep_dir: Path) -> list[Path]:
 
 def sweep_table(sweep_dir: Path) -> Table:
     """Every job of a sweep; one without a readable run is `failed`, with the reason below the table."""
-    table = Table(title=str(sweep_dir), box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title=escape(str(sweep_dir)), box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("job", justify="right", no_wrap=True)
     table.add_column("overrides")
     table.add_column("status", no_wrap=True)
@@ -40,11 +41,11 @@ def sweep_table(sweep_dir: Path) -> Table:
     for job, overrides in zip(jobs, differing(jobs), strict=True):
         text = "\n".join(f"{key}={value}" for key, value in overrides.items()) or NONE
         try:
-            table.add_row(job.name, text, *_results(load_run(job)))
+            table.add_row(job.name, escape(text), *_results(load_run(job)))
         except FomoeError as error:
-            table.add_row(job.name, text, "failed", *(NONE for _ in RESULTS))
+            table.add_row(job.name, escape(text), "failed", *(NONE for _ in RESULTS))
             reasons.append(f"job {job.name}: {error}")
-    table.caption, table.caption_justify = "\n".join(reasons) or None, "left"
+    table.caption, table.caption_justify = escape("\n".join(reasons)) or None, "left"
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.plan.traffic import compare_strategies
@@ -14,10 +15,10 @@ from fomoe_flwr.report.units import count, decimal, duration, in_bytes, percent,
 def run_table(run: Run) -> Table:
     """What the run was and what came out of it."""
     summary, config = summarize(run), run.config
-    table = Table(title=str(run.directory), box=SIMPLE, show_header=False)
+    table = Table(title=escape(str(run.directory)), box=SIMPLE, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    table.add_row("setting", setting(config))
+    table.add_row("setting", escape(setting(config)))
     table.add_row("rounds", f"{summary.rounds} of {config.train.rounds}")
     table.add_row("tokens", count(summary.tokens))
     table.add_row("validation loss", _from_to(summary.first_val_loss, summary.val_loss))

@@ -118,7 +118,9 @@ def test_all_chosen_experts_are_ghosts(impl: str) -> None:
     moe = layer([5], "skip", dataclasses.replace(SMALL, experts_impl=impl))
     x_TD = tokens().abs()
     with torch.no_grad():  # positive tokens: the larger a row, the better its score
-        moe.gate.weight.copy_(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, -1.0]).unsqueeze(1).expand_as(moe.gate.weight))
+        moe.gate.weight.copy_(
+            torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, -1.0]).unsqueeze(1).expand_as(moe.gate.weight)
+        )
     with poisoned_memory():
         y_TD, gradients = computed(moe, x_TD, torch.ones_like(x_TD))
     assert not y_TD.any()
@@ -259,7 +261,11 @@ def test_dispatch_sorts_pairs_by_resident_and_drops_ghosts() -> None:
     # Experts 1 and 3 of four are here, in slots 0 and 1; slot 2 means ghost.
     chosen_TK = torch.tensor([[3, 0], [1, 3], [2, 0]])
     pairs = dispatch(chosen_TK, slot_C=torch.tensor([2, 0, 2, 1]), num_slots=2)
-    assert pairs.pairs_P.tolist() == [2, 0, 3]  # (token 1, expert 1), (token 0, expert 3), (token 1, expert 3)
+    assert pairs.pairs_P.tolist() == [
+        2,
+        0,
+        3,
+    ]  # (token 1, expert 1), (token 0, expert 3), (token 1, expert 3)
     assert pairs.tokens_P.tolist() == [1, 0, 1]
     assert pairs.offsets_E.tolist() == [1, 3]
     assert pairs.offsets_E.dtype == torch.int32

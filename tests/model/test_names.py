@@ -137,7 +137,9 @@ def test_a_site_allocates_its_residents_and_no_more(routing: str) -> None:
 @models
 @routings
 @shards
-def test_a_shard_comes_back_as_it_was_loaded(model: ModelConfig, routing: str, residents: list[list[int]]) -> None:
+def test_a_shard_comes_back_as_it_was_loaded(
+    model: ModelConfig, routing: str, residents: list[list[int]]
+) -> None:
     """On poisoned memory: nothing of what to_empty() left is still there."""
     shard = initial_state(model, residents, routing, seed=1)
     with poisoned_memory():
@@ -160,12 +162,24 @@ def test_reading_copies_nothing() -> None:
     ("change", "said"),
     [
         ({"model.norm.weight": None}, r"lacks model\.norm\.weight \(1 such names\)"),
-        ({expert_name(0, 2, "up_proj"): None, expert_name(0, 2, "down_proj"): None}, r"lacks .*\(2 such names\)"),
-        ({expert_name(0, 1, "up_proj"): torch.zeros(8, 16)}, r"unexpected model\.layers\.0\.mlp\.experts\.1\."),
+        (
+            {expert_name(0, 2, "up_proj"): None, expert_name(0, 2, "down_proj"): None},
+            r"lacks .*\(2 such names\)",
+        ),
+        (
+            {expert_name(0, 1, "up_proj"): torch.zeros(8, 16)},
+            r"unexpected model\.layers\.0\.mlp\.experts\.1\.",
+        ),
         ({"model.norm.weight": torch.zeros(15)}, r"model\.norm\.weight: shape \(15,\), expected \(16,\)"),
         ({expert_name(0, 2, "up_proj"): torch.zeros(1, 16)}, r"experts\.2\.up_proj\.weight: shape \(1, 16\)"),
     ],
-    ids=["a name missing", "an expert missing", "a ghost's tensor", "a wrong shape", "a shape that would broadcast"],
+    ids=[
+        "a name missing",
+        "an expert missing",
+        "a ghost's tensor",
+        "a wrong shape",
+        "a shape that would broadcast",
+    ],
 )
 def test_a_shard_that_does_not_fit_is_refused(change: dict[str, torch.Tensor | None], said: str) -> None:
     shard = initial_state(SMALL, SOME, "skip", 0)

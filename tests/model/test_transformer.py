@@ -79,12 +79,16 @@ def test_the_model_is_the_papers_equations(
         loss = module(tokens_BT).cross_entropy
         loss.backward()
 
-    torch.testing.assert_close(logits(module, tokens_BT[:, :-1])[0].double(), expected_SV, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(module, tokens_BT[:, :-1])[0].double(), expected_SV, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(module).items():
         wanted = reference[name].grad
         wanted = torch.zeros_like(reference[name]) if wanted is None else wanted  # nobody chose this expert
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient.double(), wanted, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_loss_is_the_mean_over_all_sequences() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fomoe_flwr.plan.traffic import compare_strategies
 HEADERS = 1000  # bytes a site and round that are not tensors
 
 
+@cache
 def compose_config(*overrides: str) -> RunConfig:
     return compose(overrides).config
 

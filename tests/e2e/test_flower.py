@@ -1,0 +1,157 @@
+"""The same run through real Flower: its simulation engine, from `fomoe train` and from `flwr run`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL_MODEL, SMALL_TRAIN
+from tests.strategies.helpers import metrics, without_times
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def overrides(corpus_dir: Path, cache_dir: Path) -> list[str]:
+    """No `runtime=`: it is what the tests of this file vary."""
+    return [
+        *SMALL_MODEL, *SMALL_TRAIN, "data=text", f"data.path={corpus_dir}", f"data.cache_dir={cache_dir}",
+        "strategy.overlap=2", "strategy.wire_dtype=fp32", "wandb.mode=disabled",
+    ]  # fmt: skip
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def train(overrides: list[str], runtime: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "fomoe", "train", *overrides, f"runtime={runtime}", f"hydra.run.dir={run_dir}"]
+    return subprocess.run(
+        command,
+        env=environment(run_dir.parent / "home"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_same_losses(run_dir: Path, reference: Path) -> None:
+    """Everything but the clock and the length of the run directory's path, losses to 1e-5."""
+    ours, theirs = without_times(metrics(run_dir)), without_times(metrics(reference))
+    assert [line["round"] for line in ours] == [line["round"] for line in theirs] == [0, 1, 2]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+        assert a["bytes_by_class"]["dense"] == b["bytes_by_class"]["dense"]
+        assert a["bytes_by_class"]["expert"] == b["bytes_by_class"]["expert"]
+        if a["round"]:
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+            assert a["resident_share"] == pytest.approx(b["resident_share"], rel=1e-5)
+            assert [site["site"] for site in a["sites"]] == [site["site"] for site in b["sites"]]
+
+
+@pytest.fixture
+def reference(overrides: list[str], tmp_path: Path) -> Path:
+    done = train(overrides, "local", tmp_path / "local")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "local"
+
+
+def test_the_simulation_engine_equals_the_local_runtime(
+    overrides: list[str], reference: Path, tmp_path: Path
+) -> None:
+    done = train(overrides, "flower", tmp_path / "flower")
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(tmp_path / "flower", reference)
+
+
+def test_a_run_that_fails_in_the_simulation_engine_has_an_exit_code(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    failed = train([*overrides, "train.lr=1e30"], "flower", tmp_path / "flower")
+    assert failed.returncode == 1
+    assert "error: round 1: 0 of 4 sites gave a good reply" in failed.stderr
+    assert "training loss is" in failed.stderr
+
+
+@pytest.fixture
+def superlink(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A SuperLink for simulations on a free port of the loopback, with a folder of its own; its name and environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home, folder = tmp_path / "home", tmp_path / "empty"
+    home.mkdir()
+    folder.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    command = [
+        BIN / "flower-superlink",
+        "--insecure",
+        "--simulation",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    log = (tmp_path / "superlink.log").open("w")
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(home), stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                    break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, (tmp_path / "superlink.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield "here", environment(home)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.close()
+
+
+def test_flwr_run_composes_the_same_run(
+    superlink: tuple[str, dict[str, str]], overrides: list[str], reference: Path, tmp_path: Path
+) -> None:
+    name, env = superlink
+    hydra_overrides = shlex.join([*overrides, f"hydra.run.dir={tmp_path / 'flwr'}"])
+    done = subprocess.run(
+        [
+            BIN / "flwr", "run", str(REPOSITORY), name, "--stream",
+            "--federation-config", "num-supernodes=4 client-resources-num-cpus=1 init-args-log-to-driver=false",
+            "--run-config", f'hydra-overrides="{hydra_overrides}"',
+        ],
+        env=env, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (tmp_path / "flwr/metrics.jsonl").exists(), done.stdout + done.stderr
+    assert_same_losses(tmp_path / "flwr", reference)
+    assert (tmp_path / "flwr/report.png").exists()

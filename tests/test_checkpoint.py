@@ -1,0 +1,313 @@
+"""Checkpoints: what was saved comes back, a crash leaves the one before, and all damage is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fomoe_flwr import checkpoint
+from fomoe_flwr.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    read_checkpoint,
+    read_manifest,
+    resume_from,
+    save_checkpoint,
+    write_atomically,
+)
+from fomoe_flwr.errors import CheckpointError
+
+FACTS = {"tokens": 1234, "overrides": ["model=tiny"], "rng": [1, 2.5, None], "run": "é"}
+
+
+def parameters_of(round_: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(round_)
+    return {"model.norm.weight": torch.randn(7, generator=generator), "a/b": torch.randn(2, 3, generator=generator)}
+
+
+def outer_of(round_: int) -> dict[str, Tensor]:
+    return {"momentum_buffer/a/b": torch.full((2, 3), float(round_)), "step/a/b": torch.tensor(float(round_))}
+
+
+def save(run_dir: Path, round_: int, keep: int = 10) -> Path:
+    return save_checkpoint(run_dir, round_, parameters_of(round_), outer_of(round_), FACTS, keep)
+
+
+def assert_is_round(loaded: Checkpoint, round_: int) -> None:
+    assert loaded.round == round_
+    for tensors, wanted in ((loaded.parameters, parameters_of(round_)), (loaded.outer, outer_of(round_))):
+        assert tensors.keys() == wanted.keys()
+        assert all(tensors[name].equal(wanted[name]) for name in wanted)
+
+
+# -- round trip --------------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    loaded = read_checkpoint(path)
+    assert path == loaded.path == tmp_path / "checkpoints" / "round_00003"
+    assert_is_round(loaded, 3)
+    assert {key: loaded.manifest[key] for key in FACTS} == FACTS
+    assert sorted(file.name for file in path.iterdir()) == [
+        "manifest.json",
+        "outer.safetensors",
+        "parameters.safetensors",
+    ]
+
+
+def test_an_outer_optimizer_without_state_is_saved_too(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, parameters_of(1), {}, FACTS, keep=1)
+    assert read_checkpoint(path).outer == {}
+
+
+def test_tensors_that_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    views = {"row": base[1], "transposed": base.T, "rest": base[2]}
+    loaded = read_checkpoint(save_checkpoint(tmp_path, 1, views, {}, {}, keep=1)).parameters
+    assert all(loaded[name].equal(value) for name, value in views.items())
+
+
+def test_the_manifest_can_be_read_without_the_tensors(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    (path / "parameters.safetensors").unlink()
+    assert read_manifest(path)["tokens"] == 1234
+
+
+def test_a_round_passed_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save_checkpoint(tmp_path, 1, parameters_of(9), {}, FACTS, keep=3)
+    assert read_checkpoint(path).parameters["a/b"].equal(parameters_of(9)["a/b"])
+    assert list_checkpoints(tmp_path) == [path]
+
+
+# -- how many ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [12]), (2, [9, 12]), (5, [1, 2, 9, 12])])
+def test_the_newest_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
+    for round_ in (1, 2, 9, 12):
+        save(tmp_path, round_, keep)
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, round_) for round_ in left]
+
+
+def test_rounds_sort_as_numbers(tmp_path: Path) -> None:
+    for round_ in (100_000, 99_999):
+        save(tmp_path, round_)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round_99999", "round_100000"]
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in (".partial-round_00004", "round_00004.bak", "notes"):
+        (folder / name).mkdir(parents=True)
+    (folder / "round_00007").write_text("a file")
+    assert list_checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+# -- crashes -----------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+def crash(*_args: Any, **_kwargs: Any) -> None:
+    raise Crash
+
+
+@pytest.mark.parametrize("step", ["save_file", "_digest", "_flush", "rename"])
+def test_a_crash_before_the_end_leaves_the_checkpoint_before(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, step) if step == "rename" else (checkpoint, step)), crash)
+        with pytest.raises(Crash):
+            save(tmp_path, 2, keep=1)
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 1)]  # what is half written does not count
+    assert_is_round(resume_from(str(tmp_path))[1], 1)
+
+    save(tmp_path, 2, keep=1)  # and is no obstacle
+    assert_is_round(resume_from(str(tmp_path))[1], 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round_00002"]
+
+
+def test_a_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "state" / "x.json"
+    write_atomically(target, lambda path: path.write_text("old"))
+
+    def half(path: Path) -> None:
+        path.write_text("ne")
+        raise Crash
+
+    with pytest.raises(Crash):
+        write_atomically(target, half)
+    assert target.read_text() == "old"
+    write_atomically(target, lambda path: path.write_text("new"))
+    assert target.read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_is_renamed_has_been_flushed_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename alone may reach the disk before the contents do."""
+    flushed: list[str] = []
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: flushed.append(path.name))
+    save(tmp_path, 1)
+    assert flushed == [
+        "parameters.safetensors",
+        "outer.safetensors",
+        "manifest.json",
+        ".partial-round_00001",
+        "checkpoints",  # after the rename
+    ]
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def apply(file: Path) -> None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=1))
+
+    return apply
+
+
+def write(content: bytes) -> Callable[[Path], None]:
+    def apply(file: Path) -> None:
+        file.write_bytes(content)
+
+    return apply
+
+
+DAMAGE = [
+    pytest.param(name, damage, f"{name} is {said}", id=f"{name} {damage.__name__}")
+    for name in ("parameters.safetensors", "outer.safetensors")
+    for damage, said in ((remove, "missing"), (truncate, "damaged"), (flip, "damaged"), (empty, "damaged"))
+] + [
+    pytest.param("manifest.json", damage, said, id=f"manifest.json {identity}")
+    for identity, damage, said in [
+        ("removed", remove, "manifest.json is missing"),
+        ("truncated", truncate, "manifest.json is damaged"),
+        ("empty", empty, "manifest.json is damaged"),
+        ("not UTF-8", write(b"\xff\xfe\xfd"), "manifest.json is damaged"),
+        ("not a table", write(b"[1, 2]"), "manifest.json is damaged"),
+        ("nested without end", write(b"[" * 100_000), "manifest.json is damaged"),
+        ("another number", edit(tokens=1235), "manifest.json is damaged"),
+        ("another round", edit(round=7), "manifest.json is damaged"),
+        ("without digests", edit(sha256={}), "manifest.json is damaged"),
+        ("with a list of digests", edit(sha256=[]), "manifest.json is damaged"),
+        ("of another format", edit(format=99), "format 99, this version reads 1"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGE)
+def test_damage_is_named_and_the_checkpoint_before_is_used(
+    name: str, damage: Callable[[Path], None], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    damage(path / name)
+
+    # Named directly: nothing else will do.
+    with pytest.raises(CheckpointError, match=said) as error:
+        resume_from(str(path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+    # A run directory: the one before, and the log says so.
+    with caplog.at_level(logging.WARNING, logger="fomoe"):
+        run_dir, loaded = resume_from(str(tmp_path))
+    assert run_dir == tmp_path
+    assert_is_round(loaded, 1)
+    (record,) = caplog.records
+    assert said in record.getMessage()
+    assert "trying the one before it" in record.getMessage()
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for position in range(0, len(whole), 7):
+            damaged = bytearray(whole)
+            damaged[position] ^= 0x10
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=file.name.replace(".", r"\.") + " is damaged"):
+                read_checkpoint(path)
+        file.write_bytes(whole)
+    assert_is_round(read_checkpoint(path), 2)
+
+
+# -- resume ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_resumes_from_its_newest(tmp_path: Path) -> None:
+    for round_ in (1, 2, 10):
+        save(tmp_path, round_)
+    run_dir, loaded = resume_from(str(tmp_path))
+    assert run_dir == tmp_path
+    assert_is_round(loaded, 10)
+
+
+def test_a_checkpoint_named_directly_is_used_though_there_are_newer_ones(tmp_path: Path) -> None:
+    for round_ in (1, 2):
+        save(tmp_path, round_)
+    run_dir, loaded = resume_from(str(checkpoint_path(tmp_path, 1)))
+    assert run_dir == tmp_path
+    assert_is_round(loaded, 1)
+
+
+def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "run", 1)
+    monkeypatch.chdir(tmp_path)
+    run_dir, _ = resume_from("run")
+    assert run_dir == tmp_path / "run"
+
+
+def test_a_run_that_was_moved_resumes_where_it_is(tmp_path: Path) -> None:
+    save(tmp_path / "before", 1)
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    run_dir, loaded = resume_from(str(tmp_path / "after"))
+    assert run_dir == tmp_path / "after"
+    assert_is_round(loaded, 1)
+
+
+def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        resume_from(str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        resume_from(str(tmp_path))
+    for round_ in (1, 2):
+        flip(save(tmp_path, round_) / "outer.safetensors")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole; newest: .*round_00002.*outer\.safetensors"):
+        resume_from(str(tmp_path))
