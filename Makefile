@@ -13,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: demo install lint format test test-slow clean
 
 demo: install
-	$(BIN)/fomoe train +experiment=demo hydra.run.dir=runs/demo
+	$(BIN)/fomoe train model=tiny federation.num_sites=4 strategy.overlap=2
 
 install: $(STAMP)
 

@@ -91,7 +91,7 @@ def train(arguments: Sequence[str]) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
     finally:
-        if sweep_dir is not None and sweep_dir.is_dir():
+        if sweep_dir is not None and any(sweep_dir.glob("*/config.yaml")):
             report(sweep_dir, Console())
 
 

@@ -83,15 +83,17 @@ class OrderedFold:
         self._folder = tempfile.TemporaryDirectory(prefix="fomoe-early-")
 
     def add(self, site: int, payload: list[bytes]) -> None:
-        """A reply has arrived."""
+        """A reply has arrived. The list is emptied, so that no two payloads are in memory at a time."""
         if self._waiting_for and site == self._waiting_for[0]:
             self._fold(site, payload)
+            payload.clear()
             self._waiting_for.pop(0)
             self._catch_up()
             return
         paths = [Path(self._folder.name) / f"{site}-{index}" for index in range(len(payload))]
         for path, blob in zip(paths, payload, strict=True):
             path.write_bytes(blob)
+        payload.clear()
         self._early[site] = paths
 
     def drop(self, site: int) -> None:
@@ -141,7 +143,7 @@ class OuterOptimizer:
             momentum = strategy.outer_momentum
             nesterov = momentum > 0  # PyTorch refuses Nesterov without momentum, which is a plain step
             return torch.optim.SGD(
-                tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, foreach=True
+                tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, fused=True
             )
         if strategy.outer == "adamw":
             groups: dict[float, list[Tensor]] = {}
@@ -152,9 +154,9 @@ class OuterOptimizer:
                 betas=(train.beta1, train.beta2),
                 eps=train.eps,
                 weight_decay=train.weight_decay,
-                foreach=True,
+                fused=True,
             )
-        return torch.optim.SGD(tensors, lr=1.0, foreach=True)
+        return torch.optim.SGD(tensors, lr=1.0, fused=True)
 
     @torch.no_grad()
     def step(self, means: Mapping[str, Tensor], step_number: int, warmup_steps: int) -> None:

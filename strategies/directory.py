@@ -24,6 +24,7 @@ class SiteDirectory:
     """
 
     def __init__(self, site_names: Sequence[str]) -> None:
+        self._names = list(site_names)
         self._index = {name: index for index, name in enumerate(site_names)}
         self.node_of_site: dict[int, int] = {}
         self._asked: set[int] = set()
@@ -61,7 +62,9 @@ class SiteDirectory:
                 raise RunError(f"node {node} could not say which site it is: {error_line(reply)}")
             site = self._site(node, reply.content.config_records["config"])
             if site in self.node_of_site:
-                raise RunError(f"nodes {self.node_of_site[site]} and {node} both say they are site {site}")
+                raise RunError(
+                    f"nodes {self.node_of_site[site]} and {node} both say they are site {self._names[site]}"
+                )
             self.node_of_site[site] = node
 
     def _site(self, node: int, answer: ConfigRecord) -> int:
@@ -72,5 +75,5 @@ class SiteDirectory:
             return partition
         raise RunError(
             f"node {node} is site {name or partition!r}, which this federation does not have; "
-            f"it has {', '.join(list(self._index)[:8])}"
+            f"it has {', '.join(self._names[:8])}"
         )

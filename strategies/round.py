@@ -89,6 +89,7 @@ def read_reply(
     if arrays_key not in content.array_records:
         raise WireError(f"the reply has no ArrayRecord {arrays_key!r}")
     blobs = wire.blobs_of(content.array_records[arrays_key])
+    del content[arrays_key]  # whoever still holds the message must not hold its arrays
     for key, tensor in wire.from_blobs(blobs).items():
         if key not in current.names[site]:
             raise WireError(f"{key}: was not sent to this site")

@@ -31,7 +31,10 @@ FACTS = {"tokens": 1234, "overrides": ["model=tiny"], "rng": [1, 2.5, None], "ru
 
 def parameters_of(round_: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(round_)
-    return {"model.norm.weight": torch.randn(7, generator=generator), "a/b": torch.randn(2, 3, generator=generator)}
+    return {
+        "model.norm.weight": torch.randn(7, generator=generator),
+        "a/b": torch.randn(2, 3, generator=generator),
+    }
 
 
 def outer_of(round_: int) -> dict[str, Tensor]:
@@ -49,7 +52,7 @@ def assert_is_round(loaded: Checkpoint, round_: int) -> None:
         assert all(tensors[name].equal(wanted[name]) for name in wanted)
 
 
-# -- round trip --------------------------------------------------------------------------------------------------
+# -- round trip ----------------------------------------------------------------------------------------------
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_a_round_passed_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == [path]
 
 
-# -- how many ----------------------------------------------------------------------------------------------------
+# -- how many ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [12]), (2, [9, 12]), (5, [1, 2, 9, 12])])
@@ -115,7 +118,7 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
-# -- crashes -----------------------------------------------------------------------------------------------------
+# -- crashes -------------------------------------------------------------------------------------------------
 
 
 class Crash(BaseException):
@@ -173,7 +176,7 @@ def test_what_is_renamed_has_been_flushed_to_disk(tmp_path: Path, monkeypatch: p
     ]
 
 
-# -- damage ------------------------------------------------------------------------------------------------------
+# -- damage --------------------------------------------------------------------------------------------------
 
 
 def remove(file: Path) -> None:
@@ -268,7 +271,7 @@ def test_every_flipped_byte_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
     assert_is_round(read_checkpoint(path), 2)
 
 
-# -- resume ------------------------------------------------------------------------------------------------------
+# -- resume --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_directory_resumes_from_its_newest(tmp_path: Path) -> None:
@@ -309,5 +312,7 @@ def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
         resume_from(str(tmp_path))
     for round_ in (1, 2):
         flip(save(tmp_path, round_) / "outer.safetensors")
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole; newest: .*round_00002.*outer\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is whole; newest: .*round_00002.*outer\.safetensors"
+    ):
         resume_from(str(tmp_path))

@@ -41,7 +41,7 @@ def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-# -- the mean ----------------------------------------------------------------------------------------------------
+# -- the mean ------------------------------------------------------------------------------------------------
 
 
 def mean_of(*replies: tuple[Mapping[str, Tensor], float]) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def test_a_finished_mean_starts_again_empty() -> None:
     torch.testing.assert_close(mean.finish(), {NORM: numbers(2)})
 
 
-# -- the order of folding ----------------------------------------------------------------------------------------
+# -- the order of folding ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -208,11 +208,21 @@ def test_a_reply_whose_turn_has_come_is_folded_at_once_and_an_early_one_waits_on
 
 def test_an_early_payload_comes_back_as_the_bytes_that_arrived() -> None:
     seen: dict[int, list[bytes]] = {}
-    fold = OrderedFold([7, 3], seen.__setitem__)
+    fold = OrderedFold([7, 3], lambda site, payload: seen.update({site: list(payload)}))
     fold.add(3, [b"\x00\xff", b"", b"x"])
     fold.add(7, [b"first"])
     fold.close()
     assert seen == {7: [b"first"], 3: [b"\x00\xff", b"", b"x"]}
+
+
+def test_a_payload_is_taken_out_of_the_callers_hands() -> None:
+    """Whether folded at once or put on disk: no two payloads are in memory at a time."""
+    fold = OrderedFold([0, 1, 2], lambda _site, _payload: None)
+    for site in (2, 0):
+        payload = [b"a", b"b"]
+        fold.add(site, payload)
+        assert payload == []
+    fold.close()
 
 
 def test_a_reply_after_its_turn_is_not_folded() -> None:
@@ -225,7 +235,7 @@ def test_a_reply_after_its_turn_is_not_folded() -> None:
     assert seen == [1]
 
 
-# -- outer optimizers --------------------------------------------------------------------------------------------
+# -- outer optimizers ----------------------------------------------------------------------------------------
 
 
 def optimizer_for(

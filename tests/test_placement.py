@@ -42,7 +42,7 @@ def place(size: tuple[int, int, int, int], seed: int = 0, draw: int = 0) -> Plac
     return draw_placement(*size, seed=seed, draw=draw)
 
 
-# -- invariants ------------------------------------------------------------------------------------------------
+# -- invariants ----------------------------------------------------------------------------------------------
 
 
 @given(sizes(), seeds)
@@ -116,7 +116,7 @@ def test_layers_are_drawn_independently() -> None:
         assert (one != other).any()
 
 
-# -- what cannot be ----------------------------------------------------------------------------------------------
+# -- what cannot be ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_what_the_error_calls_allowed_is_allowed(num_sites: int, num_experts: in
         assert list(range(step, num_sites + 1, step)) == feasible
 
 
-# -- random placement ------------------------------------------------------------------------------------------
+# -- random placement ----------------------------------------------------------------------------------------
 
 
 @given(sizes(), seeds)

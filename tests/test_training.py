@@ -62,7 +62,7 @@ def site(residents: Sequence[Sequence[int]] = SOME, routing: str = "skip") -> Tr
 
 def optimizer_of(module: Transformer, train: TrainConfig = TRAIN, **state: object) -> LocalAdamW:
     arguments = {"first_step": 0, "moments": {}, "warmup_steps": WARMUP} | state
-    return LocalAdamW(module, MODEL, train, **arguments)  # type: ignore[arg-type]
+    return LocalAdamW(module, MODEL, train, **arguments)
 
 
 def set_gradients(module: Transformer, step: int) -> None:
@@ -83,7 +83,7 @@ def batches(count: int, seed: int = 0, sequences: int = 2, length: int = 9) -> l
     return [torch.randint(MODEL.vocab_size, (sequences, length), generator=generator) for _ in range(count)]
 
 
-# -- the optimizer -------------------------------------------------------------------------------------------------
+# -- the optimizer -------------------------------------------------------------------------------------------
 
 
 @routings
@@ -192,7 +192,7 @@ def test_given_moments_are_copied() -> None:
     assert optimizer.moments()[NEWBORN].step == 4
 
 
-# -- warm-up and newborn experts -----------------------------------------------------------------------------------
+# -- warm-up and newborn experts -----------------------------------------------------------------------------
 
 
 def test_warmup_is_linear_and_then_constant() -> None:
@@ -278,7 +278,7 @@ def test_at_the_start_of_a_run_nothing_is_newborn() -> None:
     assert optimizer.learning_rate(0) == pytest.approx(0.01 / WARMUP)
 
 
-# -- a round of steps ------------------------------------------------------------------------------------------------
+# -- a round of steps ----------------------------------------------------------------------------------------
 
 
 def plain_round(module: Transformer, tokens: Sequence[Tensor], train: TrainConfig) -> list[float]:
@@ -366,7 +366,7 @@ def test_every_tenth_step_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture)
     assert all(word in lines[0] for word in ("loss", "lr", "ms/step", "tokens/s"))
 
 
-# -- gradients for data parallel ---------------------------------------------------------------------------------------
+# -- gradients for data parallel -----------------------------------------------------------------------------
 
 
 @routings
@@ -386,7 +386,7 @@ def test_the_mean_gradient_is_that_of_the_mean_loss(routing: str) -> None:
     assert all(value.equal(before[name]) for name, value in read_shard(module).items())  # no step was taken
 
 
-# -- counters ----------------------------------------------------------------------------------------------------------
+# -- counters ------------------------------------------------------------------------------------------------
 
 
 def test_the_report_counts_every_assignment_of_the_routers() -> None:
@@ -441,7 +441,7 @@ def test_each_round_counts_from_zero() -> None:
     assert sum(reports[0].expert_tokens.values()) == sum(reports[1].expert_tokens.values())
 
 
-# -- evaluation --------------------------------------------------------------------------------------------------------
+# -- evaluation ----------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess() -> None:
@@ -463,7 +463,7 @@ class Known(nn.Module):
 def test_batches_count_by_their_tokens_and_the_balance_loss_does_not_count() -> None:
     # 2 sequences of 4 predictions with loss 1, and 1 of 2 with loss 6: (8·1 + 2·6) / 10.
     unequal = [torch.full((2, 5), 1), torch.full((1, 3), 6)]
-    loss, tokens = evaluate(Known(), unequal, "fp32", "cpu")  # type: ignore[arg-type]
+    loss, tokens = evaluate(Known(), unequal, "fp32", "cpu")
     assert loss == pytest.approx(2.0)
     assert tokens == 10
 
@@ -488,7 +488,7 @@ def test_training_after_an_evaluation_counts_again() -> None:
     assert sum(report.expert_tokens.values()) > 0
 
 
-# -- the machine -------------------------------------------------------------------------------------------------------
+# -- the machine ---------------------------------------------------------------------------------------------
 
 
 def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def example() -> dict[str, Tensor]:
     return {DENSE: torch.randn(5, generator=generator), EXPERT: torch.randn(2, 3, generator=generator)}
 
 
-# -- round trip --------------------------------------------------------------------------------------------------
+# -- round trip ----------------------------------------------------------------------------------------------
 
 
 @given(named_fp32)
@@ -143,7 +143,7 @@ def test_a_decoded_tensor_keeps_its_bytes_alive() -> None:
     assert_same_bits(decoded, example())
 
 
-# -- the format is safetensors -------------------------------------------------------------------------------------
+# -- the format is safetensors -------------------------------------------------------------------------------
 
 
 @given(named_fp32, st.sampled_from([FP32, BF16]))
@@ -164,7 +164,7 @@ def test_we_read_the_safetensors_librarys_files(
     assert_same_bits({name: decoded[name] for name in cast}, cast)
 
 
-# -- damage --------------------------------------------------------------------------------------------------------
+# -- damage --------------------------------------------------------------------------------------------------
 
 
 def test_every_truncation_is_an_error() -> None:
@@ -273,7 +273,7 @@ def test_a_header_longer_than_the_blob_is_not_believed() -> None:
         decode((2**63).to_bytes(8, "little") + bytes(100))
 
 
-# -- bundles as Flower sees them -----------------------------------------------------------------------------------
+# -- bundles as Flower sees them -----------------------------------------------------------------------------
 
 
 def record_of(named: Mapping[str, Tensor], dtype: torch.dtype = FP32) -> ArrayRecord:
@@ -339,7 +339,7 @@ def test_a_foreign_array_is_an_error() -> None:
         blobs_of(record)
 
 
-# -- the ledger ----------------------------------------------------------------------------------------------------
+# -- the ledger ----------------------------------------------------------------------------------------------
 
 
 def test_the_ledger_adds_up_to_the_payload_by_class_and_by_site() -> None:

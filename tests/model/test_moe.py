@@ -73,7 +73,7 @@ def assert_is_plain(moe: MoE, candidates: Sequence[int]) -> None:
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=2e-6)
 
 
-# -- skip mode -------------------------------------------------------------------------------------------------
+# -- skip mode -----------------------------------------------------------------------------------------------
 
 
 @implementations
@@ -170,7 +170,7 @@ def test_bf16_agrees_within_its_precision() -> None:
     torch.testing.assert_close(y_TD.double(), expected_TD, rtol=0.03, atol=0.03)
 
 
-# -- partitioned mode ------------------------------------------------------------------------------------------
+# -- partitioned mode ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("residents", [ALL, [0, 2, 3, 5], [1, 4], [3]])
@@ -184,7 +184,7 @@ def test_partitioned_mode_chooses_as_many_as_there_are(num_residents: int, exper
     assert moe.gate(tokens()).chosen_TK.shape == (TOKENS, experts_a_token)
 
 
-# -- the router ------------------------------------------------------------------------------------------------
+# -- the router ----------------------------------------------------------------------------------------------
 
 
 def router(rows_CD: Sequence[Sequence[float]], top_k: int) -> Router:
@@ -254,7 +254,7 @@ def test_load_does_not_count_evaluation() -> None:
     assert not moe.gate.load_C.any()
 
 
-# -- the dispatcher --------------------------------------------------------------------------------------------
+# -- the dispatcher ------------------------------------------------------------------------------------------
 
 
 def test_dispatch_sorts_pairs_by_resident_and_drops_ghosts() -> None:
@@ -290,7 +290,7 @@ def test_dispatch_of_ghosts_alone_is_empty() -> None:
     assert pairs.offsets_E.tolist() == [0]
 
 
-# -- memory ----------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("routing", "rows"), [("skip", 6), ("partitioned", 2)])

@@ -31,7 +31,7 @@ def on_meta(model: ModelConfig, residents: list[list[int]], routing: str) -> Tra
         return Transformer(model, residents, routing)
 
 
-# -- names -----------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------------------
 
 
 @models
@@ -74,7 +74,7 @@ def test_a_moments_name_is_told_from_its_parameters() -> None:
     assert not is_moment("model.norm.weight")
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------
+# -- sizes ---------------------------------------------------------------------------------------------------
 
 
 @models
@@ -131,7 +131,7 @@ def test_a_site_allocates_its_residents_and_no_more(routing: str) -> None:
     assert sum(buffer.numel() for buffer in module.buffers()) == 2 * router_rows
 
 
-# -- loading ---------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 
 @models
@@ -190,7 +190,7 @@ def test_a_shard_that_does_not_fit_is_refused(change: dict[str, torch.Tensor | N
     assert "\n" not in str(error.value)
 
 
-# -- the state at step 0 ---------------------------------------------------------------------------------------
+# -- the state at step 0 -------------------------------------------------------------------------------------
 
 
 @models
@@ -239,7 +239,7 @@ def test_hidden_weights_start_with_variance_one_over_fan_in() -> None:
     assert (state["model.layers.0.input_layernorm.weight"] == 1).all()
 
 
-# -- CompleteP -------------------------------------------------------------------------------------------------
+# -- CompleteP -----------------------------------------------------------------------------------------------
 
 
 def test_multipliers_of_completep() -> None:

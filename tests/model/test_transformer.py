@@ -47,10 +47,10 @@ def gradients(module: Transformer) -> dict[str, Tensor]:
     """Every gradient by its wire name."""
     views = named_views(module)
     assert all(view.parameter.grad is not None for view in views)
-    return {view.name: view.of(view.parameter.grad) for view in views}  # type: ignore[arg-type]
+    return {view.name: view.of(view.parameter.grad) for view in views}
 
 
-# -- the whole -------------------------------------------------------------------------------------------------
+# -- the whole -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("poisoned", [False, True], ids=["clean", "poisoned"])
@@ -107,7 +107,7 @@ def test_both_routing_modes_are_one_function_when_everything_is_resident() -> No
     assert losses[0].balance.equal(losses[1].balance)
 
 
-# -- attention -------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 def test_rope_turns_each_pair_of_features_by_its_positions_angle() -> None:
@@ -159,7 +159,7 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-# -- norms, multipliers, tied embedding ------------------------------------------------------------------------
+# -- norms, multipliers, tied embedding ----------------------------------------------------------------------
 
 
 def test_every_branch_is_normed_before_and_after() -> None:
@@ -222,7 +222,7 @@ def test_the_balance_loss_is_the_mean_over_layers_scaled_with_depth() -> None:
     torch.testing.assert_close(losses.balance, 0.1 * 3 * (seen[0] + seen[1]) / 2)
 
 
-# -- logits in pieces ------------------------------------------------------------------------------------------
+# -- logits in pieces ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100], ids=["row by row", "with a rest", "all at once"])
@@ -259,7 +259,7 @@ def test_a_vocabulary_larger_than_the_limit_goes_row_by_row(monkeypatch: pytest.
     torch.testing.assert_close(module(tokens_BT).cross_entropy, expected)
 
 
-# -- precision and compilation ---------------------------------------------------------------------------------
+# -- precision and compilation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
@@ -272,7 +272,7 @@ def test_bf16_autocast_agrees_within_its_precision(routing: str) -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=0.03)
     assert all(gradient.isfinite().all() for gradient in gradients(module).values())
-    assert all(view.parameter.grad.dtype == torch.float32 for view in named_views(module))  # type: ignore[union-attr]
+    assert all(view.parameter.grad.dtype == torch.float32 for view in named_views(module))
 
 
 # aot_eager traces forward and backward as inductor does and runs the traces as they are: seconds, no C++ compiler.

@@ -1,0 +1,86 @@
+"""What every benchmark needs: the machine in words, paired timing, and a dated result file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> str:
+    """Processor, cores, threads and versions, as one line."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
+        model = f"{names[0]} x {len(names)}" if names else model
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{model}, {device}, {torch.get_num_threads()} thread(s), {versions}"
+
+
+def commit() -> str:
+    """The commit measured, with a mark if the tree had changes."""
+    root = RESULTS.parent.parent
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def paired(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant, taken in turn (A B A B …) after one warm-up each, so that drift hits all alike."""
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> str:
+    """Median of the pairwise ratios, with their range."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def write_result(name: str, title: str, body: str, not_measured: str) -> Path:
+    """A dated file in `results/`, and the same on the terminal."""
+    today = datetime.date.today().isoformat()
+    text = (
+        f"# {title}\n\n- date: {today}\n- machine: {machine()}\n- commit: {commit()}\n"
+        f"- command: `python {' '.join([*sys.orig_argv[1:]])}`\n\n{body.strip()}\n\nNot measured: {not_measured}\n"
+    )
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{today}_{name}.md"
+    path.write_text(text)
+    print(text)
+    return path
+
+
+def options(description: str, repeats: int) -> argparse.Namespace:
+    """The command line all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen

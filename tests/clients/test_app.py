@@ -1,0 +1,118 @@
+"""The ClientApp answers train, evaluate and query, and says clearly what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from torch import Tensor
+
+from clients.app import app
+from fomoe_flwr import wire
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import ConfigError, WireError
+from fomoe_flwr.model.names import expert_of
+from fomoe_flwr.model.scaling import initial_state
+from fomoe_flwr.task import make_task
+from strategies.fomoe import FoMoE
+from strategies.local_grid import LocalGrid
+from tests.conftest import Compose
+
+Ask = Callable[..., Message]
+
+
+@pytest.fixture
+def ask(small: Compose, tmp_path) -> Ask:
+    """Send a message to site 1 and return its answer."""
+    LocalGrid(app, 1).close()  # Flower lets a Message be made only inside a run
+
+    def send(
+        kind: str,
+        config: RunConfig,
+        node: Mapping[str, str] | None = None,
+        shard: dict[str, Tensor] | None = None,
+    ) -> Message:
+        residents = FoMoE(config).placement(1).residents(1)
+        task = make_task(config, "run", str(tmp_path), 1, 1, residents)
+        if shard is None:
+            shard = initial_state(config.model, residents, config.strategy.routing, config.seed)
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(wire.to_arrays("all", shard, torch.float32)),
+                "config": ConfigRecord({"task": task.to_json()}),
+            }
+        )
+        context = Context(1, 7, {"partition-id": 1, **(node or {})}, RecordDict(), {})
+        return app(Message(content, 7, kind), context)
+
+    return send
+
+
+def test_train_answers_with_the_pseudo_gradient_of_what_the_site_holds(ask: Ask, small: Compose) -> None:
+    config = small("strategy.wire_dtype=fp32", "strategy.overlap=2").config
+    content = ask("train", config).content
+    residents = FoMoE(config).placement(1).residents(1)
+    shard = initial_state(config.model, residents, "skip", config.seed)
+    update = wire.from_record(content["arrays"])
+    assert update.keys() == shard.keys()
+    assert all(update[name].shape == shard[name].shape for name in shard)
+    assert any(value.abs().max() > 0 for value in update.values())
+    metrics = content["metrics"]
+    train = config.train
+    assert metrics["num-examples"] == train.local_steps * train.batch_size * train.seq_len
+    assert 0 < metrics["resident_share"] < 1
+    tokens = json.loads(content["config"]["expert-tokens"])
+    held = {(layer, expert) for layer, experts in enumerate(residents) for expert in experts}
+    assert {expert_of(name) for name in tokens} == held
+    assigned = (
+        train.local_steps * train.batch_size * train.seq_len * config.model.top_k * config.model.num_layers
+    )
+    assert sum(tokens.values()) == pytest.approx(metrics["resident_share"] * assigned)
+
+
+def test_a_pseudo_gradient_is_a_descent_direction(ask: Ask, small: Compose) -> None:
+    """Sent minus returned: subtracting it lowers the loss."""
+    config = small("strategy.wire_dtype=fp32", "train.local_steps=20", "train.warmup_steps=0").config
+    residents = FoMoE(config).placement(1).residents(1)
+    shard = initial_state(config.model, residents, "skip", config.seed)
+    update = wire.from_record(ask("train", config).content["arrays"])
+    moved = {name: value - update[name] for name, value in shard.items()}
+    before = ask("evaluate", config, shard=shard).content["metrics"]["val_loss"]
+    after = ask("evaluate", config, shard=moved).content["metrics"]["val_loss"]
+    assert after < before - 0.5
+
+
+def test_query_tells_the_site(ask: Ask, small: Compose) -> None:
+    answer = ask("query", small().config, {"site": "lab"}).content["config"]
+    assert (answer["site"], answer["partition-id"]) == ("lab", 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "node", "error", "reason"),
+    [
+        ("train", {"site": "other"}, ConfigError, "site=other: was given the work of site site-1"),
+        ("train", {"device": "cuda"}, ConfigError, "PyTorch sees no GPU"),
+        ("evaluate", {"data-path": "/no/such/place"}, Exception, "/no/such/place: no such file or folder"),
+        ("query", {"sight": "x"}, ConfigError, "node-config sight"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    ask: Ask, small: Compose, kind: str, node: dict, error, reason: str
+) -> None:
+    if torch.cuda.is_available() and "device" in node:
+        node = {"device": "cuda:999"}
+        error, reason = Exception, ""
+    with pytest.raises(error, match=reason):
+        ask(kind, small().config, node)
+
+
+def test_a_shard_that_lacks_a_name_is_refused(ask: Ask, small: Compose) -> None:
+    config = small().config
+    residents = FoMoE(config).placement(1).residents(1)
+    shard = initial_state(config.model, residents, "skip", config.seed)
+    shard.pop("model.norm.weight")
+    with pytest.raises(WireError, match=r"lacks model.norm.weight"):
+        ask("train", config, shard=shard)

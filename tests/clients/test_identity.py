@@ -1,0 +1,49 @@
+"""Which site a node is, and what its operator may override."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clients.identity import data_of, device_of, node_settings, state_folder
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.task import SiteTask, make_task
+from tests.conftest import Compose
+
+
+@pytest.fixture
+def task(small: Compose) -> SiteTask:
+    config = small("federation=labs", "strategy.overlap=2").config
+    return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]])
+
+
+def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(small: Compose) -> None:
+    config = small(
+        "federation.num_sites=null", "federation.sites=[{name: a, device: cuda}, {name: b}]"
+    ).config
+    first, second = (make_task(config, "abc", "", 1, site, []) for site in (0, 1))
+    assert device_of(first, node_settings({"device": "cuda:1"})) == "cuda:1"
+    assert device_of(first, node_settings({})) == "cuda"
+    assert device_of(second, node_settings({})) == "cpu"
+
+
+def test_a_node_may_keep_its_data_and_cache_elsewhere(task: SiteTask) -> None:
+    settings = node_settings({"site": "datacentre", "data-path": "/mnt/text", "cache-dir": "/mnt/cache"})
+    data = data_of(task, settings)
+    assert (data.path, data.cache_dir) == ("/mnt/text", "/mnt/cache")
+    assert data_of(task, node_settings({})) == task.data
+
+
+def test_state_lives_with_the_run_in_a_simulation_and_with_the_site_in_a_deployment(
+    task: SiteTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/home/x/state")
+    assert state_folder(task, node_settings({"partition-id": 0})) == Path("/server/run/sites/datacentre")
+    assert state_folder(task, node_settings({})) == Path("/home/x/state/fomoe-flwr/abc/datacentre")
+    assert state_folder(task, node_settings({"state-dir": "/mnt"})) == Path("/mnt/abc/datacentre")
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"node-config sight: unknown key; allowed are site, device"):
+        node_settings({"sight": "a"})

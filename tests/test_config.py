@@ -1,0 +1,577 @@
+"""The configuration: every key can be set from the command line, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fomoe_flwr.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SiteConfig,
+    StrategyConfig,
+    TrainConfig,
+    compose,
+    conf_dir,
+    from_dict,
+    known_keys,
+    merge_overrides,
+    rewrite_federation_file,
+    split_sweep,
+    to_json,
+)
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.task import SiteTask, make_task
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
+settings.load_profile("repeatable")
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return compose(overrides).config
+
+
+def value_at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def refusal(*overrides: str) -> str:
+    """What the error says, which must be one line."""
+    with pytest.raises(ConfigError) as error:
+        compose(overrides)
+    text = str(error.value)
+    assert text.strip()
+    assert len(text.splitlines()) == 1
+    return text
+
+
+# -- what can be set -----------------------------------------------------------------------------------------
+
+
+def test_without_overrides_it_is_a_small_run_for_a_laptop() -> None:
+    config = config_of()
+    assert (config.model.name, config.strategy.name, config.data.source) == ("tiny", "fomoe", "stdlib")
+    assert (len(config.federation.sites), config.overlap) == (4, 2)
+    assert config.seed == 42
+    assert config.wandb.mode == "offline"
+
+
+def test_what_the_yaml_files_leave_out_is_the_schemas_default() -> None:
+    config = config_of()
+    assert config.model == ModelConfig()
+    assert config.train == TrainConfig()
+    assert config.data == DataConfig()
+    assert config.strategy == StrategyConfig(overlap=2)
+
+
+# Every key with a value that is not its default. Where a value needs company, it comes with it.
+SET = [
+    ("model.name", "mine", []),
+    ("model.vocab_size", 300, []),
+    ("model.d_model", 64, []),
+    ("model.num_layers", 3, []),
+    ("model.num_heads", 4, []),
+    ("model.num_experts", 32, []),
+    ("model.d_expert", 64, []),
+    ("model.top_k", 4, []),
+    ("model.num_shared_experts", 1, []),
+    ("model.rope_theta", 500000.0, []),
+    ("model.norm_eps", 1e-6, []),
+    ("model.init_std", 0.01, []),
+    ("model.base_d_model", 128, []),
+    ("model.base_num_layers", 2, []),
+    ("model.base_d_expert", 64, []),
+    ("model.load_balance", 0.0, []),
+    ("model.experts_impl", "loop", []),
+    ("federation.name", "mine", []),
+    ("federation.num_sites", 8, []),
+    ("strategy.name", "mine", []),
+    ("strategy.overlap", 1, []),
+    ("strategy.routing", "partitioned", []),
+    ("strategy.placement", "random", []),
+    ("strategy.reshuffle_every", 3, []),
+    ("strategy.wire_dtype", "fp32", []),
+    ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
+    ("strategy.keep_moments", False, []),
+    ("strategy.outer", "local_adamw", []),
+    ("strategy.outer_lr", 1.0, []),
+    ("strategy.outer_momentum", 0.0, []),
+    ("strategy.expert_weighting", "routed", []),
+    ("strategy.fraction_train", 0.5, []),
+    ("strategy.fraction_evaluate", 1.0, []),
+    ("strategy.min_train_nodes", 2, []),
+    ("strategy.min_evaluate_nodes", 2, []),
+    ("strategy.min_available_nodes", 3, []),
+    ("strategy.min_replies", 2, []),
+    ("strategy.timeout_s", 5.0, []),
+    ("train.rounds", 3, []),
+    ("train.local_steps", 7, []),
+    ("train.batch_size", 2, []),
+    ("train.seq_len", 32, []),
+    ("train.lr", 0.001, []),
+    ("train.beta1", 0.8, []),
+    ("train.beta2", 0.99, []),
+    ("train.eps", 1e-6, []),
+    ("train.weight_decay", 0.1, []),
+    ("train.grad_clip", 0.0, []),
+    ("train.warmup_steps", 0, []),
+    ("train.warmup_fraction", 0.25, []),
+    ("train.expert_warmup_steps", 0, []),
+    ("train.device", "cpu", []),
+    ("train.dtype", "bf16", []),
+    ("train.compile", True, []),
+    ("train.threads", 0, []),
+    ("train.eval_batches", 0, []),
+    ("train.eval_every", 2, []),
+    ("data.name", "a/set", []),
+    ("data.source", "text", ["data.path=somewhere"]),
+    ("data.path", "some/where", []),
+    ("data.config_name", "en", []),
+    ("data.split", "validation", []),
+    ("data.text_key", "content", []),
+    ("data.domain_key", "source", []),
+    ("data.max_documents", 10, []),
+    ("data.tokenizer", "tokenizer.json", []),
+    ("data.partition", "domain", []),
+    ("data.dirichlet_alpha", 0.1, []),
+    ("data.val_fraction", 0.1, []),
+    ("data.cache_dir", "cache", []),
+    ("runtime.name", "local", []),
+    ("runtime.workers", 2, []),
+    ("runtime.cpus_per_site", 2, []),
+    ("runtime.gpus_per_site", 0.5, []),
+    ("checkpoint.every", 0, []),
+    ("checkpoint.keep", 1, []),
+    ("wandb.mode", "disabled", []),
+    ("wandb.project", "mine", []),
+    ("wandb.entity", "us", []),
+    ("wandb.group", "sweep", []),
+    ("seed", 7, []),
+    ("resume", "runs/before", []),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "company"), SET, ids=[key for key, _, _ in SET])
+def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
+    text = str(value).lower() if isinstance(value, bool) else value
+    config = config_of(f"{key}={text}", *company)
+    assert value_at(config, key) == value
+    assert type(value_at(config, key)) is type(value)
+    assert value_at(RunConfig(), key) != value  # so the override did it
+
+
+def test_no_key_is_left_out_of_the_table_above() -> None:
+    sections = {field.name for field in dataclasses.fields(RunConfig)} - {"seed", "resume"}
+    tested_below = {"federation.path", "federation.sites"}
+    assert set(known_keys()) - sections - tested_below == {key for key, _, _ in SET}
+
+
+@pytest.mark.parametrize("model", ["tiny", "proxy", "medium", "large", "xl", "xxl"])
+def test_the_papers_sizes(model: str) -> None:
+    """Head width 64 and N_e = 4·d_model/128 everywhere (appendix B); tiny is ours, for a laptop, and has more."""
+    config = config_of(f"model={model}").model
+    assert config.name == model
+    assert config.d_model // config.num_heads == 64
+    assert config.d_expert == 128
+    if model != "tiny":
+        assert config.num_experts == 4 * config.d_model // 128
+        assert config.top_k == config.num_experts // 4
+        assert config.vocab_size == 200_019
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("fomoe", {"overlap": 2, "inner": "adamw", "outer": "nesterov", "keep_moments": True}),
+        ("diloco", {"overlap": None, "inner": "adamw", "outer": "nesterov", "keep_moments": True}),
+        ("local_adamw", {"overlap": None, "inner": "adamw", "outer": "local_adamw", "keep_moments": True}),
+        ("fedavg", {"overlap": None, "inner": "adamw", "outer": "average", "keep_moments": False}),
+        ("ddp", {"overlap": None, "inner": "gradient", "outer": "adamw"}),
+    ],
+)
+def test_strategies(strategy: str, expected: dict[str, Any]) -> None:
+    config = config_of(f"strategy={strategy}", "federation.num_sites=8")
+    assert config.strategy.name == strategy
+    assert {key: getattr(config.strategy, key) for key in expected} == expected
+    assert config.overlap == (expected["overlap"] or 8)  # null: every site holds every expert
+
+
+def test_data_parallel_synchronises_every_step() -> None:
+    assert config_of("strategy=ddp").train.local_steps == 1
+    assert config_of("strategy=ddp", "train.local_steps=4").train.local_steps == 4
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
+def test_corpora_on_disk(source: str) -> None:
+    assert config_of(f"data={source}", "data.path=x").data.source == source
+
+
+def test_the_other_groups() -> None:
+    assert config_of("data=huggingface", "data.name=a/b").data.source == "huggingface"
+    assert config_of("data=stdlib").data.source == "stdlib"
+    assert config_of("runtime=local").runtime.name == "local"
+    assert config_of("runtime=flower").runtime.name == "flower"
+
+
+@pytest.mark.parametrize("group", ["model", "federation", "strategy", "data", "runtime"])
+def test_each_option_in_conf_is_a_valid_one(group: str, tmp_path: Path) -> None:
+    """With the least that an option says it needs."""
+    needs = {
+        "text": ["data.path=x"],
+        "jsonl": ["data.path=x"],
+        "parquet": ["data.path=x"],
+        "huggingface": ["data.name=x"],
+        "file": [f"federation.path={tmp_path / 'sites.yaml'}"],
+    }
+    (tmp_path / "sites.yaml").write_text("num_sites: 4\n")
+    options = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+    assert options
+    for option in options:
+        compose([f"{group}={option}", *needs.get(option, [])])
+
+
+def test_warmup_is_a_number_of_steps_or_a_share_of_the_run() -> None:
+    assert config_of("train.warmup_steps=30").warmup_steps == 30
+    shared = config_of("train.warmup_fraction=0.25", "train.rounds=20", "train.local_steps=32")
+    assert shared.warmup_steps == 160
+
+
+def test_where_the_run_lives(tmp_path: Path) -> None:
+    composed = compose([f"hydra.run.dir={tmp_path / 'run'}", "seed=3", f"hydra.sweep.dir={tmp_path}/sweep"])
+    assert (composed.run_dir, composed.sweep_dir) == (tmp_path / "run", tmp_path / "sweep")
+    assert compose(["hydra.run.dir=here"]).run_dir == Path.cwd() / "here"
+
+
+def test_what_a_resume_needs_is_kept_and_hydras_own_is_not() -> None:
+    overrides = ["seed=3", "hydra.run.dir=x", "++hydra.sweep.dir=y", "resume=z", "model=tiny"]
+    assert compose(overrides).overrides == ("seed=3", "model=tiny")
+
+
+def test_composing_twice_is_composing_the_second() -> None:
+    compose(["seed=1", "model=proxy"])
+    assert (config_of().seed, config_of().model.name) == (42, "tiny")
+
+
+# -- sites ---------------------------------------------------------------------------------------------------
+
+
+def test_a_number_of_sites_names_them() -> None:
+    federation = config_of("federation.num_sites=2").federation
+    assert federation.sites == [SiteConfig(name="site-0"), SiteConfig(name="site-1")]
+    assert federation.num_sites == 2
+
+
+def test_sites_listed_one_by_one() -> None:
+    federation = config_of("federation=labs").federation
+    assert [site.name for site in federation.sites] == ["datacentre", "lab-0", "lab-1", "workstation"]
+    assert federation.num_sites == 4
+    assert federation.sites[1] == dataclasses.replace(federation.sites[2], name="lab-0")  # of `count: 2`
+    assert (federation.sites[0].memory_gib, federation.sites[0].up_mbps) == (80.0, 10_000.0)
+
+
+def test_sites_listed_on_the_command_line() -> None:
+    config = config_of(
+        "federation.num_sites=null",
+        "federation.sites=[{name: a, speed: 2}, {name: b, device: 'cuda:1'}]",
+    )
+    assert config.federation.sites == [SiteConfig(name="a", speed=2.0), SiteConfig(name="b", device="cuda:1")]
+
+
+@pytest.fixture
+def sites_file(tmp_path: Path) -> Path:
+    file = tmp_path / "my sites.yaml"
+    file.write_text("sites:\n  - {name: big, memory_gib: 80}\n  - {name: small, count: 3, up_mbps: 100}\n")
+    return file
+
+
+def test_sites_in_a_file_of_the_users(sites_file: Path) -> None:
+    composed = compose([f"federation={sites_file}", "strategy.overlap=4"])
+    federation = composed.config.federation
+    assert [site.name for site in federation.sites] == ["big", "small-0", "small-1", "small-2"]
+    assert (federation.name, federation.path) == ("my sites", None)
+    assert config_of(*composed.overrides) == composed.config  # what a resume would compose
+
+
+def test_a_number_of_sites_beside_a_file_must_agree_with_it(sites_file: Path, tmp_path: Path) -> None:
+    assert config_of(f"federation={sites_file}", "federation.num_sites=4").federation.num_sites == 4
+    assert "federation.num_sites=3: the list has 4 sites" in refusal(
+        f"federation={sites_file}", "federation.num_sites=3"
+    )
+    (tmp_path / "number.yaml").write_text("num_sites: 4\n")
+    assert (
+        len(config_of(f"federation={tmp_path}/number.yaml", "federation.num_sites=2").federation.sites) == 2
+    )
+
+
+def test_only_a_federation_is_rewritten() -> None:
+    overrides = ["federation=labs", "data.path=x.yaml", "federation=a/b.yml", "seed=1"]
+    assert rewrite_federation_file(overrides) == [
+        "federation=labs",
+        "data.path=x.yaml",
+        "federation=file",
+        "federation.path=a/b.yml",
+        "seed=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"sites: [a: {", "not a YAML file"),
+        (b"\xff\xfe\x00\x80", "not a YAML file"),
+        (b"- 1\n- 2\n", "Cannot merge DictConfig with ListConfig"),
+        (b"sites: [{name: a, memroy_gib: 4}]", "memroy_gib: unknown key; did you mean memory_gib?"),
+        (b"sites: [{name: a, memory_gib: lots}]", "memory_gib=lots: must be a number"),
+        (b"num_stes: 4", "num_stes: unknown key"),
+        (b"num_sites: ${nope}", "Interpolation key 'nope' not found"),
+    ],
+)
+def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "sites.yaml"
+    file.write_bytes(content)
+    text = refusal(f"federation={file}")
+    assert text.startswith(f"federation.path={file}: ")
+    assert said in text
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        # unknown keys and options
+        (["train.learning_rate=1"], "train.learning_rate: unknown key"),
+        (["train.lrr=1"], "train.lrr: unknown key; did you mean train.lr?"),
+        (["nope=1"], "nope: unknown key"),
+        (["+train.lrr=1"], "train.lrr: unknown key; did you mean train.lr?"),
+        (["++nope.nope=1"], "nope: unknown key"),
+        (["hydra.nope=1"], "hydra.nope: unknown key"),
+        (["model=huge"], "model=huge: no such option; allowed are large, medium, proxy, tiny, xl, xxl"),
+        (
+            ["strategy=sgd"],
+            "strategy=sgd: no such option; allowed are ddp, diloco, fedavg, fomoe, local_adamw",
+        ),
+        (["federation.sites=[{nme: a}]"], "federation.sites: nme: unknown key; did you mean name?"),
+        # wrong types
+        (["train.lr=fast"], "train.lr=fast: must be a number"),
+        (["train.rounds=1.5"], "train.rounds=1.5: must be an integer"),
+        (["train.batch_size=true"], "train.batch_size=True: must be an integer"),
+        (["train.compile=perhaps"], "train.compile=perhaps: Value 'perhaps' is not a valid bool"),
+        (["model.d_model=null"], "model.d_model=null: field 'model.d_model' is not Optional"),
+        (["train.lr=[1]"], "train.lr=[1]: must be a number"),
+        (["train=3"], "train=3: "),
+        (["federation.sites=3"], "federation.sites=3: "),
+        (["federation.sites=[3]"], "federation.sites=[3]: "),
+        (["~train.lr"], "~train.lr: "),
+        (["model=1"], "model=1: "),
+        # out of bounds
+        (["strategy.routing=hash"], "strategy.routing=hash: allowed are skip, partitioned"),
+        (["model.experts_impl=cuda"], "model.experts_impl=cuda: allowed are grouped, loop"),
+        (["wandb.mode=on"], "wandb.mode=on: allowed are offline, online, disabled"),
+        (["train.lr=-1"], "train.lr=-1.0: must be at least 0"),
+        (["train.lr=nan"], "train.lr=nan: must be at least 0"),
+        (["train.warmup_fraction=-0.1"], "train.warmup_fraction=-0.1: must be at least 0"),
+        (["model.vocab_size=1"], "model.vocab_size=1: must be at least 2"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
+        (["federation.num_sites=0"], "federation.num_sites=0: must be at least 1"),
+        (["checkpoint.keep=0"], "checkpoint.keep=0: must be at least 1"),
+        (
+            ["federation.num_sites=null", "federation.sites=[{name: a, count: 0}]"],
+            "federation.sites[0].count=0: must be at least 1",
+        ),
+        (["train.device=tpu"], "train.device=tpu: allowed are auto, cpu, cuda, cuda:N"),
+        (["train.device='c\npu'"], "train.device=c pu: allowed are auto, cpu, cuda, cuda:N"),
+        # impossible combinations
+        (["strategy.overlap=5"], "strategy.overlap=5: between 1 and the number of sites, 4"),
+        (
+            ["strategy.overlap=1", "federation.num_sites=3"],
+            "strategy.overlap=1: 16 experts x 1 holders do not divide among 3 sites; overlap must be a multiple of 3",
+        ),
+        (["model.num_heads=3"], "model.num_heads=3: must divide d_model=128"),
+        (["model.num_heads=128"], "model.num_heads=128: must divide d_model=128 into heads of even width"),
+        (["model.d_model=132", "model.num_heads=2"], "model.d_model=132: must be a multiple of 8"),
+        (["model.d_expert=20"], "model.d_expert=20: must be a multiple of 8"),
+        (["model.top_k=17"], "model.top_k=17: at most model.num_experts=16"),
+        (["strategy.fraction_train=1.5"], "strategy.fraction_train=1.5: a share, at most 1"),
+        (["data.val_fraction=0"], "data.val_fraction=0.0: must lie between 0 and 1"),
+        (["train.beta2=1"], "train.beta2=1.0: must be below 1"),
+        (
+            ["strategy=local_adamw", "strategy.inner=gradient"],
+            "strategy.inner=gradient: strategy.outer=local_adamw averages AdamW's moments",
+        ),
+        (["data=text"], "data.path=null: data=text needs data.path=FILE_OR_FOLDER"),
+        (["data=huggingface"], "data.name=null: data=huggingface needs data.name=NAME"),
+        # sites
+        (["federation=nowhere.yaml"], "federation.path=nowhere.yaml: no such file"),
+        (["federation.num_sites=null"], "federation.num_sites=null: give a number of sites"),
+        (["federation=labs", "federation.num_sites=9"], "federation.num_sites=9: the list has 4 sites"),
+        (
+            ["federation.num_sites=null", "federation.sites=[{name: a}, {name: a}]"],
+            "federation.sites: two sites are named 'a'",
+        ),
+        (
+            ["federation.num_sites=null", "federation.sites=[{name: a, count: 2}, {name: a-1}]"],
+            "federation.sites: two sites are named 'a-1'",
+        ),
+        (
+            ["federation.num_sites=null", "strategy.overlap=1", "federation.sites=[{name: a, device: tpu}]"],
+            "a.device=tpu: allowed are auto, cpu, cuda, cuda:N",
+        ),
+        # not overrides at all
+        (["model proxy"], "model proxy"),
+        (["train.lr=${"], "train.lr=${"),
+        (["data.path=[1"], "[1"),
+        (["train.lr=${nope}"], "train.lr: Interpolation key 'nope' not found"),
+        (["train.lr=0.1,0.2"], "train.lr=0.1,0.2"),
+        (["+="], "+=: "),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_with_key_and_value(overrides: list[str], said: str) -> None:
+    assert said in refusal(*overrides)
+
+
+values = st.sampled_from(
+    [
+        "",
+        "1",
+        "-1",
+        "null",
+        "nan",
+        "inf",
+        "[]",
+        "{}",
+        "{a: 1}",
+        "[1",
+        "${x}",
+        "true",
+        "'a'",
+        '"',
+        "1,2",
+        "a b",
+        "???",
+    ]
+)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["", "+", "~", "++"]),
+    st.sampled_from([*known_keys(), "", "nope", "..", "model@x"]),
+    values,
+)
+def test_no_override_ends_in_a_traceback(prefix: str, key: str, value: str) -> None:
+    lines = 1
+    try:
+        compose([f"{prefix}{key}={value}"])
+    except ConfigError as error:
+        lines = len(str(error).splitlines())
+    assert lines == 1
+
+
+def test_every_section_stops_at_an_unknown_key() -> None:
+    for field in dataclasses.fields(RunConfig):
+        if field.name not in ("seed", "resume"):
+            assert refusal(f"{field.name}.nope=1").startswith(f"{field.name}.nope: unknown key")
+
+
+# -- overrides of a resumed run and of a sweep ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved", "new", "merged"),
+    [
+        ([], ["a=1"], ["a=1"]),
+        (["a=1"], [], ["a=1"]),
+        (["a=1", "b=2"], ["a=3"], ["b=2", "a=3"]),
+        (["model=tiny", "model.d_model=64"], ["model=proxy"], ["model.d_model=64", "model=proxy"]),
+        (["+a=1", "b=2"], ["a=3", "~b"], ["a=3", "~b"]),
+        (["a.b=x=y"], ["a.b=z=w"], ["a.b=z=w"]),
+    ],
+)
+def test_of_one_key_the_new_override_stays(
+    saved: Sequence[str], new: Sequence[str], merged: list[str]
+) -> None:
+    assert merge_overrides(saved, new) == merged
+
+
+@pytest.mark.parametrize(
+    ("overrides", "jobs"),
+    [
+        (["seed=1"], [["seed=1"]]),
+        (["seed=1,2"], [["seed=1"], ["seed=2"]]),
+        (
+            ["strategy.overlap=1,2", "seed=1", "train.lr=0.1,0.2"],
+            [
+                ["strategy.overlap=1", "seed=1", "train.lr=0.1"],
+                ["strategy.overlap=1", "seed=1", "train.lr=0.2"],
+                ["strategy.overlap=2", "seed=1", "train.lr=0.1"],
+                ["strategy.overlap=2", "seed=1", "train.lr=0.2"],
+            ],
+        ),
+        (["seed=range(0,3)"], [["seed=0"], ["seed=1"], ["seed=2"]]),
+        (["model=choice(tiny,proxy)"], [["model=tiny"], ["model=proxy"]]),
+    ],
+)
+def test_a_sweep_is_the_product_of_its_choices(overrides: list[str], jobs: list[list[str]]) -> None:
+    assert split_sweep(overrides) == jobs
+    for job in jobs:
+        compose(job)
+
+
+def test_a_sweep_that_cannot_be_parsed_is_one_line() -> None:
+    with pytest.raises(ConfigError) as error:
+        split_sweep(["seed=[1"])
+    assert len(str(error.value).splitlines()) == 1
+
+
+# -- what travels to a site ----------------------------------------------------------------------------------
+
+
+def test_a_task_comes_back_from_its_json() -> None:
+    config = config_of(
+        "federation=labs", "strategy=local_adamw", "train.warmup_fraction=0.25", "data.max_documents=9"
+    )
+    task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]])
+    back = SiteTask.from_json(task.to_json())
+    assert back == task
+    assert isinstance(back.sites[0], SiteConfig)
+    assert (back.name, back.first_step, back.warmup_steps) == ("lab-1", 2 * 50, 125)
+
+
+def test_a_task_is_one_line_of_json() -> None:
+    text = make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4).to_json()
+    assert "\n" not in text
+    assert json.loads(text)["model"]["d_model"] == 128
+
+
+def test_a_task_of_another_version_is_refused() -> None:
+    values = json.loads(make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4).to_json())
+    newer = values | {"train": values["train"] | {"momentum": 1}}
+    with pytest.raises(
+        ConfigError, match=r"TrainConfig\.momentum: unknown key; server and site differ in version"
+    ):
+        SiteTask.from_json(json.dumps(newer))
+    with pytest.raises(ConfigError, match="server and site differ in version"):
+        SiteTask.from_json(json.dumps(values | {"colour": "red"}))
+    older = {key: value for key, value in values.items() if key != "keep"}
+    with pytest.raises(ConfigError, match="server and site differ in version"):
+        SiteTask.from_json(json.dumps(older))
+
+
+@pytest.mark.parametrize(
+    "config", [ModelConfig(d_model=64), TrainConfig(lr=0.1), StrategyConfig(overlap=3), SiteConfig()]
+)
+def test_a_section_comes_back_from_its_json(config: Any) -> None:
+    assert from_dict(type(config), json.loads(to_json(config))) == config
