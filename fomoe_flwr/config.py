@@ -119,7 +119,7 @@ class TrainConfig:
     """The local loop (FoMoE, algorithm 2) and the evaluation on the server."""
 
     rounds: int = at_least(10, 0)
-    local_steps: int = at_least(40, 1)  # K
+    local_steps: int = at_least(20, 1)  # K
     batch_size: int = at_least(8, 1)  # sequences a step and site
     seq_len: int = at_least(256, 2)
     # Of the base model (CompleteP). The paper's 0.01 is for 2 M tokens a batch; this suits thousands.
@@ -131,7 +131,7 @@ class TrainConfig:
     grad_clip: float = at_least(1.0, 0.0)  # global norm; 0: off
     # Warm-up is counted in steps and not as a share of the run (the paper: 25 %), so that a run that is
     # prolonged or resumed begins exactly as the shorter one did. warmup_fraction, if set, takes its place.
-    warmup_steps: int = at_least(100, 0)
+    warmup_steps: int = at_least(50, 0)
     warmup_fraction: float | None = at_least(None, 0.0)
     expert_warmup_steps: int = at_least(20, 0)  # for an expert new to a site
     device: str = "auto"  # auto, cpu, cuda or cuda:N

@@ -262,6 +262,7 @@ def test_the_header_that_the_next_test_damages_is_a_good_one() -> None:
         (entry() | {"y": entry()["x"]}, bytes(16), "overlap"),
         ({}, bytes(16), "leave bytes over"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_damaged_header_is_named(header: object, body: bytes, said: str) -> None:
     with pytest.raises(WireError, match=said):

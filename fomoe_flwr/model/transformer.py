@@ -82,10 +82,10 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor]:
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
-        x_BSD = x_BSD + self.multiplier * self.post_attention_layernorm(y_BSD)
+        x_BSD = torch.add(x_BSD, self.post_attention_layernorm(y_BSD), alpha=self.multiplier)
         y_TD, balance_loss = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
-        y_BSD = y_TD.view_as(x_BSD)
-        return x_BSD + self.multiplier * self.post_feedforward_layernorm(y_BSD), balance_loss
+        y_BSD = self.post_feedforward_layernorm(y_TD.view_as(x_BSD))
+        return torch.add(x_BSD, y_BSD, alpha=self.multiplier), balance_loss
 
 
 class Backbone(nn.Module):
