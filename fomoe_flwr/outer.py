@@ -176,6 +176,11 @@ class OuterOptimizer:
                 torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.train.grad_clip)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.train.lr * warmup(step_number, warmup_steps) * group["multiplier"]
+        if self.strategy.outer == "nesterov" and self.strategy.outer_momentum:
+            # Fused SGD refuses names with a momentum beside names without (first returned in a later round).
+            for parameter in self._parameters.values():
+                if parameter.grad is not None and "momentum_buffer" not in self._optimizer.state[parameter]:
+                    self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -87,7 +87,7 @@ class Telemetry:
             os.fsync(file.fileno())
         log.info(self._summary(line))
         if self._wandb is not None:
-            self._wandb.log(_flat(line), step=line["round"])
+            self._wandb.log(flat(line), step=line["round"])
 
     def _summary(self, line: Mapping[str, Any]) -> str:
         number, rounds = line["round"], self.config.train.rounds
@@ -120,16 +120,16 @@ class Telemetry:
             self._wandb.finish(exit_code=1 if failed else 0)
 
 
-def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Nested figures under slash-joined names, as wandb groups them."""
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
+            flat |= flat(value, f"{prefix}{key}/")
         elif isinstance(value, list):
             for item in value:
                 if isinstance(item, Mapping):
-                    flat |= _flat(item, f"{prefix}{key}/{item.get('site', '')}/")
+                    flat |= flat(item, f"{prefix}{key}/{item.get('site', '')}/")
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat

@@ -541,7 +541,12 @@ def test_a_sweep_that_cannot_be_parsed_is_one_line() -> None:
 
 def test_a_task_comes_back_from_its_json() -> None:
     config = config_of(
-        "federation=labs", "strategy=local_adamw", "train.warmup_fraction=0.25", "data.max_documents=9"
+        "federation=labs",
+        "strategy=local_adamw",
+        "train.rounds=10",
+        "train.local_steps=50",
+        "train.warmup_fraction=0.25",
+        "data.max_documents=9",
     )
     task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]])
     back = SiteTask.from_json(task.to_json())

@@ -313,6 +313,21 @@ def test_what_nobody_returned_stays_as_it_was_with_its_momentum(strategy: Strate
         assert after[key].equal(buffers[key]) == (not key.endswith(NORM)), key
 
 
+@pytest.mark.parametrize("strategy", [NESTEROV, AVERAGE, LOCAL_ADAMW, ADAMW], ids=lambda s: s.outer)
+def test_what_is_first_returned_in_a_later_round_begins_there(strategy: StrategyConfig) -> None:
+    """An expert whose holders were all away at first: its momentum starts in the round that brings it."""
+    train = TrainConfig(grad_clip=0)  # a common norm would couple the names
+    state, alone = state_of(), state_of(names=[UP])
+    alone[UP] = state[UP].clone()
+    outer, fresh = optimizer_for(state, strategy, train), optimizer_for(alone, strategy, train)
+    outer.step(gradients_of_round(0, [NORM]), 0, 0)
+    for number in (1, 2):
+        gradients = gradients_of_round(number)
+        fresh.step({UP: gradients[UP].clone()}, number, 0)
+        outer.step(gradients, number, 0)
+        assert state[UP].equal(alone[UP])
+
+
 def test_average_is_the_mean_of_what_the_sites_returned() -> None:
     state = state_of()
     sent = copied(state)

@@ -73,7 +73,11 @@ def test_a_damaged_checkpoint_is_one_clear_line(arguments: list[str], tmp_path: 
     checkpoint = checkpoint_path(tmp_path / "run", 1)
     (checkpoint / "manifest.json").write_text("{")
     assert "manifest.json is damaged" in refused(capsys, f"resume={checkpoint}")
-    assert "no checkpoint is whole" in refused(capsys, f"resume={tmp_path}/run").splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main(["train", f"resume={tmp_path}/run"])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "round_00001: manifest.json is damaged" in warning
+    assert error.startswith(f"error: resume={tmp_path}/run: no checkpoint is whole")
 
 
 def test_a_run_directory_in_use_is_not_overwritten(arguments: list[str], tmp_path: Path, capsys) -> None:

@@ -142,12 +142,16 @@ def test_a_token_whose_experts_are_all_ghosts_goes_on_along_the_residual() -> No
     with torch.no_grad():
         attended_BSD = block.self_attn(block.input_layernorm(x_BSD), *tables)
         residual_SD = (x_BSD + block.multiplier * block.post_attention_layernorm(attended_BSD))[0]
-        y_SD = block(x_BSD, *tables)[0][0]
         wants_ghosts_S = block.pre_feedforward_layernorm(residual_SD)[:, 0] > 0
+        y_SD = block(x_BSD, *tables)[0][0]
+        block.mlp.experts.down_EDH.zero_()
+        without_experts_SD = block(x_BSD, *tables)[0][0]
     assert wants_ghosts_S.any()
     assert not wants_ghosts_S.all()
-    assert y_SD[wants_ghosts_S].equal(residual_SD[wants_ghosts_S])
-    assert (y_SD[~wants_ghosts_S] != residual_SD[~wants_ghosts_S]).any(dim=1).all()
+    torch.testing.assert_close(without_experts_SD, residual_SD)
+    assert y_SD[wants_ghosts_S].equal(without_experts_SD[wants_ghosts_S])
+    torch.testing.assert_close(y_SD[wants_ghosts_S], residual_SD[wants_ghosts_S])
+    assert ((y_SD - residual_SD)[~wants_ghosts_S].abs().amax(dim=1) > 0.1).all()
 
 
 def test_shared_experts_compute_every_token() -> None:

@@ -1,0 +1,95 @@
+"""What a run writes down: one line a round, whole after a resume, the same figures for wandb."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from fomoe_flwr.telemetry import Telemetry, flat, human_bytes, human_time
+from tests.conftest import Compose
+
+
+def line(number: int) -> dict:
+    return {
+        "round": number,
+        "tokens": 100 * number,
+        "train_loss": 2.0,
+        "val_loss": 3.0,
+        "val_bpb": 4.0,
+        "bytes_down": 1_500_000,
+        "bytes_up": 10,
+        "resident_share": 0.5,
+        "seconds": {"round": 2.0},
+        "sites": [{"site": "a", "tokens": 100, "train_loss": 2.0}],
+        "failures": {},
+    }
+
+
+def written(run_dir: Path) -> list[int]:
+    return [json.loads(text)["round"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_round_in_the_file_and_on_the_console(
+    small: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed = small()
+    telemetry = Telemetry(composed.config, composed.run_dir, "run")
+    with caplog.at_level(logging.INFO, logger="fomoe"):
+        for number in (1, 2):
+            telemetry.begin_round(number, sites=4)
+            telemetry.site_answered()
+            telemetry.end_round(line(number))
+    telemetry.close()
+    assert written(composed.run_dir) == [1, 2]
+    text = caplog.messages[-1]
+    for part in (
+        "round 2/2",
+        "train 2.000",
+        "bpb 4.000",
+        "50 tokens/s",
+        "down 1.5 MB",
+        "resident 50%",
+        "left 0:00",
+    ):
+        assert part in text
+
+
+def test_a_resumed_run_drops_the_lines_of_a_future_it_does_not_have(small: Compose) -> None:
+    composed = small()
+    telemetry = Telemetry(composed.config, composed.run_dir, "run")
+    for number in (0, 1, 2, 3):
+        telemetry.end_round(line(number))
+    with telemetry.path.open("a") as file:
+        file.write('{"round": 4, "tok')
+    Telemetry(composed.config, composed.run_dir, "run", rounds_done=2)
+    assert written(composed.run_dir) == [0, 1, 2]
+
+
+def test_wandb_offline_writes_into_the_run_directory(small: Compose) -> None:
+    composed = small("wandb.mode=offline")
+    telemetry = Telemetry(composed.config, composed.run_dir, "abcdef")
+    telemetry.end_round(line(1))
+    telemetry.close()
+    assert list((composed.run_dir / "wandb").glob("offline-run-*-abcdef/run-abcdef.wandb"))
+
+
+def test_nested_figures_are_flat_for_wandb() -> None:
+    figures = flat(line(1))
+    assert figures["seconds/round"] == 2.0
+    assert figures["sites/a/train_loss"] == 2.0
+    assert "sites/a/site" not in figures
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1_234_567, "1.2 MB"), (5e15, "5000.0 TB")]
+)
+def test_bytes_for_people(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3661, "1:01:01")])
+def test_time_for_people(seconds: float, text: str) -> None:
+    assert human_time(seconds) == text
