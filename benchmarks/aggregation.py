@@ -61,7 +61,7 @@ def forget_peak() -> None:
 
 
 def measure_memory(who: str, sites: int, folder: Path) -> None:
-    """Run in a process of its own: print the peak above what stood before the first reply, as multiples of the model."""
+    """In a process of its own: print the peak above what stood before the first reply, in models."""
     if who == "ours":
         mean = RunningMean()
         fold = OrderedFold(
@@ -124,7 +124,8 @@ def main() -> None:
         "aggregation",
         "Averaging 4 replies of 208 MiB, against Flower's aggregate_arrayrecords",
         f"Bytes in, mean out (fp32, {TENSORS} tensors, weights 1 to 4), median of {chosen.repeats} runs taken in turn: "
-        f"ours {median['ours']:.3f} s, Flower {median['flower']:.3f} s; Flower / ours {ratio(seconds['flower'], seconds['ours'])}.\n\n"
+        f"ours {median['ours']:.3f} s, Flower {median['flower']:.3f} s; "
+        f"Flower / ours {ratio(seconds['flower'], seconds['ours'])}.\n\n"
         "Peak memory above the start, in models (208 MiB), replies arriving one by one, for ours in the worst order "
         "(the first site's reply comes last, so all others wait on disk):\n\n"
         "| sites | ours | Flower |\n|---|---|---|\n" + "\n".join(rows),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,12 @@ def loop_layer(moe: MoE, x_TD: Tensor, indexed: bool) -> Tensor:
     return y_TD
 
 
+def step(forward: Callable[[MoE, Tensor], Tensor], moe: MoE, x_TD: Tensor, upstream_TD: Tensor) -> None:
+    torch.autograd.grad(forward(moe, x_TD), [x_TD, *moe.parameters()], upstream_TD)
+    if x_TD.is_cuda:
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     chosen = options(__doc__ or "", repeats=5)
     config = ModelConfig(d_model=D_MODEL, d_expert=D_EXPERT, num_experts=EXPERTS, top_k=TOP_K)
@@ -42,19 +50,13 @@ def main() -> None:
         x_TD = torch.randn(TOKENS, D_MODEL, device=chosen.device, requires_grad=True)
         upstream_TD = torch.randn(TOKENS, D_MODEL, device=chosen.device)
 
-        def step(forward, x_TD=x_TD, moe=moe, upstream_TD=upstream_TD) -> None:
-            torch.autograd.grad(forward(x_TD), [x_TD, *moe.parameters()], upstream_TD)
-            if x_TD.is_cuda:
-                torch.cuda.synchronize()
-
-        seconds = paired(
-            {
-                "ours": lambda moe=moe, step=step: step(lambda x_TD: moe(x_TD)[0]),
-                "unbind": lambda moe=moe, step=step: step(lambda x_TD: loop_layer(moe, x_TD, indexed=False)),
-                "indexed": lambda moe=moe, step=step: step(lambda x_TD: loop_layer(moe, x_TD, indexed=True)),
-            },
-            chosen.repeats,
-        )
+        forwards = {
+            "ours": lambda moe, x_TD: moe(x_TD)[0],
+            "unbind": lambda moe, x_TD: loop_layer(moe, x_TD, indexed=False),
+            "indexed": lambda moe, x_TD: loop_layer(moe, x_TD, indexed=True),
+        }
+        steps = {name: partial(step, forward, moe, x_TD, upstream_TD) for name, forward in forwards.items()}
+        seconds = paired(steps, chosen.repeats)
         median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
         rows.append(
             f"| {residents} of {EXPERTS} | {median['ours']:.0f} | {median['unbind']:.0f} | {median['indexed']:.0f} "

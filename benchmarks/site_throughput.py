@@ -1,4 +1,4 @@
-"""Tokens per second of a site inside a federated run, against a bare training loop. `python -m benchmarks.site_throughput`
+"""Tokens per second of a site inside a federated run, against a bare loop. `python -m benchmarks.site_throughput`
 
 Both train the same model (a site's residents) on the same batches with one thread. The federated figure is the
 whole round divided by its sites: messages, building the model, K steps, saving the site's state, averaging, outer
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import options, write_result
-from fomoe_flwr.config import RunConfig, compose
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.model.transformer import build
@@ -77,12 +78,13 @@ def main() -> None:
         f"| {plain:,.0f} | {whole:,.0f} | {whole / plain:.1%} | {loop:,.0f} | {loop / plain:.1%} |"
         for plain, whole, loop in pairs
     ]
+    median = statistics.median(whole / plain for plain, whole, _ in pairs)
     write_result(
         "site_throughput",
         "Tokens/s of a site in a federated run against a bare loop, K = 100",
-        f"model=tiny, 2 sites with half of the experts each, {config.train.batch_size} x {config.train.seq_len} tokens a "
-        f"step, fp32, runtime=local one site at a time. The bare loop runs before and after each federated run. Median "
-        f"of the whole-round ratio: {statistics.median(whole / plain for plain, whole, _ in pairs):.1%}.\n\n"
+        f"model=tiny, 2 sites with half of the experts each, {config.train.batch_size} x {config.train.seq_len} "
+        f"tokens a step, fp32, runtime=local one site at a time. The bare loop runs before and after each "
+        f"federated run. Median of the whole-round ratio: {median:.1%}.\n\n"
         "| bare loop | site, whole round | ratio | site, its loop alone | ratio |\n|---|---|---|---|---|\n"
         + "\n".join(rows),
         "a GPU, the simulation engine, several sites at a time.",

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fomoe_flwr.checkpoint import write_atomically
 from fomoe_flwr.errors import CheckpointError
+from fomoe_flwr.files import write_atomically
 from fomoe_flwr.training import Moments
 
 _PATTERN = re.compile(r"round_(\d{5,})\.safetensors")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fomoe_flwr.errors import CheckpointError
+from fomoe_flwr.files import flush
 
 log = logging.getLogger("fomoe")
 
@@ -51,14 +51,6 @@ def checkpoint_path(run_dir: Path, round_: int) -> Path:
     return run_dir / "checkpoints" / f"round_{round_:05d}"
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -68,16 +60,6 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Of all that the manifest says but its own digest; layout does not count."""
     files = {file: digest for file, digest in manifest["sha256"].items() if file != "manifest.json"}
     return hashlib.sha256(json.dumps({**manifest, "sha256": files}).encode()).hexdigest()
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary_path)`, flush what it wrote, and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    write(aside)
-    _flush(aside)
-    aside.replace(path)
-    _flush(path.parent)
 
 
 def save_checkpoint(
@@ -101,16 +83,16 @@ def save_checkpoint(
     for name, tensors in (("parameters", parameters), ("outer", outer)):
         file = aside / f"{name}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-        _flush(file)
+        flush(file)
         digests[file.name] = _digest(file)
     manifest = {"format": FORMAT, "round": round_, "sha256": digests, **facts}
     digests["manifest.json"] = _manifest_digest(manifest)
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _flush(aside / "manifest.json")
-    _flush(aside)
+    flush(aside / "manifest.json")
+    flush(aside)
     shutil.rmtree(final, ignore_errors=True)  # a resumed run passes a round again
     aside.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     for old in list_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -194,3 +176,14 @@ def resume_from(where: str) -> tuple[Path, Checkpoint]:
             log.warning("%s; trying the one before it", error)
             problems.append(str(error))
     raise CheckpointError(f"resume={where}: no checkpoint is whole; newest: {problems[0]}")
+
+
+def forget_later(checkpoint: Checkpoint) -> None:
+    """Remove the checkpoints after the one that is resumed: they belong to a future that will not happen.
+
+    Left there, they would count among the newest and be resumed, or kept instead of the run's own.
+    """
+    for path in list_checkpoints(checkpoint.path.parent.parent):
+        if path.name > checkpoint.path.name:
+            log.warning("resuming from %s: removing %s", checkpoint.path.name, path.name)
+            shutil.rmtree(path)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import (
+from fomoe_flwr.compose import (
     Composed,
     compose,
     conf_dir,

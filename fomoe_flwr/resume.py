@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fomoe_flwr.checkpoint import resume_from
-from fomoe_flwr.config import Composed, compose, merge_overrides
+from fomoe_flwr.compose import Composed, compose, merge_overrides
 
 
 def resumed_overrides(overrides: Sequence[str]) -> list[str]:

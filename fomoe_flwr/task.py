@@ -52,20 +52,20 @@ class SiteTask:
     @classmethod
     def from_json(cls, text: str) -> SiteTask:
         """Raises ConfigError where server and site differ in version."""
-        values = json.loads(text)
         sections = {
             "model": ModelConfig,
             "train": TrainConfig,
             "strategy": StrategyConfig,
             "data": DataConfig,
         }
-        for key, section in sections.items():
-            values[key] = from_dict(section, values[key])
-        values["sites"] = [from_dict(SiteConfig, site) for site in values["sites"]]
         try:
+            values = json.loads(text)
+            for key, section in sections.items():
+                values[key] = from_dict(section, values[key])
+            values["sites"] = [from_dict(SiteConfig, site) for site in values["sites"]]
             return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"task: {error}; server and site differ in version") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"task: {error!r}; server and site differ in version") from error
 
 
 def make_task(

@@ -18,24 +18,9 @@ from typing import Any, Literal, cast
 from tqdm import tqdm
 
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.units import duration, in_bytes
 
 log = logging.getLogger("fomoe")
-
-
-def human_bytes(count: float) -> str:
-    """1234567 -> '1.2 MB' (decimal units, as link speeds are)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def human_time(seconds: float) -> str:
-    """75 -> '1:15'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Telemetry:
@@ -87,7 +72,7 @@ class Telemetry:
             os.fsync(file.fileno())
         log.info(self._summary(line))
         if self._wandb is not None:
-            self._wandb.log(flat(line), step=line["round"])
+            self._wandb.log(figures(line), step=line["round"])
 
     def _summary(self, line: Mapping[str, Any]) -> str:
         number, rounds = line["round"], self.config.train.rounds
@@ -101,13 +86,13 @@ class Telemetry:
         if number:
             parts += [
                 f"{sum(site['tokens'] for site in line['sites']) / line['seconds']['round']:,.0f} tokens/s",
-                f"down {human_bytes(line['bytes_down'])} up {human_bytes(line['bytes_up'])}",
+                f"down {in_bytes(line['bytes_down'])} up {in_bytes(line['bytes_up'])}",
                 f"resident {line['resident_share']:.0%}",
                 f"{line['seconds']['round']:.1f} s",
             ]
             done = number - self._first_round
             left = (time.monotonic() - self._started) / done * (rounds - number)
-            parts.append(f"left {human_time(left)}")
+            parts.append(f"left {duration(left)}")
             if line["failures"]:
                 parts.append(f"FAILED {', '.join(line['failures'])}")
         return "  ".join(parts)
@@ -120,16 +105,16 @@ class Telemetry:
             self._wandb.finish(exit_code=1 if failed else 0)
 
 
-def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def figures(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Nested figures under slash-joined names, as wandb groups them."""
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
-            flat |= flat(value, f"{prefix}{key}/")
+            flat |= figures(value, f"{prefix}{key}/")
         elif isinstance(value, list):
             for item in value:
                 if isinstance(item, Mapping):
-                    flat |= flat(item, f"{prefix}{key}/{item.get('site', '')}/")
+                    flat |= figures(item, f"{prefix}{key}/{item.get('site', '')}/")
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from fomoe_flwr.checkpoint import save_checkpoint
-from fomoe_flwr.config import Composed
+from fomoe_flwr.compose import Composed
 from fomoe_flwr.data import TokenCorpus, validation_batches
 from fomoe_flwr.model.transformer import build
 from fomoe_flwr.placement import full_residents

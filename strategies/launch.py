@@ -11,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from clients.app import app as client_app
-from fomoe_flwr.config import Composed, RunConfig
+from fomoe_flwr.compose import Composed
+from fomoe_flwr.config import RunConfig
 from fomoe_flwr.training import resolve_device
 from strategies.local_grid import LocalGrid
 from strategies.server import run_server

@@ -10,10 +10,12 @@ from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from fomoe_flwr.checkpoint import Checkpoint, resume_from, write_atomically
-from fomoe_flwr.config import Composed, RunConfig
+from fomoe_flwr.checkpoint import Checkpoint, forget_later, resume_from
+from fomoe_flwr.compose import Composed
+from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare
 from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.report import report
@@ -34,6 +36,7 @@ def run_server(grid: Grid, composed: Composed) -> None:
     checkpoint = resume_from(config.resume)[1] if config.resume else None
     if checkpoint is not None:
         check_resumable(checkpoint, config)
+        forget_later(checkpoint)
     else:
         check_unused(composed)
     run = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
-from fomoe_flwr.config import Composed, compose
+from fomoe_flwr.compose import Composed, compose
+
+# The same examples every time, and no deadline: the machine may be busy.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 WORDS = [
     "site",

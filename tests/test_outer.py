@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,9 +16,6 @@ from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.model.names import MOMENTS, moment_name
 from fomoe_flwr.outer import OrderedFold, OuterOptimizer, RunningMean, with_moments
 from fomoe_flwr.wire import decode, encode
-
-settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
-settings.load_profile("repeatable")
 
 NORM = "model.norm.weight"  # learns at lr
 UP, DOWN = (f"model.layers.0.mlp.experts.3.{part}_proj.weight" for part in ("up", "down"))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fomoe_flwr.errors import ConfigError
@@ -20,9 +20,6 @@ from fomoe_flwr.placement import (
     holder_groups,
     moves,
 )
-
-settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
-settings.load_profile("repeatable")
 
 
 @st.composite

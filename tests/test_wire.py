@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,9 +31,6 @@ from fomoe_flwr.wire import (
     split_bundle,
     to_arrays,
 )
-
-settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
-settings.load_profile("repeatable")
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DENSE = "model.norm.weight"

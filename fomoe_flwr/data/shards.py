@@ -28,6 +28,7 @@ from fomoe_flwr.config import DataConfig
 from fomoe_flwr.data.corpus import Document, is_hidden, read_documents, source_digest
 from fomoe_flwr.data.tokenizer import Tokenizer, load_tokenizer
 from fomoe_flwr.errors import DataError
+from fomoe_flwr.files import flush
 
 FORMAT = 1  # raise it when the same source would give other tokens, another split or other files
 SHARD_TOKENS = 100_000_000
@@ -167,19 +168,11 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
     try:
         _write(unfinished, config, tokenizer)
         for path in (*unfinished.iterdir(), unfinished):
-            _sync(path)
+            flush(path)
         _publish(unfinished, folder)
-        _sync(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was published
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _publish(unfinished: Path, folder: Path) -> None:

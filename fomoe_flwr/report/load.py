@@ -13,8 +13,10 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fomoe_flwr.config import RunConfig, from_tree, one_line
+from fomoe_flwr.compose import from_tree
+from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.hydra_errors import one_line
 
 CLASSES = ("dense", "expert", "other")  # of bytes; other is what is no tensor
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fomoe_flwr.plan.traffic import Traffic, compare_strategies
 from fomoe_flwr.report.load import CLASSES, Run, SiteRound
-from fomoe_flwr.report.units import byte_unit, in_bytes, percent, times
+from fomoe_flwr.units import byte_unit, in_bytes, percent, times
 
 INK = "#333333"
 # Okabe and Ito for quantities, Tol's muted set for sites: both are made for the colour-blind.

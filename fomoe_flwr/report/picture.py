@@ -17,7 +17,7 @@ from fomoe_flwr.report import panels
 from fomoe_flwr.report.expert_map import expert_map
 from fomoe_flwr.report.load import Run
 from fomoe_flwr.report.summary import setting, summarize
-from fomoe_flwr.report.units import count, decimal, in_bytes, times
+from fomoe_flwr.units import count, decimal, in_bytes, times
 
 SIZE_INCHES = (14.0, 9.5)
 DPI = 120

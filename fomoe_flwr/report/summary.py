@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.model.sizes import parameter_counts
 from fomoe_flwr.report.load import Round, Run
-from fomoe_flwr.report.units import count
+from fomoe_flwr.units import count
 
 
 class Summary(NamedTuple):

@@ -15,7 +15,7 @@ from rich.table import Table
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.report.load import Run, load_run, read_config
 from fomoe_flwr.report.summary import summarize
-from fomoe_flwr.report.units import NONE, count, decimal, in_bytes, percent
+from fomoe_flwr.units import NONE, count, decimal, in_bytes, percent
 
 RESULTS = ("rounds", "tokens", "val loss", "val bpb", "bytes/site\nand round", "resident\nshare", "tokens/s")
 

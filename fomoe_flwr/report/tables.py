@@ -9,7 +9,7 @@ from rich.table import Table
 from fomoe_flwr.plan.traffic import compare_strategies
 from fomoe_flwr.report.load import Run
 from fomoe_flwr.report.summary import setting, summarize
-from fomoe_flwr.report.units import count, decimal, duration, in_bytes, percent, times
+from fomoe_flwr.units import count, decimal, duration, in_bytes, percent, times
 
 
 def run_table(run: Run) -> Table:

@@ -95,7 +95,7 @@ def test_a_run_that_fails_in_the_simulation_engine_has_an_exit_code(
 
 @pytest.fixture
 def superlink(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A SuperLink for simulations on a free port of the loopback, with a folder of its own; its name and environment."""
+    """A SuperLink for simulations on a free loopback port, in a folder of its own: its name and environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from fomoe_flwr.config import ModelConfig, compose
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.names import expert_name, expert_of, gate_name, is_moment, moment_name, parameter_shapes
 from fomoe_flwr.model.scaling import depth_multiplier, initial_state, logit_multiplier, lr_multiplier

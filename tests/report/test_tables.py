@@ -17,7 +17,7 @@ from fomoe_flwr.report import report
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.sweep import differing, job_dirs, sweep_table
 from fomoe_flwr.report.tables import comparison_table, run_table
-from fomoe_flwr.report.units import count, duration, in_bytes, times
+from fomoe_flwr.units import count, duration, in_bytes, times
 from tests.report.runs import HEADERS, compose_config, metrics, write_run
 
 

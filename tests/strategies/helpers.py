@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clients.app import app as real_client_app
 from fomoe_flwr import wire
-from fomoe_flwr.config import Composed
+from fomoe_flwr.compose import Composed
 from fomoe_flwr.task import SiteTask
 from strategies.local_grid import LocalGrid
 from strategies.server import run_server

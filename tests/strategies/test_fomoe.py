@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.app import app as real_client_app
 from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
-from fomoe_flwr.config import Composed
+from fomoe_flwr.compose import Composed
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.names import expert_of
 from fomoe_flwr.model.scaling import initial_state

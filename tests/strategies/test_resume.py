@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from clients.app import app as real_client_app
-from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
+from fomoe_flwr.compose import merge_overrides
 from fomoe_flwr.errors import CheckpointError, FomoeError
 from fomoe_flwr.resume import compose_run
 from strategies.local_grid import LocalGrid
@@ -112,6 +113,21 @@ def test_a_checkpoint_itself_may_be_named(small: Compose, tmp_path: Path) -> Non
     whole = run(small("train.rounds=4", run_dir=tmp_path / "full"))
     half = run(small("train.rounds=3", run_dir=tmp_path / "half"))
     assert_same_run(run(compose_run([f"resume={checkpoint_path(half, 2)}", "train.rounds=4"])), whole, 4)
+
+
+def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(small: Compose, tmp_path: Path) -> None:
+    """Else a crash soon after would resume the abandoned future, as the newest there is."""
+    half = run(small("train.rounds=3", run_dir=tmp_path / "half"))
+    composed = compose_run([f"resume={checkpoint_path(half, 1)}", "train.rounds=3"])
+    with pytest.raises(Killed):
+        run(composed, real_client_app, grid_that_dies(2))
+    assert [path.name for path in list_checkpoints(half)] == ["round_00001"]
+
+
+def test_a_new_choice_of_a_group_replaces_what_was_saved_within_it() -> None:
+    saved = ["federation=file", "federation.path=a.yaml", "train.rounds=3", "strategy.overlap=2"]
+    merged = merge_overrides(saved, ["federation=uniform", "train.rounds=5"])
+    assert merged == ["strategy.overlap=2", "federation=uniform", "train.rounds=5"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(small: Compose, tmp_path: Path) -> None:

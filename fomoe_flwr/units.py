@@ -1,4 +1,4 @@
-"""Numbers as text, the same in tables and in the picture. Prefixes are decimal: 1 MB = 10^6 bytes."""
+"""Numbers as text, the same on the console, in tables and in the picture. Prefixes are decimal: 1 MB = 10^6 bytes."""
 
 from __future__ import annotations
 

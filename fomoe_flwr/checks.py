@@ -1,0 +1,102 @@
+"""What a configuration must satisfy beyond the types of its fields. Each error is one line: key, value, allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from fomoe_flwr.config import FederationConfig, RunConfig, SiteConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.placement import check_overlap
+
+
+def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
+    """One entry per site: `count` unrolled to name-0, name-1, …; `num_sites` alone gives site-0, site-1, …
+
+    Raises:
+        ConfigError: no site, two of one name, or a `num_sites` that contradicts the list.
+    """
+    if not federation.sites:
+        if federation.num_sites is None:
+            raise ConfigError(
+                "federation.num_sites=null: give a number of sites or list them in federation.sites"
+            )
+        return [SiteConfig(name=f"site-{index}") for index in range(federation.num_sites)]
+    sites = []
+    for site in federation.sites:
+        names = [site.name] if site.count == 1 else [f"{site.name}-{index}" for index in range(site.count)]
+        sites += [dataclasses.replace(site, name=name, count=1) for name in names]
+    names = [site.name for site in sites]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"federation.sites: two sites are named {min(duplicates)!r}; names must differ")
+    if federation.num_sites not in (None, len(sites)):
+        raise ConfigError(f"federation.num_sites={federation.num_sites}: the list has {len(sites)} sites")
+    return sites
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Hold every field against the choices and bounds in its metadata.
+
+    Raises:
+        ConfigError: the first value that is not allowed.
+    """
+    for spec in dataclasses.fields(config):
+        key, value = f"{prefix}{spec.name}", getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            check_fields(value, f"{key}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    check_fields(item, f"{key}[{index}].")
+        elif value is not None:
+            allowed, minimum = spec.metadata.get("allowed"), spec.metadata.get("minimum")
+            if allowed and value not in allowed:
+                raise ConfigError(f"{key}={value}: allowed are {', '.join(allowed)}")
+            if minimum is not None and not (value >= minimum and math.isfinite(value)):  # nan fails too
+                raise ConfigError(f"{key}={value}: must be at least {minimum:g}")
+
+
+def check_combinations(config: RunConfig) -> None:
+    """What no single field can say.
+
+    Raises:
+        ConfigError: the first impossible combination.
+    """
+    model, strategy, train, data = config.model, config.strategy, config.train, config.data
+    num_sites = len(config.federation.sites)
+    check_overlap(num_sites, model.num_experts, config.overlap)
+    if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads}: must divide d_model={model.d_model} into heads of even width"
+        )
+    for key in ("d_model", "d_expert"):
+        if getattr(model, key) % 8:
+            raise ConfigError(
+                f"model.{key}={getattr(model, key)}: must be a multiple of 8 (grouped_mm strides)"
+            )
+    if model.top_k > model.num_experts:
+        raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
+    for key in ("fraction_train", "fraction_evaluate"):
+        if getattr(strategy, key) > 1:
+            raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
+    if not 0 < data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction={data.val_fraction}: must lie between 0 and 1")
+    for key, value in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
+        if value >= 1:
+            raise ConfigError(f"{key}={value}: must be below 1")
+    if strategy.outer == "local_adamw" and strategy.inner != "adamw":
+        raise ConfigError(
+            f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments"
+        )
+    for key, device in (
+        ("train.device", train.device),
+        *((f"{s.name}.device", s.device) for s in config.federation.sites),
+    ):
+        if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ConfigError(f"{key}={device}: allowed are auto, cpu, cuda, cuda:N")
+    if data.source in ("text", "jsonl", "parquet") and data.path is None:
+        raise ConfigError(f"data.path=null: data={data.source} needs data.path=FILE_OR_FOLDER")
+    if data.source == "huggingface" and data.name is None:
+        raise ConfigError("data.name=null: data=huggingface needs data.name=NAME")
