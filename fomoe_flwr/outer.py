@@ -42,11 +42,8 @@ class RunningMean:
                 old_values.append(value)
                 alphas.append(w)
             else:
-                self._sums[name] = (
-                    value.to(torch.float32, copy=True).mul_(w)
-                    if w != 1
-                    else value.to(torch.float32, copy=True)
-                )
+                # A new tensor in one pass; the reply's own memory is read-only and must not be kept.
+                self._sums[name] = torch.mul(value.to(torch.float32), w)
             self._weights[name] = self._weights.get(name, 0.0) + w
         # One call for each weight (there are few): a call for each name would cost more than the sums.
         for w in sorted(set(alphas)):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,9 +62,23 @@ def resolve_device(device: str) -> str:
 
 
 def use_threads(threads: int) -> None:
-    """CPU threads of this site's operators; 0 leaves PyTorch's default."""
+    """CPU threads of this site's operators, from here on; 0 leaves them as they are.
+
+    Not set back by a site: sites may share a process, and a part of the setting is the whole process's.
+    """
     if threads:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads_for_a_while(threads: int) -> Iterator[None]:
+    """The same for the server, between rounds: evaluate as a site would, then average on all cores again."""
+    before = torch.get_num_threads()
+    use_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from fomoe_flwr.data import TokenCorpus, validation_batches
 from fomoe_flwr.model.transformer import build
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.telemetry import Telemetry
-from fomoe_flwr.training import evaluate, resolve_device, use_threads
+from fomoe_flwr.training import evaluate, resolve_device, threads_for_a_while
 from strategies.fomoe import FoMoE, RoundObserver
 from strategies.round import Round
 
@@ -66,12 +66,12 @@ class RoundBook(RoundObserver):
             return sum(losses.values()) / len(losses) if losses else None
         if number % train.eval_every and number != train.rounds:
             return None
-        use_threads(train.threads)
         device = resolve_device(train.device)
         everything = full_residents(config.model.num_layers, config.model.num_experts)
         module = build(config.model, everything, config.strategy.routing, strategy.parameters(), device)
         batches = validation_batches(self._corpus, None, train.seq_len, train.batch_size, train.eval_batches)
-        return evaluate(module, batches, train.dtype, device)[0]
+        with threads_for_a_while(train.threads):
+            return evaluate(module, batches, train.dtype, device)[0]
 
     def _save(self, strategy: FoMoE) -> None:
         config, number = self._composed.config, strategy.round.number
