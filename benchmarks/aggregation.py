@@ -129,8 +129,8 @@ def main() -> None:
     write_result(
         "aggregation",
         "Averaging 4 replies of 208 MiB, against Flower's aggregate_arrayrecords",
-        f"Bytes in, mean out (fp32, {TENSORS} tensors, weights 1 to 4), seconds, median of {chosen.repeats} runs taken in "
-        "turn. The server averages with PyTorch's default, all cores; Flower's is NumPy, on one.\n\n"
+        f"Bytes in, mean out (fp32, {TENSORS} tensors, weights 1 to 4), seconds, median of {chosen.repeats} runs "
+        "taken in turn. The server averages with PyTorch's default, all cores; Flower's is NumPy, on one.\n\n"
         "| PyTorch's threads | ours | Flower | Flower / ours |\n|---|---|---|---|\n"
         + "\n".join(times)
         + "\n\n"

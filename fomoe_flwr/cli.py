@@ -5,6 +5,7 @@ Everything that can be refused is refused before Hydra starts a job, in one line
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr, flush=True)
+        # Not sys.exit: it would wait for a thread of Flower's engine that may wait for a site that is gone.
+        os._exit(130)
 
 
 def train(arguments: Sequence[str]) -> None:

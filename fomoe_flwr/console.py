@@ -16,3 +16,4 @@ def setup_logging(verbose: bool = False) -> None:
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("fomoe.site").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of Flower's data base; it lists its plugins

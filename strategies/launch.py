@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
+from collections.abc import Iterable
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from clients.app import app as client_app
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import RunError
 from fomoe_flwr.training import resolve_device
 from strategies.local_grid import LocalGrid
 from strategies.server import run_server
@@ -50,17 +53,28 @@ def local_workers(config: RunConfig) -> int:
 
 
 def _run_in_simulation(composed: Composed) -> None:
-    server_app = ServerApp()
+    server_app, interrupted, ended = ServerApp(), threading.Event(), threading.Event()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        run_server(grid, composed)
+        # Flower runs this in a thread that Ctrl-C does not reach, and the process would wait for it for ever.
+        pull = grid.pull_messages
+
+        def pull_unless_interrupted(message_ids: Iterable[str]) -> Iterable[Message]:
+            if interrupted.is_set():
+                raise RunError("interrupted")
+            return pull(message_ids)
+
+        grid.pull_messages = pull_unless_interrupted  # type: ignore[method-assign]
+        try:
+            run_server(grid, composed)
+        finally:
+            ended.set()
 
     config = composed.config
     # The engine of `flwr run`, in this process, so that a failure reaches our exit code. Flower announces that
     # its Python entry will go in favour of `flwr run`; that notice is for us and not for the user.
     flower_log = logging.getLogger("flwr")
-    level = flower_log.level
     flower_log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -77,5 +91,7 @@ def _run_in_simulation(composed: Composed) -> None:
                     "init_args": {"logging_level": logging.ERROR, "log_to_driver": False},
                 },
             )
-    finally:
-        flower_log.setLevel(level)
+    except KeyboardInterrupt:
+        interrupted.set()
+        ended.wait(60)  # for the metrics and wandb to be closed
+        raise

@@ -93,6 +93,39 @@ def test_a_run_that_fails_in_the_simulation_engine_has_an_exit_code(
     assert "training loss is" in failed.stderr
 
 
+def test_ctrl_c_ends_a_run_that_can_be_resumed(overrides: list[str], reference: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "stops"
+    command = [
+        BIN / "fomoe",
+        "train",
+        *overrides,
+        "train.rounds=1000",
+        "runtime=flower",
+        f"hydra.run.dir={run_dir}",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(tmp_path / "home"), stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not (run_dir / "checkpoints/round_00002").exists():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+            process.wait()
+    assert "interrupted; resume=RUN_DIR" in (tmp_path / "log").read_text()
+    # What was there before the interruption is whole; the rest of the run can be had from it.
+    checkpoint = run_dir / "checkpoints/round_00002"
+    if not checkpoint.exists():  # the run went on and dropped it between two looks
+        checkpoint = min((run_dir / "checkpoints").iterdir())
+    done = train([f"resume={checkpoint}", f"train.rounds={int(checkpoint.name[-5:]) + 1}"], "local", run_dir)
+    assert done.returncode == 0, done.stderr
+    assert metrics(run_dir)[1]["val_loss"] == pytest.approx(metrics(reference)[1]["val_loss"], rel=1e-5)
+
+
 @pytest.fixture
 def superlink(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A SuperLink for simulations on a free loopback port, in a folder of its own: its name and environment."""
