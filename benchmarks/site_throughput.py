@@ -24,6 +24,7 @@ from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.model.transformer import build
+from fomoe_flwr.training import use_cpu
 from strategies.fomoe import FoMoE
 from strategies.launch import launch
 
@@ -40,6 +41,7 @@ def bare(config: RunConfig) -> float:
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
+    use_cpu(train.threads)  # the bare loop gets the same processor settings
     started = time.perf_counter()
     for step in range(train.local_steps):
         losses = module(stream.batch(step * train.batch_size, train.batch_size))

@@ -35,7 +35,7 @@ from fomoe_flwr.training import (
     resolve_device,
     train_adamw,
     train_gradient,
-    use_threads,
+    use_cpu,
 )
 
 log = logging.getLogger("fomoe.site")
@@ -56,7 +56,7 @@ def train_round(task: SiteTask, shard: Mapping[str, Tensor], settings: NodeSetti
         FomoeError: wrong data, device or shard.
         FloatingPointError: the loss is not finite.
     """
-    use_threads(task.train.threads)
+    use_cpu(task.train.threads)
     device = resolve_device(device_of(task, settings))
     stream = site_stream(task, settings)
     folder = state_folder(task, settings)
@@ -91,7 +91,7 @@ def train_round(task: SiteTask, shard: Mapping[str, Tensor], settings: NodeSetti
 
 def evaluate_shard(task: SiteTask, shard: Mapping[str, Tensor], settings: NodeSettings) -> tuple[float, int]:
     """Validation loss (nats a token) with this site's residents only, and the number of tokens."""
-    use_threads(task.train.threads)
+    use_cpu(task.train.threads)
     device = resolve_device(device_of(task, settings))
     corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
     module = build(task.model, task.residents, task.strategy.routing, shard, device)

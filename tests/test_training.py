@@ -27,7 +27,7 @@ from fomoe_flwr.training import (
     resolve_device,
     train_adamw,
     train_gradient,
-    use_threads,
+    use_cpu,
     warmup,
 )
 
@@ -508,6 +508,6 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_zero_threads_leave_pytorchs_number(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
-    use_threads(0)
-    use_threads(2)
+    use_cpu(0)
+    use_cpu(2)
     assert calls == [2]
