@@ -65,8 +65,9 @@ def use_cpu(threads: int) -> None:
     """Number of CPU threads of this thread's operators, from here on; 0 leaves it as it is. And no denormals.
 
     As a model becomes sure, the smallest probabilities of attention and softmax underflow into denormal numbers,
-    with which x86 computes many times slower: after 200 steps of `model=tiny` a backward pass took 190 ms instead
-    of 80. Not set back by a site: sites may share a process, and a part of the setting is the whole process's.
+    with which x86 computes many times slower: at a site of the demo, after its 200 steps, a backward pass took
+    190 ms instead of 80. Not set back by a site: sites may share a process, and a part of the setting is the
+    whole process's.
     """
     torch.set_flush_denormal(True)
     if threads:
