@@ -76,9 +76,9 @@ def use_cpu(threads: int) -> None:
 
 @contextmanager
 def threads_for_a_while(threads: int) -> Iterator[None]:
-    """The same for the server, between rounds: evaluate as a site would, then average on all cores again."""
+    """The number alone, for the server between rounds: evaluate as a site would, then average on all cores."""
     before = torch.get_num_threads()
-    use_cpu(threads)
+    torch.set_num_threads(threads or before)
     try:
         yield
     finally:

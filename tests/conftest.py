@@ -55,8 +55,10 @@ SMALL_TRAIN = (
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _processor_as_it_was() -> None:
+    """A site sets threads and denormals for good; a test must not find what the one before it set."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
