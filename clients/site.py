@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clients.identity import NodeSettings, data_of, device_of, state_folder
 from clients.state import SiteState, load_state, save_state
-from fomoe_flwr.config import DataConfig, SiteConfig, from_dict
+from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
     TokenCorpus,
     TokenStream,
@@ -101,18 +101,18 @@ def evaluate_shard(task: SiteTask, shard: Mapping[str, Tensor], settings: NodeSe
     return evaluate(module, batches, task.train.dtype, device)
 
 
+# A process that serves many messages (simulation, `runtime=local`) opens and deals its corpus once.
+
+
 def site_stream(task: SiteTask, settings: NodeSettings) -> TokenStream:
     """The site's own part of the corpus."""
-    return _stream(
-        _frozen(data_of(task, settings)),
-        tuple(_frozen(site) for site in task.sites),
-        task.site,
-        task.model.vocab_size,
-        task.train.seq_len,
-        task.seed,
-    )
+    data, train = data_of(task, settings), task.train
+    corpus = open_corpus(data, task.model.vocab_size)
+    dealt = _dealt(data, task.model.vocab_size, tuple(task.sites), train.seq_len, task.seed)
+    return TokenStream(corpus, dealt[task.site], train.seq_len, task.seed)
 
 
+@functools.lru_cache(maxsize=2)
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenCorpus:
     """The tokenised corpus, once its tokenizer is known to fit the vocabulary.
 
@@ -120,52 +120,15 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenCorpus:
         ConfigError: the vocabulary is too small.
         DataError: the corpus or tokenizer cannot be read.
     """
-    return _corpus(_frozen(data), vocab_size)
-
-
-# A process that serves many messages (simulation, `runtime=local`) opens and deals its corpus once. The caches
-# need keys that can be hashed, hence the frozen forms.
-
-
-def _frozen(config: object) -> tuple[tuple[str, object], ...]:
-    return tuple(vars(config).items())
-
-
-@functools.lru_cache(maxsize=2)
-def _corpus(data: tuple[tuple[str, object], ...], vocab_size: int) -> TokenCorpus:
-    config = from_dict(DataConfig, dict(data))
-    check_vocabulary(load_tokenizer(config.tokenizer), vocab_size)
-    return prepare(config)
-
-
-@functools.lru_cache(maxsize=256)
-def _stream(
-    data: tuple[tuple[str, object], ...],
-    sites: tuple[tuple[tuple[str, object], ...], ...],
-    site: int,
-    vocab_size: int,
-    seq_len: int,
-    seed: int,
-) -> TokenStream:
-    corpus = _corpus(data, vocab_size)
-    dealt = _dealt(data, sites, vocab_size, seq_len, seed)
-    return TokenStream(corpus, dealt[site], seq_len, seed)
+    check_vocabulary(load_tokenizer(data.tokenizer), vocab_size)
+    return prepare(data)
 
 
 @functools.lru_cache(maxsize=2)
 def _dealt(
-    data: tuple[tuple[str, object], ...],
-    sites: tuple[tuple[tuple[str, object], ...], ...],
-    vocab_size: int,
-    seq_len: int,
-    seed: int,
+    data: DataConfig, vocab_size: int, sites: tuple[SiteConfig, ...], seq_len: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    site_configs = [from_dict(SiteConfig, dict(site)) for site in sites]
-    return list(
-        deal_documents(
-            _corpus(data, vocab_size), site_configs, from_dict(DataConfig, dict(data)), seed, seq_len
-        )
-    )
+    return deal_documents(open_corpus(data, vocab_size), sites, data, seed, seq_len)
 
 
 def _moments_at_start(task: SiteTask, shard: Mapping[str, Tensor], state: SiteState) -> Mapping[str, Moments]:

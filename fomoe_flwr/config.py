@@ -48,7 +48,9 @@ class ModelConfig:
     experts_impl: str = choice("grouped", "grouped", "loop")
 
 
-@dataclass
+@dataclass(
+    unsafe_hash=True
+)  # a site caches its corpus and its part of it under these two; nobody changes them
 class SiteConfig:
     """One site, or `count` equal ones. What is null is unknown and not used."""
 
@@ -126,7 +128,7 @@ class TrainConfig:
     eval_every: int = at_least(1, 1)  # rounds
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class DataConfig:
     """The corpus, its tokens, and how documents are dealt to sites."""
 
