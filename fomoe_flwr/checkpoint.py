@@ -28,7 +28,7 @@ from fomoe_flwr.files import flush
 
 log = logging.getLogger("fomoe")
 
-FORMAT = 1
+FORMAT = 2
 _PATTERN = re.compile(r"round_(\d{5,})")
 
 

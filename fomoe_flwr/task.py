@@ -25,6 +25,8 @@ class SiteTask:
     run: str  # identity of the run, the same after a resume
     run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
     round: int  # counted from 1
+    after: int  # the last round of this site that counts: its state after that is where it begins; 0: afresh
+    budget_s: float  # the site gives up and says so when its work has taken this long
     site: int  # position in `sites`
     residents: list[list[int]]  # experts held, one list a layer
     model: ModelConfig
@@ -69,13 +71,22 @@ class SiteTask:
 
 
 def make_task(
-    config: RunConfig, run: str, run_dir: str, round_: int, site: int, residents: list[list[int]]
+    config: RunConfig,
+    run: str,
+    run_dir: str,
+    round_: int,
+    site: int,
+    residents: list[list[int]],
+    after: int,
+    budget_s: float,
 ) -> SiteTask:
     """The part of the configuration that a site needs in a round."""
     return SiteTask(
         run=run,
         run_dir=run_dir,
         round=round_,
+        after=after,
+        budget_s=budget_s,
         site=site,
         residents=residents,
         model=config.model,

@@ -8,6 +8,7 @@ the number of experts. Reading is without a copy; nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -19,10 +20,10 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
+from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.names import expert_of
 
-BUNDLE = "fomoe.safetensors"  # stype of our Arrays
 MAX_BUNDLE_BYTES = 512 * 2**20  # memory that one encode or decode needs at the most
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -153,27 +154,34 @@ def split_bundle(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[lis
         yield bundle
 
 
-def to_arrays(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Array]:
-    """The tensors as Flower Arrays named key, key.1, key.2, …: one, but for very large groups."""
+def encode_bundles(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
+    """The tensors as bundles named key, key.1, key.2, …: one, but for very large groups."""
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in named.items()}
-    arrays = {}
-    for index, names in enumerate(split_bundle(list(named), sizes)):
-        blob = encode({name: named[name] for name in names}, dtype)
-        bundle_key = key if index == 0 else f"{key}.{index}"
-        arrays[bundle_key] = Array(dtype="uint8", shape=(len(blob),), stype=BUNDLE, data=blob)
-    return arrays
+    return {
+        key if index == 0 else f"{key}.{index}": encode({name: named[name] for name in names}, dtype)
+        for index, names in enumerate(split_bundle(list(named), sizes))
+    }
 
 
-def blobs_of(record: ArrayRecord) -> list[bytes]:
-    """The bundles' bytes.
+def to_arrays(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Array]:
+    """`encode_bundles` as Flower Arrays."""
+    return {key: as_array(blob) for key, blob in encode_bundles(key, named, dtype).items()}
 
-    Raises:
-        WireError: an Array that is not a bundle of ours.
-    """
-    for key, array in record.items():
-        if array.stype != BUNDLE:
-            raise WireError(f"array {key!r} has stype {array.stype!r}, expected {BUNDLE!r}")
-    return [array.data for array in record.values()]
+
+DIGEST_BYTES = (
+    8  # of a tensor; enough to notice a difference, small enough to send for every tensor and round
+)
+
+
+def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    """Digest of a tensor's values as they cross the wire: BLAKE2b of its bytes in `dtype`."""
+    flat = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=DIGEST_BYTES).digest()
+
+
+def digests(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
+    """The tensors' digests end to end, in the order of their sorted names."""
+    return b"".join(tensor_digest(named[name], dtype) for name in sorted(named))
 
 
 def from_blobs(blobs: Iterable[bytes]) -> dict[str, Tensor]:
@@ -193,7 +201,7 @@ def from_blobs(blobs: Iterable[bytes]) -> dict[str, Tensor]:
 
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:
     """A message's tensors by name; read-only views of its bytes."""
-    return from_blobs(blobs_of(record))
+    return from_blobs(blobs_of(record).values())
 
 
 def named_from_flower(record: ArrayRecord) -> dict[str, Tensor]:

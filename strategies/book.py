@@ -80,6 +80,7 @@ class RoundBook(RoundObserver):
         facts: dict[str, Any] = {
             "run": self._run,
             "tokens": self._tokens,
+            "counted": strategy.counted,
             "config": dataclasses.asdict(config),
             "overrides": list(self._composed.overrides),
             "placement": {name: placement.residents(site) for site, name in enumerate(strategy.site_names)},

@@ -102,15 +102,25 @@ class FoMoE(Strategy):
         self.outer: OuterOptimizer | None = None
         self.round = Round(0)
         self.first_round = 1
+        self.counted: dict[str, int] = {}  # the last round of each site whose reply became part of the model
         self.timeout = settings.timeout_s
         self._directory = SiteDirectory(site_names)
 
     # ----- the model
 
     def load(
-        self, state: dict[str, Tensor], outer: dict[str, Tensor] | None = None, rounds_done: int = 0
+        self,
+        state: dict[str, Tensor],
+        outer: dict[str, Tensor] | None = None,
+        rounds_done: int = 0,
+        counted: dict[str, int] | None = None,
     ) -> None:
-        """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`."""
+        """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`.
+
+        Args:
+            counted: the last round of each site whose reply is part of the model; its own state after that
+                round is where the site goes on.
+        """
         if self.config.strategy.outer == "local_adamw":
             state = with_moments(state)
         # In one order whatever the source: bundles of a resumed run are the same bytes.
@@ -118,6 +128,7 @@ class FoMoE(Strategy):
         self.outer = OuterOptimizer(self.state, self.config.strategy, self.config.model, self.config.train)
         self.outer.load_state_tensors(outer or {})
         self.first_round = rounds_done + 1
+        self.counted = dict(counted or {})
 
     def parameters(self) -> dict[str, Tensor]:
         """The global model without LocalAdamW's moments."""
@@ -267,7 +278,16 @@ class FoMoE(Strategy):
         shards = Shards(state, residents, sites, wire.WIRE_DTYPES[self.config.strategy.wire_dtype])
         messages = []
         for site in sites:
-            task = make_task(self.config, self.run, self.run_dir, self.round.number, site, residents[site])
+            task = make_task(
+                self.config,
+                self.run,
+                self.run_dir,
+                self.round.number,
+                site,
+                residents[site],
+                self.counted.get(self.site_names[site], 0),
+                self.timeout,
+            )
             # A ConfigRecord of its own for each message: Flower fails when one is shared.
             record = ConfigRecord({**config, "server-round": self.round.number, "task": task.to_json()})
             content = RecordDict(
@@ -337,6 +357,7 @@ class FoMoE(Strategy):
         self.outer.step(
             mean.finish(), (server_round - 1) * self.config.train.local_steps, self.config.warmup_steps
         )
+        self.counted |= {self.site_names[site]: server_round for site in figures}
         current.aggregate_s += time.perf_counter() - started
         return self.train_metrics_aggr_fn([figures[site] for site in sorted(figures)], self.weighted_by_key)
 

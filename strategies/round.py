@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Size
 
 from fomoe_flwr import wire
+from fomoe_flwr.bundles import blobs_of
 from fomoe_flwr.errors import RunError, WireError
 from strategies.exchange import error_line
 
@@ -88,7 +89,7 @@ def read_reply(
         raise WireError(f"answered for round {answered!r}, this is round {current.number}")
     if arrays_key not in content.array_records:
         raise WireError(f"the reply has no ArrayRecord {arrays_key!r}")
-    blobs = wire.blobs_of(content.array_records[arrays_key])
+    blobs = list(blobs_of(content.array_records[arrays_key]).values())
     del content[arrays_key]  # whoever still holds the message must not hold its arrays
     for key, tensor in wire.from_blobs(blobs).items():
         if key not in current.names[site]:

@@ -51,7 +51,9 @@ def run_server(grid: Grid, composed: Composed) -> None:
     strategy = FoMoE(config, run=run, run_dir=str(run_dir), observer=book)
     if checkpoint is not None:
         log.info("resuming run %s after round %d", run, checkpoint.round)
-        strategy.load(checkpoint.parameters, checkpoint.outer, checkpoint.round)
+        strategy.load(
+            checkpoint.parameters, checkpoint.outer, checkpoint.round, checkpoint.manifest["counted"]
+        )
     else:
         everything = full_residents(config.model.num_layers, config.model.num_experts)
         strategy.load(initial_state(config.model, everything, config.strategy.routing, config.seed))

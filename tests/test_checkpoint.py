@@ -211,7 +211,7 @@ DAMAGE = [
         ("another round", edit(round=7), "manifest.json is damaged"),
         ("without digests", edit(sha256={}), "manifest.json is damaged"),
         ("with a list of digests", edit(sha256=[]), "manifest.json is damaged"),
-        ("of another format", edit(format=99), "format 99, this version reads 1"),
+        ("of another format", edit(format=99), "format 99, this version reads 2"),
     ]
 ]
 

@@ -540,7 +540,7 @@ def test_a_task_comes_back_from_its_json() -> None:
         "train.warmup_fraction=0.25",
         "data.max_documents=9",
     )
-    task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]])
+    task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]], 2, 60.0)
     back = SiteTask.from_json(task.to_json())
     assert back == task
     assert isinstance(back.sites[0], SiteConfig)
@@ -548,13 +548,13 @@ def test_a_task_comes_back_from_its_json() -> None:
 
 
 def test_a_task_is_one_line_of_json() -> None:
-    text = make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4).to_json()
+    text = make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0, 60.0).to_json()
     assert "\n" not in text
     assert json.loads(text)["model"]["d_model"] == 128
 
 
 def test_a_task_of_another_version_is_refused() -> None:
-    values = json.loads(make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4).to_json())
+    values = json.loads(make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0, 60.0).to_json())
     newer = values | {"train": values["train"] | {"momentum": 1}}
     with pytest.raises(
         ConfigError, match=r"TrainConfig\.momentum: unknown key; server and site differ in version"

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr import wire
+from fomoe_flwr.bundles import BUNDLE, blobs_of
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.names import expert_name
 from fomoe_flwr.wire import (
-    BUNDLE,
     Ledger,
-    blobs_of,
     byte_classes,
     decode,
     encode,
@@ -344,7 +343,7 @@ def test_the_ledger_adds_up_to_the_payload_by_class_and_by_site() -> None:
     named = example() | {f"exp_avg.{EXPERT}": torch.zeros(2, 3)}
     arrays, config, metrics = record_of(named, BF16), ConfigRecord({"round": 3}), MetricRecord({"loss": 1.5})
     message = RecordDict({"arrays": arrays, "config": config, "metrics": metrics})
-    blobs = sum(len(blob) for blob in blobs_of(arrays))
+    blobs = sum(len(blob) for blob in blobs_of(arrays).values())
     sides = len(config.deflate()) + len(metrics.deflate())
 
     ledger = Ledger()

@@ -15,14 +15,14 @@ from tests.conftest import Compose
 @pytest.fixture
 def task(small: Compose) -> SiteTask:
     config = small("federation=labs", "strategy.overlap=2").config
-    return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]])
+    return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]], 0, 60.0)
 
 
 def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(small: Compose) -> None:
     config = small(
         "federation.num_sites=null", "federation.sites=[{name: a, device: cuda}, {name: b}]"
     ).config
-    first, second = (make_task(config, "abc", "", 1, site, []) for site in (0, 1))
+    first, second = (make_task(config, "abc", "", 1, site, [], 0, 60.0) for site in (0, 1))
     assert device_of(first, node_settings({"device": "cuda:1"})) == "cuda:1"
     assert device_of(first, node_settings({})) == "cuda"
     assert device_of(second, node_settings({})) == "cpu"

@@ -1,0 +1,38 @@
+"""Bundles as Flower carries them: bytes in an Array of our own type. No PyTorch here.
+
+A site's ClientApp, which Flower starts anew for every message, hands bundles on without reading them; importing
+PyTorch for that would cost it more than its work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from flwr.app import Array, ArrayRecord
+
+from fomoe_flwr.errors import WireError
+
+BUNDLE = "fomoe.safetensors"  # stype of our Arrays
+
+
+def as_array(blob: bytes) -> Array:
+    """A bundle as a Flower Array."""
+    return Array(dtype="uint8", shape=(len(blob),), stype=BUNDLE, data=blob)
+
+
+def blobs_of(record: ArrayRecord) -> dict[str, bytes]:
+    """The bundles' bytes by key.
+
+    Raises:
+        WireError: an Array that is not a bundle of ours.
+    """
+    for key, array in record.items():
+        if array.stype != BUNDLE:
+            raise WireError(f"array {key!r} has stype {array.stype!r}, expected {BUNDLE!r}")
+    return {key: array.data for key, array in record.items()}
+
+
+def bundle_digests(blobs: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each bundle by key."""
+    return {key: hashlib.sha256(blob).hexdigest() for key, blob in blobs.items()}
