@@ -1,7 +1,9 @@
-"""Averaging the replies of a round: ours against Flower's own. `python -m benchmarks.aggregation`
+"""From the replies of a round to the new model: ours against Flower's own. `python -m benchmarks.aggregation`
 
-Time is taken with the replies in memory, as Flower has them. Memory is taken in a process of its own for each
-case, with replies that arrive one after the other (read from a file), as they do in a run.
+Three times of ours: the mean alone with the replies in memory, as Flower has them; taking a reply in (digests,
+finiteness, norm, to the inbox), which happens while others are still under way; and the commit (the mean from the
+inbox and the outer step), for which the sites wait. Memory is taken in a process of its own for each case, with
+replies that arrive one after the other (read from a file), as they do in a run.
 """
 
 from __future__ import annotations
@@ -12,17 +14,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor
 
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr import wire
-from fomoe_flwr.outer import OrderedFold, RunningMean
+from fomoe_flwr.bundles import as_array, bundle_digests
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.outer import OuterOptimizer, RunningMean
+from fomoe_flwr.placement import Placement
+from strategies.check import Expected, check_reply
+from strategies.commit import commit
+from strategies.inbox import Inbox
+from strategies.round import Round
 
 MIB = 2**20
 MODEL_MIB = 208  # the 54 M-parameter proxy in fp32
@@ -51,6 +61,49 @@ def ours(blobs: list[bytes]) -> dict[str, Tensor]:
     return mean.finish()
 
 
+class Server:
+    """What a server does with the replies of a round of `outer=average`."""
+
+    def __init__(self, folder: Path, state: dict[str, Tensor], sites: int) -> None:
+        self.config = RunConfig()
+        self.config.strategy.outer = "average"
+        self.outer = OuterOptimizer(state, self.config.strategy, self.config.model, self.config.train)
+        self.inbox, self.sites = Inbox(folder), sites
+        self.inbox.begin(1)
+        self.current = Round(1, Placement(np.ones((1, 1, sites), dtype=bool)))
+        digests = dict.fromkeys(state, bytes(wire.DIGEST_BYTES))
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        self.expected = Expected("run", 1, "site", digests, shapes, torch.float32, 10**9, 1)
+
+    def take_in(self, site: int, blobs: dict[str, bytes]) -> None:
+        """As the strategy does with a good reply."""
+        facts = {
+            "run": "run",
+            "round": 1,
+            "site": "site",
+            "start-digests": self.expected.start_digests(),
+            "bundle-digests": self._digests(blobs),
+        }
+        arrays = ArrayRecord({key: as_array(blob) for key, blob in blobs.items()})
+        metrics = MetricRecord({"num-examples": 1 + site})
+        content = RecordDict({"arrays": arrays, "metrics": metrics, "config": ConfigRecord(facts)})
+        self.current.results[site], _ = check_reply(
+            content, self.expected, ("arrays", "config", "num-examples")
+        )
+        self.inbox.put(site, arrays, metrics, content["config"])
+
+    def _digests(self, blobs: dict[str, bytes]) -> str:
+        """The site's own work, so done once and not timed."""
+        if not hasattr(self, "_known"):
+            self._known = json.dumps(bundle_digests(blobs))
+        return self._known
+
+    def commit(self) -> None:
+        commit(self.current, self.outer, self.inbox, self.config, {(0, 0)})
+        self.inbox.clear()
+        self.inbox.begin(1)
+
+
 def resident_mib(field: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process. Not getrusage: its peak is inherited from the parent (Linux)."""
     status = Path("/proc/self/status").read_text().splitlines()
@@ -64,18 +117,13 @@ def forget_peak() -> None:
 def measure_memory(who: str, sites: int, folder: Path) -> None:
     """In a process of its own: print the peak above what stood before the first reply, in models."""
     if who == "ours":
-        mean = RunningMean()
-        fold = OrderedFold(
-            list(range(sites)), lambda _, blobs: mean.add(wire.from_blobs(blobs), lambda name: 1.0)
-        )
+        state = model()
+        server = Server(folder / "inbox", state, sites)
         forget_peak()
         before = resident_mib("VmRSS")
-        for site in (
-            [*range(1, sites), 0] if sites > 2 else range(sites)
-        ):  # the worst order: the first comes last
-            fold.add(site, [(folder / "reply").read_bytes()])
-        fold.close()
-        mean.finish()
+        for site in range(sites):
+            server.take_in(site, {"all": (folder / "reply").read_bytes()})
+        server.commit()
     else:
         forget_peak()
         before = resident_mib("VmRSS")
@@ -116,9 +164,14 @@ def main() -> None:
             {"ours": lambda: ours(blobs), "flower": lambda: aggregate_arrayrecords(records, "num-examples")},
             chosen.repeats,
         )
+        with tempfile.TemporaryDirectory() as name:
+            server = Server(Path(name), model(), 4)
+            steps = [step_times(server, blobs) for _ in range(chosen.repeats + 1)][1:]
         median = {name: statistics.median(values) for name, values in seconds.items()}
+        taken, committed = (statistics.median(values) for values in zip(*steps, strict=True))
         quotient = ratio(seconds["flower"], seconds["ours"])
-        times.append(f"| {threads} | {median['ours']:.3f} | {median['flower']:.3f} | {quotient} |")
+        means = f"{median['ours']:.3f} | {median['flower']:.3f} | {quotient}"
+        times.append(f"| {threads} | {means} | {taken:.3f} | {committed:.3f} |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "reply").write_bytes(blob)
@@ -128,17 +181,28 @@ def main() -> None:
         ]
     write_result(
         "aggregation",
-        "Averaging 4 replies of 208 MiB, against Flower's aggregate_arrayrecords",
+        "4 replies of 208 MiB become the new model, against Flower's aggregate_arrayrecords",
         f"Bytes in, mean out (fp32, {TENSORS} tensors, weights 1 to 4), seconds, median of {chosen.repeats} runs "
-        "taken in turn. The server averages with PyTorch's default, all cores; Flower's is NumPy, on one.\n\n"
-        "| PyTorch's threads | ours | Flower | Flower / ours |\n|---|---|---|---|\n"
-        + "\n".join(times)
-        + "\n\n"
-        "Peak memory above the start, in models (208 MiB), replies arriving one by one, for ours in the worst order "
-        "(the first site's reply comes last, so all others wait on disk):\n\n"
-        "| sites | ours | Flower |\n|---|---|---|\n" + "\n".join(rows),
-        "the outer optimizer's step, and the transport.",
+        "taken in turn. The server averages with PyTorch's default, all cores; Flower's is NumPy, on one. Flower "
+        "checks nothing of what it averages; 'taking one in' is our check of one reply (SHA-256, names, shapes, "
+        "finiteness, norm) and its way to the disk, while others are still under way; 'commit' is the mean from the "
+        "disk and the outer step (outer=average), for which the round waits.\n\n"
+        "| PyTorch's threads | mean, ours | mean, Flower | Flower / ours | taking one in | commit of four |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(times) + "\n\n"
+        "Peak memory above the start, in models (208 MiB), replies arriving one by one:\n\n"
+        "| sites | ours, all of the above | Flower, the mean |\n|---|---|---|\n" + "\n".join(rows),
+        "the transport.",
     )
+
+
+def step_times(server: Server, blobs: list[bytes]) -> tuple[float, float]:
+    """Seconds to take in one reply (the mean of four), and to commit four."""
+    started = time.perf_counter()
+    for site, blob in enumerate(blobs):
+        server.take_in(site, {"all": blob})
+    taken = time.perf_counter()
+    server.commit()
+    return (taken - started) / len(blobs), time.perf_counter() - taken
 
 
 if __name__ == "__main__":

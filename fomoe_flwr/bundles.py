@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fomoe_flwr.errors import WireError
 
 BUNDLE = "fomoe.safetensors"  # stype of our Arrays
+
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
+
+
+def record_in(content: RecordDict, key: str, kind: type[Record]) -> Record | None:
+    """The record of this kind under a key.
+
+    Not `content.array_records[key]`: Flower's property makes a cycle of references, and the arrays that hang on
+    it stay in memory until Python's garbage collector comes by.
+    """
+    record = content.get(key)
+    return record if isinstance(record, kind) else None
 
 
 def as_array(blob: bytes) -> Array:

@@ -78,7 +78,7 @@ def check_combinations(config: RunConfig) -> None:
             )
     if model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
-    for key in ("fraction_train", "fraction_evaluate"):
+    for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
     if not 0 < data.val_fraction < 1:

@@ -96,8 +96,17 @@ class StrategyConfig:
     min_train_nodes: int = at_least(1, 1)
     min_evaluate_nodes: int = at_least(1, 0)
     min_available_nodes: int | None = at_least(None, 1)  # nodes to wait for; null: all sites
-    min_replies: int = at_least(1, 1)  # a round with fewer good replies ends the run
-    timeout_s: float = at_least(3600.0, 0.0)  # longest wait for a round's replies
+    # A round is committed if this share of the sites gave a good reply, an expert if this share of its holders
+    # did (at least one of each); below the first the round is discarded whole.
+    quorum: float = at_least(0.5, 0.0)
+    expert_quorum: float = at_least(0.5, 0.0)
+    max_discarded: int = at_least(3, 1)  # so many discarded rounds in a row end the run
+    # A round's replies are waited for timeout_factor times as long as rounds usually take (and their spread), at
+    # least timeout_floor_s, at most timeout_s, which also bounds the wait for sites to connect.
+    timeout_s: float = at_least(3600.0, 0.0)
+    timeout_floor_s: float = at_least(60.0, 0.0)
+    timeout_factor: float = at_least(3.0, 1.0)
+    norm_bound: float = at_least(10.0, 0.0)  # refuse updates so many times the others' median; 0: off
 
 
 @dataclass

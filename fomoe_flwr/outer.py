@@ -7,9 +7,7 @@ PyTorch leaves such a tensor and its momentum as they were.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -58,63 +56,6 @@ class RunningMean:
         if sums:
             torch._foreach_div_(list(sums.values()), [weights[name] for name in sums])
         return sums
-
-
-class OrderedFold:
-    """Folds replies in the order of the sites, whatever the order in which they arrive.
-
-    Floating-point sums depend on their order, so the order must not depend on the network. A reply whose turn has
-    come is folded at once. One that is early waits in a file, as the bytes that arrived, until all before it
-    have answered, failed, or the round ends: memory does not grow with the number of sites.
-
-    Args:
-        order: the sites asked, in folding order.
-        fold: what to do with a reply: its site and its payload (the bytes of its bundles).
-    """
-
-    def __init__(self, order: Sequence[int], fold: Callable[[int, list[bytes]], None]) -> None:
-        self._waiting_for = list(order)
-        self._fold = fold
-        self._early: dict[int, list[Path]] = {}
-        self._gone: set[int] = set()
-        self._folder = tempfile.TemporaryDirectory(prefix="fomoe-early-")
-
-    def add(self, site: int, payload: list[bytes]) -> None:
-        """A reply has arrived. The list is emptied, so that no two payloads are in memory at a time."""
-        if self._waiting_for and site == self._waiting_for[0]:
-            self._fold(site, payload)
-            payload.clear()
-            self._waiting_for.pop(0)
-            self._catch_up()
-            return
-        paths = [Path(self._folder.name) / f"{site}-{index}" for index in range(len(payload))]
-        for path, blob in zip(paths, payload, strict=True):
-            path.write_bytes(blob)
-        payload.clear()
-        self._early[site] = paths
-
-    def drop(self, site: int) -> None:
-        """This site will not answer: those behind it need not wait."""
-        self._gone.add(site)
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        while self._waiting_for and (
-            self._waiting_for[0] in self._early or self._waiting_for[0] in self._gone
-        ):
-            site = self._waiting_for.pop(0)
-            if site in self._early:
-                paths = self._early.pop(site)
-                self._fold(site, [path.read_bytes() for path in paths])
-                for path in paths:
-                    path.unlink()
-
-    def close(self) -> None:
-        """Fold what is left, without waiting any longer, and remove the files."""
-        self._gone.update(self._waiting_for)
-        self._gone.difference_update(self._early)
-        self._catch_up()
-        self._folder.cleanup()
 
 
 class OuterOptimizer:

@@ -10,7 +10,7 @@ once for all layers, so that the sets of holders are the same in every layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +85,19 @@ def draw_placement(
         line = np.tile(rng.permutation(num_experts), overlap)
         for piece, site in enumerate(site_order_M):
             holds_LEM[layer, line[piece * num_local : (piece + 1) * num_local], site] = True
+    return Placement(holds_LEM)
+
+
+def adopt(placement: Placement, alive: Collection[int]) -> Placement:
+    """The placement with each expert that no site in `alive` holds given to one that is.
+
+    It goes to the site with the fewest experts of that layer, the first of several; nobody gives an expert up.
+    """
+    present = sorted(alive)
+    holds_LEM = placement.holds_LEM.copy()
+    for layer, expert in np.argwhere(~holds_LEM[:, :, present].any(axis=2)).tolist() if present else ():
+        load = holds_LEM[layer][:, present].sum(axis=0)
+        holds_LEM[layer, expert, present[int(load.argmin())]] = True
     return Placement(holds_LEM)
 
 

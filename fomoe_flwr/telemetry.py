@@ -87,7 +87,7 @@ class Telemetry:
             parts += [
                 f"{sum(site['tokens'] for site in line['sites']) / line['seconds']['round']:,.0f} tokens/s",
                 f"down {in_bytes(line['bytes_down'])} up {in_bytes(line['bytes_up'])}",
-                f"resident {line['resident_share']:.0%}",
+                *([] if line["resident_share"] is None else [f"resident {line['resident_share']:.0%}"]),
                 f"{line['seconds']['round']:.1f} s",
             ]
             done = number - self._first_round
@@ -95,6 +95,8 @@ class Telemetry:
             parts.append(f"left {duration(left)}")
             if line["failures"]:
                 parts.append(f"FAILED {', '.join(line['failures'])}")
+            if not line["committed"]:
+                parts.append("DISCARDED")
         return "  ".join(parts)
 
     def close(self, failed: bool = False) -> None:

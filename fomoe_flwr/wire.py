@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,10 @@ def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
     return blob_U.numpy().tobytes()
 
 
-class _Entry(NamedTuple):
+Blob = bytes | mmap.mmap  # a mapped file reads like bytes
+
+
+class Entry(NamedTuple):
     """Where a tensor lies in its blob."""
 
     name: str
@@ -68,22 +72,22 @@ class _Entry(NamedTuple):
     end: int
 
 
-def _read_header(blob: bytes) -> tuple[list[_Entry], int]:
-    """What the header says, held against the length of the blob, and where the data begins.
+def read_header(blob: Blob) -> list[Entry]:
+    """What the header says, held against the length of the blob.
 
     Raises:
         WireError: not a safetensors blob, or tensors that do not fill it exactly.
     """
-    length = int.from_bytes(blob[:8], "little")
-    start = 8 + length
-    if len(blob) < 8 or start > len(blob):
-        raise WireError(f"bundle of {len(blob)} bytes: truncated or not safetensors")
+    size = len(blob)
+    start = 8 + int.from_bytes(blob[:8], "little")
+    if size < 8 or start > size:
+        raise WireError(f"bundle of {size} bytes: truncated or not safetensors")
     try:
         header = json.loads(blob[8:start])
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON; JSON nested too deep
-        raise WireError(f"bundle of {len(blob)} bytes: its header is not JSON") from error
+        raise WireError(f"bundle of {size} bytes: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise WireError(f"bundle of {len(blob)} bytes: its header is not a table of names")
+        raise WireError(f"bundle of {size} bytes: its header is not a table of names")
     header.pop("__metadata__", None)
     entries = []
     for name, entry in header.items():
@@ -95,14 +99,31 @@ def _read_header(blob: bytes) -> tuple[list[_Entry], int]:
         # JSON also has true, 1.5 and Infinity, which Python would take for numbers.
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
             raise WireError(f"{name}: unreadable entry in the bundle's header (sizes must be whole numbers)")
-        if end - begin != math.prod(shape) * dtype.itemsize or end > len(blob) - start:
+        if end - begin != math.prod(shape) * dtype.itemsize or end > size - start:
             raise WireError(
                 f"{name}: {end - begin} bytes at {begin} do not hold {entry['dtype']} {list(shape)}"
             )
-        entries.append(_Entry(name, dtype, shape, start + begin, start + end))
-    if sum(entry.end - entry.begin for entry in entries) != len(blob) - start:
-        raise WireError(f"bundle of {len(blob)} bytes: its tensors overlap or leave bytes over")
-    return entries, start
+        entries.append(Entry(name, dtype, shape, start + begin, start + end))
+    if sum(entry.end - entry.begin for entry in entries) != size - start:
+        raise WireError(f"bundle of {size} bytes: its tensors overlap or leave bytes over")
+    return entries
+
+
+def view(blob: Blob, entry: Entry) -> Tensor:
+    """An entry of a blob as a read-only tensor, where it lies.
+
+    Raises:
+        WireError: sizes that PyTorch cannot have.
+    """
+    count = math.prod(entry.shape)
+    if not count:  # frombuffer refuses to read nothing
+        flat = torch.empty(0, dtype=entry.dtype)
+    else:
+        flat = torch.frombuffer(blob, dtype=entry.dtype, count=count, offset=entry.begin)
+    try:
+        return flat.view(entry.shape)
+    except (RuntimeError, TypeError) as error:  # no number at all, but other sizes beyond 64 bits
+        raise WireError(f"{entry.name}: PyTorch cannot have the shape {list(entry.shape)}") from error
 
 
 def decode(blob: bytes) -> dict[str, Tensor]:
@@ -111,20 +132,16 @@ def decode(blob: bytes) -> dict[str, Tensor]:
     Raises:
         WireError: damaged, or a dtype that does not belong on this wire.
     """
-    named: dict[str, Tensor] = {}
-    for name, dtype, shape, begin, _ in _read_header(blob)[0]:
-        count = math.prod(shape)
-        # frombuffer refuses to read nothing.
-        flat = (
-            torch.frombuffer(blob, dtype=dtype, count=count, offset=begin)
-            if count
-            else torch.empty(0, dtype=dtype)
-        )
-        try:
-            named[name] = flat.view(shape)
-        except (RuntimeError, TypeError) as error:  # no number at all, but other sizes beyond 64 bits
-            raise WireError(f"{name}: PyTorch cannot have the shape {list(shape)}") from error
-    return named
+    return {entry.name: view(blob, entry) for entry in read_header(blob)}
+
+
+def blob_digests(blob: bytes) -> dict[str, bytes]:
+    """`tensor_digest` of every tensor in a blob of ours, from its bytes."""
+    data = memoryview(blob)
+    return {
+        entry.name: hashlib.blake2b(data[entry.begin : entry.end], digest_size=DIGEST_BYTES).digest()
+        for entry in read_header(blob)
+    }
 
 
 def byte_classes(blob: bytes) -> dict[str, int]:
@@ -133,19 +150,19 @@ def byte_classes(blob: bytes) -> dict[str, int]:
     Raises:
         WireError: damaged.
     """
-    entries, start = _read_header(blob)
-    classes = {"dense": 0, "expert": 0, "other": start}
-    for entry in entries:
+    classes = {"dense": 0, "expert": 0, "other": len(blob)}
+    for entry in read_header(blob):
+        classes["other"] -= entry.end - entry.begin
         classes["dense" if expert_of(entry.name) is None else "expert"] += entry.end - entry.begin
     return classes
 
 
-def split_bundle(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in order, cut so that no bundle is larger than MAX_BUNDLE_BYTES (unless one tensor is)."""
+def split_bundle(names: Sequence[str], sizes: Mapping[str, int], limit: float) -> Iterator[list[str]]:
+    """Names in order, cut so that no piece is larger than `limit` bytes (unless one tensor is)."""
     bundle: list[str] = []
     total = 0
     for name in names:
-        if bundle and total + sizes[name] > MAX_BUNDLE_BYTES:
+        if bundle and total + sizes[name] > limit:
             yield bundle
             bundle, total = [], 0
         bundle.append(name)
@@ -159,7 +176,7 @@ def encode_bundles(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) ->
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in named.items()}
     return {
         key if index == 0 else f"{key}.{index}": encode({name: named[name] for name in names}, dtype)
-        for index, names in enumerate(split_bundle(list(named), sizes))
+        for index, names in enumerate(split_bundle(list(named), sizes, MAX_BUNDLE_BYTES))
     }
 
 
@@ -227,14 +244,15 @@ class Ledger:
     def count(self, site: int, content: RecordDict) -> None:
         """Add one message to or from a site."""
         before = self.total
-        for record in content.array_records.values():
+        for record in content.values():
+            if not isinstance(record, ArrayRecord):
+                self.other += len(record.deflate())  # as Flower puts it on the wire
+                continue
             for array in record.values():
                 classes = _classes_of(array)
                 self.dense += classes["dense"]
                 self.expert += classes["expert"]
                 self.other += classes["other"]
-        for side in (*content.config_records.values(), *content.metric_records.values()):
-            self.other += len(side.deflate())  # as Flower puts it on the wire
         self.by_site[site] = self.by_site.get(site, 0) + self.total - before
 
 

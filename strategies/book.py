@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fomoe_flwr.checkpoint import save_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.data import TokenCorpus, validation_batches
+from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.transformer import build
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.telemetry import Telemetry
@@ -28,14 +30,15 @@ class RoundBook(RoundObserver):
         self._tokens = tokens  # trained so far, by all sites together
 
     def asked(self, current: Round) -> None:
-        self._telemetry.begin_round(current.number, len(current.names))
+        self._telemetry.begin_round(current.number, len(current.asked))
 
     def answered(self, current: Round) -> None:
         self._telemetry.site_answered()
 
     def finished(self, strategy: FoMoE) -> None:
         current = strategy.round
-        self._tokens += sum(result.tokens for result in current.results.values())
+        if current.committed:
+            self._tokens += sum(result.tokens for result in current.results.values())
         started = time.perf_counter()
         val_loss = self._evaluate(strategy)
         evaluated = time.perf_counter()
@@ -51,7 +54,12 @@ class RoundBook(RoundObserver):
             "checkpoint": saved - evaluated,
         }
         bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
-        self._telemetry.end_round(metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds))
+        line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
+        if current.number:
+            line["experts"] = strategy.ledger.summary(current.number)
+            table = json.dumps(strategy.ledger.table(current.number))
+            write_atomically(self._composed.run_dir / "experts.json", lambda path: path.write_text(table))
+        self._telemetry.end_round(line)
 
     def _is_checkpoint_round(self, number: int) -> bool:
         every, last = self._composed.config.checkpoint.every, self._composed.config.train.rounds
@@ -76,11 +84,11 @@ class RoundBook(RoundObserver):
     def _save(self, strategy: FoMoE) -> None:
         config, number = self._composed.config, strategy.round.number
         assert strategy.outer is not None
-        placement = strategy.placement(number)
+        placement = strategy.round.placement
         facts: dict[str, Any] = {
             "run": self._run,
             "tokens": self._tokens,
-            "counted": strategy.counted,
+            "memory": strategy.memory(),
             "config": dataclasses.asdict(config),
             "overrides": list(self._composed.overrides),
             "placement": {name: placement.residents(site) for site, name in enumerate(strategy.site_names)},
@@ -146,5 +154,9 @@ def metrics_line(
         "resident_share": mean("resident_share"),
         "seconds": seconds,
         "sites": sites,
+        "committed": current.committed,
+        "experts_held_back": current.held_back,
+        "deadline_s": current.deadline_s,
         "failures": current.failures,
+        "refused": current.refused,
     }

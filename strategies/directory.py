@@ -1,4 +1,9 @@
-"""Which Flower node is which site. The server cannot see a node's configuration, so each new node is asked once."""
+"""Which Flower node is which site. The server cannot see a node's configuration, so each new node is asked once.
+
+Nobody is waited for: the question goes out in one round and the answer may be read in a later one, so a node
+that never answers holds up nothing. A node that makes no sense is named in the log and left alone, for one
+institution's mistake must not end the run of the others.
+"""
 
 from __future__ import annotations
 
@@ -10,70 +15,119 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fomoe_flwr.errors import RunError
-from strategies.exchange import error_line, exchange
+from strategies.exchange import FIRST_PAUSE_S, error_line
 
 log = logging.getLogger("fomoe")
 
-_PAUSE_S = 0.5
+QUESTION_TTL_S = 120.0  # after which a node that did not answer is asked again
+_LONGEST_PAUSE_S = 0.5
 
 
 class SiteDirectory:
     """Node ids by site index, learnt from the nodes' answers to `query`.
 
-    A node says its site's name (`--node-config 'site="a"'`), or in a simulation its partition number.
+    A node says its site's name (`--node-config 'site="a"'`), or in a simulation its partition number. A site may
+    come back under another node id. Until its old node is known to be gone, the new one stands by.
     """
 
     def __init__(self, site_names: Sequence[str]) -> None:
         self._names = list(site_names)
         self._index = {name: index for index, name in enumerate(site_names)}
         self.node_of_site: dict[int, int] = {}
-        self._asked: set[int] = set()
+        self._standby: dict[int, int] = {}  # site -> the newest node that says the same
+        self._asked: dict[int, tuple[str, float]] = {}  # node -> the question's id and when it was asked
+        self._answered: set[int] = set()
+        self.problems: dict[int, str] = {}  # node -> why it is no site of ours
 
     def connected(self, grid: Grid, minimum: int, timeout: float) -> dict[int, int]:
         """Node ids by site, of the sites that are connected now; waits until there are `minimum` of them.
 
         Raises:
-            RunError: not enough within `timeout` seconds, or a node that is no site of this federation.
+            RunError: not enough within `timeout` seconds; it says which are missing.
         """
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, FIRST_PAUSE_S
         next_word = time.monotonic() + 5
         while True:
-            online = set(grid.get_node_ids())
-            self.node_of_site = {site: node for site, node in self.node_of_site.items() if node in online}
-            self._ask(grid, sorted(online - self._asked), max(deadline - time.monotonic(), 1.0))
+            self._look(grid)
             if len(self.node_of_site) >= minimum:
                 return dict(sorted(self.node_of_site.items()))
             now = time.monotonic()
             if now > deadline:
-                raise RunError(f"{len(self.node_of_site)} of {minimum} sites connected within {timeout:g} s")
-            if now > next_word:
-                log.info("waiting for sites: %d of %d are connected", len(self.node_of_site), minimum)
-                next_word = now + 30
-            time.sleep(_PAUSE_S)
-
-    def _ask(self, grid: Grid, nodes: Sequence[int], timeout: float) -> None:
-        messages = [
-            Message(RecordDict({"config": ConfigRecord()}), node, MessageType.QUERY) for node in nodes
-        ]
-        for index, reply in exchange(grid, messages, timeout) if messages else ():
-            node = nodes[index]
-            self._asked.add(node)
-            if reply.has_error():
-                raise RunError(f"node {node} could not say which site it is: {error_line(reply)}")
-            site = self._site(node, reply.content.config_records["config"])
-            if site in self.node_of_site:
                 raise RunError(
-                    f"nodes {self.node_of_site[site]} and {node} both say they are site {self._names[site]}"
+                    "; ".join([f"{self._missing(minimum)} within {timeout:g} s", *self.problems.values()])
                 )
-            self.node_of_site[site] = node
+            if now > next_word:
+                log.info("waiting for sites: %s", self._missing(minimum))
+                next_word = now + 30
+            time.sleep(pause)
+            pause = min(pause * 1.3, _LONGEST_PAUSE_S)
 
-    def _site(self, node: int, answer: ConfigRecord) -> int:
-        name, partition = str(answer.get("site", "")), answer.get("partition-id", -1)
+    def lost(self, site: int) -> None:
+        """The site's node did not answer: from now on it is the one that stands by, if there is one."""
+        if site in self._standby:
+            self.node_of_site[site] = self._standby.pop(site)
+            log.info("site %s is now node %d", self._names[site], self.node_of_site[site])
+
+    def _missing(self, minimum: int) -> str:
+        absent = [name for site, name in enumerate(self._names) if site not in self.node_of_site]
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        return f"{len(self.node_of_site)} of {minimum} sites connected, missing {', '.join(absent[:8])}{more}"
+
+    def _look(self, grid: Grid) -> None:
+        """Who is online, who is new, and what the new ones answered; does not wait."""
+        online = set(grid.get_node_ids())
+        self._standby = {site: node for site, node in self._standby.items() if node in online}
+        for site, node in list(self.node_of_site.items()):
+            if node not in online:
+                del self.node_of_site[site]
+                self.lost(site)
+        self._answered &= online  # a node that comes back under its old id may be another site now
+        now = time.monotonic()
+        for node in [node for node, (_, asked) in self._asked.items() if now - asked > QUESTION_TTL_S]:
+            del self._asked[node]
+        new = sorted(online - self._answered - self._asked.keys())
+        questions = [
+            Message(RecordDict({"config": ConfigRecord()}), node, MessageType.QUERY, ttl=QUESTION_TTL_S)
+            for node in new
+        ]
+        for node, message_id in zip(new, grid.push_messages(questions) if questions else (), strict=True):
+            self._asked[node] = (message_id, now)
+        for node, (message_id, _) in sorted(self._asked.items()):
+            for reply in grid.pull_messages([message_id]):
+                self._asked.pop(node, None)
+                self._read(node, reply)
+
+    def _read(self, node: int, reply: Message) -> None:
+        self._answered.add(node)
+        if reply.has_error():
+            self._refuse(node, f"node {node} could not say which site it is: {error_line(reply)}")
+            self._answered.discard(node)  # it may be able to later
+            return
+        answer = reply.content.config_records.get("config", ConfigRecord())
+        name, partition = answer.get("site", ""), answer.get("partition-id", -1)
         if name in self._index:
-            return self._index[name]
-        if not name and isinstance(partition, int) and 0 <= partition < len(self._index):
-            return partition
-        raise RunError(
-            f"node {node} is site {name or partition!r}, which this federation does not have; "
-            f"it has {', '.join(self._names[:8])}"
-        )
+            site = self._index[str(name)]
+        elif not name and isinstance(partition, int) and 0 <= partition < len(self._names):
+            site = partition
+        else:
+            self._refuse(
+                node,
+                f"node {node} is site {name or partition!r}, which this federation does not have; "
+                f"it has {', '.join(self._names[:8])}",
+            )
+            return
+        self.problems.pop(node, None)
+        if site not in self.node_of_site:
+            self.node_of_site[site] = node
+        else:
+            self._standby[site] = node
+            self._refuse(
+                node,
+                f"nodes {self.node_of_site[site]} and {node} both say they are site {self._names[site]}; "
+                f"the second stands by until the first is gone",
+            )
+
+    def _refuse(self, node: int, problem: str) -> None:
+        if self.problems.get(node) != problem:
+            log.warning("%s", problem)
+        self.problems[node] = problem

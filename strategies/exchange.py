@@ -16,35 +16,37 @@ FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 1.0
 
 
-def exchange(grid: Grid, messages: list[Message], timeout: float | None) -> Iterator[tuple[int, Message]]:
+def exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
     """Yield (index of the message answered, reply) in order of arrival, until all have come or time is up.
 
-    The index is found by the message's id, for an error made by Flower itself does not name the right node.
-    The list is emptied once the messages are pushed: they hold the round's shards.
+    The index is found by the message's id, for an error made by Flower itself does not name the right node. A
+    message that is answered twice yields twice: whoever reads must judge. The list is emptied once the
+    messages are pushed: they hold the round's shards.
+
+    Args:
+        timeout: seconds from here.
     """
     ids = list(grid.push_messages(list(messages)))
     if len(ids) != len(messages):
         raise RunError(f"Flower accepted {len(ids)} of {len(messages)} messages")
     messages.clear()
     waiting = {message_id: index for index, message_id in enumerate(ids)}
-    deadline = None if timeout is None else time.monotonic() + timeout
-    pause = FIRST_PAUSE_S
+    deadline, pause = time.monotonic() + timeout, FIRST_PAUSE_S
     while waiting:
         arrived = False
         # One id at a time: asked for all of them, Flower would hand over every finished reply at once.
         for message_id, index in list(waiting.items()):
             for reply in grid.pull_messages([message_id]):
                 arrived = True
-                del waiting[message_id]
+                waiting.pop(message_id, None)
                 yield index, reply
         if arrived:
             pause = FIRST_PAUSE_S
             continue
-        if deadline is not None and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             return
-        if waiting:
-            time.sleep(pause)
-            pause = min(pause * 1.3, LONGEST_PAUSE_S)
+        time.sleep(pause)
+        pause = min(pause * 1.3, LONGEST_PAUSE_S)
 
 
 def error_line(reply: Message) -> str:

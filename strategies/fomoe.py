@@ -8,8 +8,13 @@ also works in a ServerApp that is not ours.
 from __future__ import annotations
 
 import logging
+import math
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -19,22 +24,40 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fomoe_flwr import wire
+from fomoe_flwr.bundles import record_in
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.errors import FomoeError, RunError
-from fomoe_flwr.model.names import expert_name, expert_of, is_moment
-from fomoe_flwr.outer import OrderedFold, OuterOptimizer, RunningMean, with_moments
-from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.model.names import is_moment
+from fomoe_flwr.outer import OuterOptimizer, with_moments
+from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement
 from fomoe_flwr.task import make_task
+from strategies.check import (
+    Expected,
+    Refused,
+    check_facts,
+    check_reply,
+    check_start,
+    facts_of,
+    metrics_of,
+    number,
+    outliers,
+)
+from strategies.commit import commit, updated_experts
+from strategies.deadline import Deadline
 from strategies.directory import SiteDirectory
 from strategies.exchange import error_line, exchange
+from strategies.inbox import Inbox
+from strategies.ledger import ExpertLedger
 from strategies.packing import Shards
-from strategies.round import Round, metrics_of, number, read_reply
+from strategies.round import Round
 
 log = logging.getLogger("fomoe")
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 SiteReply = tuple[int, Message]
+
+NORMS_KEPT = 32  # of earlier replies, to hold new ones against
 
 
 class RoundObserver:
@@ -100,11 +123,23 @@ class FoMoE(Strategy):
 
         self.state: dict[str, Tensor] = {}  # the global model by name, fp32
         self.outer: OuterOptimizer | None = None
-        self.round = Round(0)
+        self.round = Round(0, self.placement(0))
         self.first_round = 1
-        self.counted: dict[str, int] = {}  # the last round of each site whose reply became part of the model
         self.timeout = settings.timeout_s
+        # What the server remembers besides the model; a checkpoint keeps it.
+        self.counted: dict[str, int] = {}  # the last round of each site whose reply became part of the model
+        self.ledger = ExpertLedger(config.model.num_layers, config.model.num_experts)
+        self._norms: deque[dict[str, float]] = deque(maxlen=NORMS_KEPT)
+
         self._directory = SiteDirectory(site_names)
+        self._deadline = Deadline(settings, self.timeout)
+        self._temporary = None if run_dir else tempfile.TemporaryDirectory(prefix="fomoe-inbox-")
+        self._inbox = Inbox(Path(self._temporary.name if self._temporary else run_dir) / "inbox")
+        self._expected: dict[int, Expected] = {}  # of the messages that are out, by site
+        self._figures: dict[int, RecordDict] = {}
+        self._asked_at = 0.0
+        self._gathered = False  # whether the sites to begin with have been there
+        self._discarded = 0  # rounds in a row
 
     # ----- the model
 
@@ -113,13 +148,12 @@ class FoMoE(Strategy):
         state: dict[str, Tensor],
         outer: dict[str, Tensor] | None = None,
         rounds_done: int = 0,
-        counted: dict[str, int] | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
         """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`.
 
         Args:
-            counted: the last round of each site whose reply is part of the model; its own state after that
-                round is where the site goes on.
+            memory: what `memory()` gave when the checkpoint was made.
         """
         if self.config.strategy.outer == "local_adamw":
             state = with_moments(state)
@@ -128,7 +162,20 @@ class FoMoE(Strategy):
         self.outer = OuterOptimizer(self.state, self.config.strategy, self.config.model, self.config.train)
         self.outer.load_state_tensors(outer or {})
         self.first_round = rounds_done + 1
-        self.counted = dict(counted or {})
+        if memory is not None:
+            self.counted = dict(memory["counted"])
+            self._norms.extend(memory["norms"])
+            self.ledger.load(memory["experts"])
+            self._discarded = int(memory["discarded"])
+
+    def memory(self) -> dict[str, Any]:
+        """What the server must remember besides the model to go on as if nothing had happened; JSON values."""
+        return {
+            "counted": self.counted,
+            "norms": list(self._norms),
+            "experts": self.ledger.table(self.round.number),
+            "discarded": self._discarded,
+        }
 
     def parameters(self) -> dict[str, Tensor]:
         """The global model without LocalAdamW's moments."""
@@ -139,7 +186,7 @@ class FoMoE(Strategy):
         return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in self.parameters().items()})
 
     def placement(self, round_: int) -> Placement:
-        """Which site holds what in a round (counted from 1)."""
+        """Which site holds what in a round (counted from 1), if all are there."""
         config, strategy = self.config, self.config.strategy
         draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
         return draw_placement(
@@ -158,7 +205,8 @@ class FoMoE(Strategy):
         config, settings = self.config, self.config.strategy
         held = config.model.num_experts * config.overlap // len(self.site_names)
         for line in (
-            f"├──> Sites: {len(self.site_names)}, of which {self.min_available_nodes} must be connected",
+            f"├──> Sites: {len(self.site_names)}, of which {self.min_available_nodes} must be connected to begin; "
+            f"a round needs {self._needed()} good replies",
             f"├──> Experts: {held} of {config.model.num_experts} a layer at each site, each on {config.overlap} "
             f"sites ({settings.placement} placement)",
             f"├──> Routing: {settings.routing} | inner: {settings.inner} | outer: {settings.outer}",
@@ -183,18 +231,31 @@ class FoMoE(Strategy):
         """
         if not self.state:
             self.load(wire.named_from_flower(arrays))
-        sites = self._sample(grid, self.fraction_train, self.min_train_nodes, server_round)
-        self.round = Round(server_round)  # its clock starts when there are sites to ask
-        messages, self.round.names = self._messages(sites, MessageType.TRAIN, config)
-        return messages
+        alive = self._connected(grid)
+        placement = self.placement(server_round)
+        if self.ledger.look(placement, alive) and self.config.strategy.placement == "random":
+            placement = adopt(placement, alive)
+            log.info("round %d: they are given to other sites while theirs are away", server_round)
+        # The round's clock starts when there are sites to ask.
+        self.round = Round(server_round, placement, deadline_s=self._deadline.seconds())
+        self.round.asked = self._sample(alive, self.fraction_train, self.min_train_nodes, server_round)
+        self._figures = {}
+        saved = self._inbox.begin(server_round)
+        messages = self._messages(self.round.asked, MessageType.TRAIN, config)
+        here = {site for site in saved if self._is_usable(site)}
+        site_of_node = self._site_of_node()
+        self._asked_at = time.perf_counter()
+        return [message for message in messages if site_of_node[message.metadata.dst_node_id] not in here]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies, apply the outer optimizer, and return the new model and the aggregated metrics.
 
+        Below the quorum the model stays as it was.
+
         Raises:
-            RunError: fewer good replies than strategy.min_replies, or a reply of a node that was not asked.
+            RunError: a reply of a node that is no site.
         """
         metrics = self._aggregate_train(server_round, self._with_sites(replies))
         return self.arrays(), metrics
@@ -205,8 +266,9 @@ class FoMoE(Strategy):
         """One message for each site that shall evaluate its shard; none if fraction_evaluate is 0."""
         if self.fraction_evaluate == 0:
             return []
-        sites = self._sample(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round)
-        return self._messages(sites, MessageType.EVALUATE, config)[0]
+        alive = self._connected(grid)
+        sites = self._sample(alive, self.fraction_evaluate, self.min_evaluate_nodes, server_round)
+        return self._messages(sites, MessageType.EVALUATE, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Weighted mean of what the sites measured with their residents only."""
@@ -226,155 +288,229 @@ class FoMoE(Strategy):
 
         Args:
             initial_arrays: the model by name; may be None after `load`.
-            timeout: seconds to wait for the replies of a round, and for sites to connect.
+            timeout: longest wait in seconds for the replies of a round, and for sites to connect.
 
         Raises:
-            RunError: too few sites connected or answered. Unlike Flower's own `start`, a run whose clients all
-                fail is not reported as a success.
+            RunError: too few sites connected, or too many rounds in a row were discarded. Unlike Flower's own
+                `start`, a run whose clients all fail is not reported as a success.
         """
         if not self.state:
             if initial_arrays is None:
                 raise RunError("no model: give initial_arrays or call load()")
             self.load(wire.named_from_flower(initial_arrays))
         self.timeout = timeout
+        self._deadline = Deadline(self.config.strategy, timeout)
         log.info("Starting %s strategy:", type(self).__name__)
         self.summary()
         result, nothing = Result(), ArrayRecord()
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if self.first_round == 1:
-            self.round = Round(0)
+            self.round = Round(0, self.placement(0))
             self._after_round(result, evaluate_fn)
         for current in range(self.first_round, num_rounds + 1):
             messages = self.configure_train(current, nothing, train_config, grid)
             self.observer.asked(self.round)
             metrics = self._aggregate_train(current, self._exchange(grid, messages))
-            result.train_metrics_clientapp[current] = metrics
+            if metrics is not None:
+                result.train_metrics_clientapp[current] = metrics
             if messages := self.configure_evaluate(current, nothing, evaluate_config, grid):
                 evaluated = self._aggregate_evaluate(self._exchange(grid, messages))
                 if evaluated is not None:
                     result.evaluate_metrics_clientapp[current] = evaluated
             self._after_round(result, evaluate_fn)
+            self._check_progress()
+        self._inbox.clear()
         result.arrays = self.arrays()
         return result
 
     # ----- the steps of a round
 
-    def _sample(self, grid: Grid, fraction: float, minimum: int, round_: int) -> list[int]:
+    def _needed(self) -> int:
+        """Good replies without which a round is discarded."""
+        return max(1, math.ceil(self.config.strategy.quorum * len(self.site_names) * self.fraction_train))
+
+    def _connected(self, grid: Grid) -> list[int]:
+        """The sites that are there. To begin with all of them are waited for, later a quorum."""
+        minimum = self._needed() if self._gathered else self.min_available_nodes
+        connected = list(self._directory.connected(grid, minimum, self.timeout))
+        self._gathered = True
+        return connected
+
+    def _sample(self, connected: list[int], fraction: float, minimum: int, round_: int) -> list[int]:
         """Sites to ask, ascending; drawn from the seed and the round."""
-        connected = list(self._directory.connected(grid, self.min_available_nodes, self.timeout))
         count = min(len(connected), max(int(len(connected) * fraction), minimum))
         rng = np.random.default_rng([self.config.seed, round_])
         return sorted(rng.choice(connected, count, replace=False).tolist())
 
-    def _messages(
-        self, sites: list[int], message_type: str, config: ConfigRecord
-    ) -> tuple[list[Message], dict[int, frozenset[str]]]:
-        """The messages to these sites, counted, and the names that each site is sent."""
+    def _messages(self, sites: list[int], message_type: str, config: ConfigRecord) -> list[Message]:
+        """The messages to these sites, counted; what is expected of each answer is kept in `_expected`."""
         started = time.perf_counter()
-        placement = self.placement(self.round.number)
-        residents = [placement.residents(site) for site in range(len(self.site_names))]
-        train = message_type == MessageType.TRAIN
-        state = self.state if train else self.parameters()
-        shards = Shards(state, residents, sites, wire.WIRE_DTYPES[self.config.strategy.wire_dtype])
+        current, settings, train = self.round, self.config.strategy, self.config.train
+        residents = [current.placement.residents(site) for site in range(len(self.site_names))]
+        state = self.state if message_type == MessageType.TRAIN else self.parameters()
+        dtype = wire.WIRE_DTYPES[settings.wire_dtype]
+        shards = Shards(state, residents, sites, dtype)
+        shapes = {name: tensor.shape for name, tensor in state.items()}
         messages = []
         for site in sites:
+            name = self.site_names[site]
+            self._expected[site] = Expected(
+                run=self.run,
+                round=current.number,
+                site=name,
+                digests=shards.digests[site],
+                shapes=shapes,
+                dtype=dtype,
+                tokens=train.local_steps * train.batch_size * train.seq_len,
+                top_k=self.config.model.top_k,
+            )
             task = make_task(
                 self.config,
                 self.run,
                 self.run_dir,
-                self.round.number,
+                current.number,
                 site,
                 residents[site],
-                self.counted.get(self.site_names[site], 0),
-                self.timeout,
+                self.counted.get(name, 0),
+                current.deadline_s,
             )
             # A ConfigRecord of its own for each message: Flower fails when one is shared.
-            record = ConfigRecord({**config, "server-round": self.round.number, "task": task.to_json()})
+            record = ConfigRecord({**config, "server-round": current.number, "task": task.to_json()})
             content = RecordDict(
                 {self.arrayrecord_key: ArrayRecord(shards.arrays(site)), self.configrecord_key: record}
             )
-            self.round.down.count(site, content)
+            current.down.count(site, content)
             node = self._directory.node_of_site[site]
             # A message must not outlive its round, or a straggler works through stale ones before it catches up.
             messages.append(
-                Message(content, node, message_type, ttl=self.timeout, group_id=str(self.round.number))
+                Message(content, node, message_type, ttl=current.deadline_s, group_id=str(current.number))
             )
-        self.round.wire_s += time.perf_counter() - started
-        return messages, {site: shards.names[site] for site in sites}
+        current.wire_s += time.perf_counter() - started
+        return messages
+
+    def _site_of_node(self) -> dict[int, int]:
+        return {node: site for site, node in self._directory.node_of_site.items()}
 
     def _exchange(self, grid: Grid, messages: list[Message]) -> Iterable[SiteReply]:
-        site_of_node = {node: site for site, node in self._directory.node_of_site.items()}
+        site_of_node = self._site_of_node()
         sites = [site_of_node[message.metadata.dst_node_id] for message in messages]
-        for index, reply in exchange(grid, messages, self.timeout):
+        for index, reply in exchange(grid, messages, self.round.deadline_s):
             yield sites[index], reply
 
     def _with_sites(self, replies: Iterable[Message]) -> Iterable[SiteReply]:
         """For replies that a loop of somebody else's collected."""
-        site_of_node = {node: site for site, node in self._directory.node_of_site.items()}
+        site_of_node = self._site_of_node()
         for reply in replies:
             node = reply.metadata.src_node_id
             if node not in site_of_node:
                 raise RunError(f"a reply came from node {node}, which is no site of this federation")
             yield site_of_node[node], reply
 
-    def _aggregate_train(self, server_round: int, replies: Iterable[SiteReply]) -> MetricRecord:
+    def _is_usable(self, site: int) -> bool:
+        """Whether a reply from before the server's death answers what would be asked now; else it is dropped."""
+        try:
+            content = self._inbox.get(site, (self.arrayrecord_key, self.configrecord_key))
+            facts = facts_of(content, self.configrecord_key)
+            check_facts(facts, self._expected[site])
+            check_start(facts, self._expected[site])
+            self._check(site, content)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the files: the site is asked anew
+            log.info("round %d: the saved reply of %d is not used: %s", self.round.number, site, error)
+            self._inbox.drop(site)
+            return False
+        log.info("round %d: site %s has answered before", self.round.number, self.site_names[site])
+        return True
+
+    def _check(self, site: int, content: RecordDict) -> None:
+        """Let a reply in, or raise Refused. Its figures are kept, its tensors are not."""
+        self.round.up.count(site, content)
+        keys = (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
+        result, norms = check_reply(content, self._expected[site], keys)
+        self.round.results[site], self.round.norms[site] = result, norms
+        self._figures[site] = RecordDict({"metrics": metrics_of(content)})
+
+    def _receive(self, site: int, reply: Message) -> None:
+        name, current = self.site_names[site], self.round
+        if site in current.results or name in current.failures:
+            current.refused.setdefault(name, "duplicate")
+            log.warning("round %d: site %s: answered twice, the second is refused", current.number, name)
+        elif reply.has_error():
+            self._fail(site, error_line(reply))
+            self._directory.lost(site)
+        else:
+            try:
+                self._check(site, reply.content)
+            except Refused as refused:
+                self._fail(site, str(refused), refused.kind)
+                return
+            content = reply.content
+            arrays = record_in(content, self.arrayrecord_key, ArrayRecord) or ArrayRecord()
+            self._inbox.put(site, arrays, metrics_of(content), facts_of(content, self.configrecord_key))
+            arrays.clear()  # whoever still holds the message must not hold its arrays
+            self.observer.answered(current)
+
+    def _aggregate_train(self, server_round: int, replies: Iterable[SiteReply]) -> MetricRecord | None:
+        """Collect, decide, then commit or discard: a round is never half applied."""
         current, settings = self.round, self.config.strategy
         if server_round != current.number:
             raise RunError(f"aggregate_train of round {server_round}: configured was round {current.number}")
-        shapes = {name: tensor.shape for name, tensor in self.state.items()}
-        keys = (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
-        mean = RunningMean()
-        fold = OrderedFold(list(current.names), lambda site, blobs: self._fold(mean, site, blobs))
-        figures: dict[int, RecordDict] = {}
+        last_good = 0.0
         for site, reply in replies:
             arrived = time.perf_counter()
-            try:
-                current.results[site], blobs = read_reply(
-                    current, site, self.site_names[site], reply, shapes, keys
-                )
-            except FomoeError as error:
-                self._fail(site, str(error))
-                fold.drop(site)
-                continue
-            figures[site] = _figures(reply.content)
-            checked = time.perf_counter()
-            fold.add(site, blobs)
-            current.wire_s += checked - arrived
-            current.aggregate_s += time.perf_counter() - checked
-            self.observer.answered(current)
+            self._receive(site, reply)
+            if site in current.results:
+                last_good = arrived - self._asked_at
+            current.wire_s += time.perf_counter() - arrived
         started = time.perf_counter()
-        fold.close()
-        for site in current.names:
-            if site not in figures and self.site_names[site] not in current.failures:
-                self._fail(site, f"no reply within {self.timeout:g} s")
-        if len(figures) < settings.min_replies:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(current.failures.items())[:2])
-            raise RunError(
-                f"round {server_round}: {len(figures)} of {len(current.names)} sites gave a good reply, "
-                f"strategy.min_replies={settings.min_replies}; {reasons}"
-            )
-        assert self.outer is not None
-        self.outer.step(
-            mean.finish(), (server_round - 1) * self.config.train.local_steps, self.config.warmup_steps
-        )
-        self.counted |= {self.site_names[site]: server_round for site in figures}
+        for site in current.asked:
+            if site not in current.results and self.site_names[site] not in current.failures:
+                self._fail(site, f"no reply within {current.deadline_s:.3g} s")
+                self._directory.lost(site)
+        for site, reason in outliers(current.norms, list(self._norms), settings.norm_bound).items():
+            self._fail(site, reason, "norm")
+            del current.results[site], current.norms[site], self._figures[site]
+            self._inbox.drop(site)
+        current.committed = len(current.results) >= self._needed()
+        if current.committed:
+            self._commit()
+            self._deadline.took(last_good)
+        else:
+            log.warning("round %d is discarded: %s", server_round, self._below_quorum())
+        self._discarded = 0 if current.committed else self._discarded + 1
+        self._inbox.close()
         current.aggregate_s += time.perf_counter() - started
-        return self.train_metrics_aggr_fn([figures[site] for site in sorted(figures)], self.weighted_by_key)
+        if not current.committed:
+            return None
+        figures = [self._figures[site] for site in sorted(current.results)]
+        return self.train_metrics_aggr_fn(figures, self.weighted_by_key)
 
-    def _fold(self, mean: RunningMean, site: int, blobs: list[bytes]) -> None:
-        """Add one reply to the mean; a name weighs the tokens of its site, or those its expert really got."""
-        result, train = self.round.results[site], self.config.train
-        nominal = (
-            train.local_steps * train.batch_size * train.seq_len
-        )  # so that an ordinary weight is exactly 1
+    def _commit(self) -> None:
+        assert self.outer is not None
+        current = self.round
+        updated = updated_experts(current, self.config.strategy.expert_quorum * self.fraction_train)
+        current.held_back = self.ledger.updated_LE.size - len(updated)
+        commit(current, self.outer, self._inbox, self.config, updated)
+        for site, result in current.results.items():
+            self.counted[self.site_names[site]] = current.number
+            self.ledger.record(current.number, updated, result.expert_tokens)
+            self._norms.append(current.norms[site])
 
-        def weight(name: str) -> float:
-            expert = expert_of(name)
-            if expert is None or self.config.strategy.expert_weighting == "tokens":
-                return result.tokens / nominal
-            return result.expert_tokens.get(expert_name(*expert, "up_proj"), 0) / nominal
+    def _below_quorum(self) -> str:
+        reasons = [f"{name}: {reason}" for name, reason in list(self.round.failures.items())[:2]]
+        return "; ".join(
+            [
+                f"{len(self.round.results)} of {len(self.site_names)} sites gave a good reply, "
+                f"{self._needed()} needed (strategy.quorum={self.config.strategy.quorum:g})",
+                *reasons,
+            ]
+        )
 
-        mean.add(wire.from_blobs(blobs), weight)
+    def _check_progress(self) -> None:
+        if self._discarded >= self.config.strategy.max_discarded:
+            raise RunError(
+                f"round {self.round.number}: {self._discarded} rounds in a row were discarded "
+                f"(strategy.max_discarded); {self._below_quorum()}"
+            )
 
     def _aggregate_evaluate(self, replies: Iterable[SiteReply]) -> MetricRecord | None:
         figures: dict[int, RecordDict] = {}
@@ -382,9 +518,18 @@ class FoMoE(Strategy):
             if reply.has_error():
                 self._fail(site, error_line(reply))
                 continue
-            self.round.up.count(site, reply.content)
-            figures[site] = _figures(reply.content)
-            self.round.evaluations[self.site_names[site]] = number(metrics_of(reply.content), "val_loss")
+            content = reply.content
+            self.round.up.count(site, content)
+            try:
+                facts = facts_of(content, self.configrecord_key)
+                check_facts(facts, self._expected[site])
+                check_start(facts, self._expected[site])
+                measured = metrics_of(content)
+            except Refused as refused:
+                self._fail(site, str(refused), refused.kind)
+                continue
+            figures[site] = RecordDict({"metrics": measured})
+            self.round.evaluations[self.site_names[site]] = number(measured, "val_loss")
         if not figures:
             return None
         return self.evaluate_metrics_aggr_fn(
@@ -396,11 +541,9 @@ class FoMoE(Strategy):
             result.evaluate_metrics_serverapp[self.round.number] = metrics
         self.observer.finished(self)
 
-    def _fail(self, site: int, reason: str) -> None:
-        self.round.failures[self.site_names[site]] = reason
-        log.warning("round %d: site %s: %s", self.round.number, self.site_names[site], reason)
-
-
-def _figures(content: RecordDict) -> RecordDict:
-    """A reply without its arrays, which must not stay in memory."""
-    return RecordDict({"metrics": metrics_of(content)})
+    def _fail(self, site: int, reason: str, kind: str | None = None) -> None:
+        name = self.site_names[site]
+        self.round.failures[name] = reason
+        if kind is not None:
+            self.round.refused[name] = kind
+        log.warning("round %d: site %s: %s", self.round.number, name, reason)

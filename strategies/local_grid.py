@@ -7,7 +7,9 @@ taken from inside it: `TaskIdentity` and `Run` (flwr 1.41 and 1.42).
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,8 +53,9 @@ class LocalGrid(Grid):
             node_id = 100 + index
             self._contexts[node_id] = Context(RUN_ID, node_id, config, RecordDict(), {})
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="site")
-        self._replies: dict[str, Message] = {}
+        self._replies: dict[str, tuple[Message, float]] = {}  # and until when each may be fetched
         self._lock = threading.Lock()
+        self._busy = {node: threading.Lock() for node in self._contexts}  # a node does one thing at a time
         self._sent = 0
 
     def set_run(self, run: Run) -> None:
@@ -78,18 +81,21 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hand each message to a thread; returns at once."""
         ids = []
+        now = time.monotonic()
+        with self._lock:
+            self._replies = {key: reply for key, reply in self._replies.items() if reply[1] > now}
         for message in messages:
             self._sent += 1
             message_id = str(self._sent)
             message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
-            self._pool.submit(self._serve, message)
+            self._pool.submit(self._serve, message, now + message.metadata.ttl)
             ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are there; each is handed out once."""
         with self._lock:
-            return [self._replies.pop(key) for key in message_ids if key in self._replies]
+            return [self._replies.pop(key)[0] for key in message_ids if key in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -97,19 +103,27 @@ class LocalGrid(Grid):
         """Flower's barrier, for strategies that use it."""
         from strategies.exchange import exchange
 
-        return [reply for _, reply in exchange(self, list(messages), timeout)]
+        return [
+            reply for _, reply in exchange(self, list(messages), math.inf if timeout is None else timeout)
+        ]
 
     def close(self) -> None:
         """Let running sites finish and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _serve(self, message: Message) -> None:
-        context = self._contexts[message.metadata.dst_node_id]
+    def _serve(self, message: Message, expires: float) -> None:
+        node = message.metadata.dst_node_id
+        with self._busy[node]:
+            if time.monotonic() > expires:
+                return  # as in Flower, nobody works on what nobody waits for any more
+            reply = self._answer(message, self._contexts[node])
+        with self._lock:
+            self._replies[message.metadata.message_id] = (reply, expires)
+
+    def _answer(self, message: Message, context: Context) -> Message:
         try:
-            reply = self._client_app(message, context)
+            return self._client_app(message, context)
         except Exception as error:
             log.debug("node %d raised", message.metadata.dst_node_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
-            reply = Message(Error(code=_CLIENT_APP_RAISED, reason=reason), reply_to=message)
-        with self._lock:
-            self._replies[message.metadata.message_id] = reply
+            return Message(Error(code=_CLIENT_APP_RAISED, reason=reason), reply_to=message)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fomoe_flwr.model.names import expert_of
 from fomoe_flwr.placement import holder_groups
-from fomoe_flwr.wire import to_arrays
+from fomoe_flwr.wire import blob_digests, to_arrays
 
 _ALL: tuple[int, ...] = ()  # key of the dense group, which every site gets
 
@@ -42,17 +42,19 @@ class Shards:
     ) -> None:
         groups = group_names(list(state), residents_by_site)
         self._by_site: dict[int, dict[str, Array]] = {site: {} for site in sites}
-        names_by_site: dict[int, list[str]] = {site: [] for site in sites}
+        self.digests: dict[int, dict[str, bytes]] = {site: {} for site in sites}  # of every tensor, by name
         for index, (holders, names) in enumerate(groups.items()):
             receivers = [site for site in sites if holders == _ALL or site in holders]
             if not receivers or not names:
                 continue
             key = "dense" if holders == _ALL else f"expert-{index}"
             arrays = to_arrays(key, {name: state[name] for name in names}, dtype)
+            digests: dict[str, bytes] = {}
+            for array in arrays.values():
+                digests |= blob_digests(array.data)
             for site in receivers:
                 self._by_site[site] |= arrays
-                names_by_site[site] += names
-        self.names = {site: frozenset(names) for site, names in names_by_site.items()}
+                self.digests[site] |= digests
 
     def arrays(self, site: int) -> dict[str, Array]:
         """A site's bundles. The Array objects are shared between sites, so Flower stores each once."""

@@ -52,7 +52,7 @@ def run_server(grid: Grid, composed: Composed) -> None:
     if checkpoint is not None:
         log.info("resuming run %s after round %d", run, checkpoint.round)
         strategy.load(
-            checkpoint.parameters, checkpoint.outer, checkpoint.round, checkpoint.manifest["counted"]
+            checkpoint.parameters, checkpoint.outer, checkpoint.round, checkpoint.manifest["memory"]
         )
     else:
         everything = full_residents(config.model.num_layers, config.model.num_experts)

@@ -1,21 +1,16 @@
-"""Server arithmetic: means over holders, the same bits in any order of arrival, PyTorch's own optimizers."""
+"""Server arithmetic: means over holders, PyTorch's own optimizers."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.model.names import MOMENTS, moment_name
-from fomoe_flwr.outer import OrderedFold, OuterOptimizer, RunningMean, with_moments
-from fomoe_flwr.wire import decode, encode
+from fomoe_flwr.outer import OuterOptimizer, RunningMean, with_moments
 
 NORM = "model.norm.weight"  # learns at lr
 UP, DOWN = (f"model.layers.0.mlp.experts.3.{part}_proj.weight" for part in ("up", "down"))
@@ -111,125 +106,6 @@ def test_a_finished_mean_starts_again_empty() -> None:
     mean.finish()
     mean.add({NORM: numbers(2)}, lambda _name: 1)
     torch.testing.assert_close(mean.finish(), {NORM: numbers(2)})
-
-
-# -- the order of folding ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what another process leaves in the machine's does not count."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-
-def early_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).iterdir())
-
-
-@st.composite
-def arrivals(draw: st.DrawFn) -> tuple[int, list[tuple[str, int]]]:
-    """Number of sites, and what happens in which order: every site replies, fails, or is never heard of."""
-    num_sites = draw(st.integers(1, 6))
-    kinds = [draw(st.sampled_from(["reply", "reply", "fail", "silent"])) for _ in range(num_sites)]
-    events = [(kind, site) for site, kind in enumerate(kinds) if kind != "silent"]
-    return num_sites, draw(st.permutations(events))
-
-
-def payload_of(site: int) -> list[bytes]:
-    """Two bundles: one everybody has, and an expert of every second site's. Values whose sum depends on order."""
-    generator = torch.Generator().manual_seed(site)
-    dense = torch.randn(50, generator=generator) * 10.0 ** (site % 5)
-    payload = [encode({NORM: dense}, torch.float32)]
-    if site % 2:
-        payload.append(encode({UP: torch.randn(50, generator=generator)}, torch.float32))
-    return payload
-
-
-def folded(order: Sequence[int], events: Sequence[tuple[str, int]]) -> tuple[dict[str, Tensor], list[int]]:
-    """The mean and the order in which replies were folded."""
-    mean, sequence = RunningMean(), []
-
-    def fold(site: int, payload: list[bytes]) -> None:
-        sequence.append(site)
-        for blob in payload:
-            mean.add(decode(blob), lambda _name: 1.0 + site)
-
-    ordered = OrderedFold(order, fold)
-    for kind, site in events:
-        if kind == "reply":
-            ordered.add(site, payload_of(site))
-        else:
-            ordered.drop(site)
-    ordered.close()
-    return mean.finish(), sequence
-
-
-@given(arrivals())
-def test_any_order_of_arrival_and_any_failures_give_the_same_bits(
-    case: tuple[int, list[tuple[str, int]]],
-) -> None:
-    num_sites, events = case
-    canonical = sorted(site for kind, site in events if kind == "reply")
-    means, sequence = folded(range(num_sites), events)
-    expected, _ = folded(canonical, [("reply", site) for site in canonical])
-    assert sequence == canonical
-    assert means.keys() == expected.keys()
-    assert all(means[name].equal(expected[name]) for name in expected)
-    assert early_folders() == set()
-
-
-def test_the_sums_above_do_depend_on_their_order() -> None:
-    """Otherwise the test above could not fail."""
-    orders = ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0])
-    forwards, backwards = (folded(order, [("reply", site) for site in order])[0] for order in orders)
-    assert not forwards[NORM].equal(backwards[NORM])
-
-
-def test_a_reply_whose_turn_has_come_is_folded_at_once_and_an_early_one_waits_on_disk() -> None:
-    seen: list[int] = []
-    fold = OrderedFold([0, 1, 2, 3], lambda site, _payload: seen.append(site))
-    (folder,) = early_folders()
-    fold.add(2, [b"c", b"cc"])
-    assert seen == []
-    assert sorted(path.read_bytes() for path in folder.iterdir()) == [b"c", b"cc"]
-    fold.add(0, [b"a"])
-    assert seen == [0]
-    fold.drop(1)  # nobody to wait for any more: 2 follows, and its files go
-    assert seen == [0, 2]
-    assert list(folder.iterdir()) == []
-    fold.add(3, [b"d"])
-    assert seen == [0, 2, 3]
-    fold.close()
-    assert not folder.exists()
-
-
-def test_an_early_payload_comes_back_as_the_bytes_that_arrived() -> None:
-    seen: dict[int, list[bytes]] = {}
-    fold = OrderedFold([7, 3], lambda site, payload: seen.update({site: list(payload)}))
-    fold.add(3, [b"\x00\xff", b"", b"x"])
-    fold.add(7, [b"first"])
-    fold.close()
-    assert seen == {7: [b"first"], 3: [b"\x00\xff", b"", b"x"]}
-
-
-def test_a_payload_is_taken_out_of_the_callers_hands() -> None:
-    """Whether folded at once or put on disk: no two payloads are in memory at a time."""
-    fold = OrderedFold([0, 1, 2], lambda _site, _payload: None)
-    for site in (2, 0):
-        payload = [b"a", b"b"]
-        fold.add(site, payload)
-        assert payload == []
-    fold.close()
-
-
-def test_a_reply_after_its_turn_is_not_folded() -> None:
-    seen: list[int] = []
-    fold = OrderedFold([0, 1], lambda site, _payload: seen.append(site))
-    fold.drop(0)
-    fold.add(0, [b"too late"])
-    fold.add(1, [b"in time"])
-    fold.close()
-    assert seen == [1]
 
 
 # -- outer optimizers ----------------------------------------------------------------------------------------

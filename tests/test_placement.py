@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import (
     Placement,
+    adopt,
     check_overlap,
     draw_for_round,
     draw_placement,
@@ -209,3 +210,31 @@ def test_the_draw_in_force_in_a_round(kind: str, reshuffle_every: int, draws: li
 
 def test_an_expert_that_nobody_holds_has_no_group() -> None:
     assert holder_groups([[[0], [1]], [[0, 2], []]]) == {(0, 0): (0, 1), (1, 1): (0,), (0, 2): (1,)}
+
+
+# -- sites that are away -------------------------------------------------------------------------------------
+
+
+@given(sizes(), seeds, st.data())
+def test_orphans_are_given_to_those_who_are_there(
+    size: tuple[int, int, int, int], seed: int, data: st.DataObject
+) -> None:
+    num_sites, num_experts, _, _ = size
+    alive = data.draw(st.sets(st.integers(0, num_sites - 1), min_size=1))
+    before = place(size, seed)
+    after = adopt(before, alive)
+    there = sorted(alive)
+    assert after.holds_LEM[:, :, there].any(axis=2).all()  # nobody is an orphan
+    assert (after.holds_LEM >= before.holds_LEM).all()  # nobody gives anything up
+    given_LEM = after.holds_LEM & ~before.holds_LEM
+    orphaned_LE = ~before.holds_LEM[:, :, there].any(axis=2)
+    assert (given_LEM.sum(axis=2) == orphaned_LE).all()  # each orphan to one site, nothing else to anybody
+    loads_LM = after.holds_LEM[:, :, there].sum(axis=1)
+    assert (loads_LM.max(axis=1) - loads_LM.min(axis=1) <= 1).all()  # shared out evenly
+    assert loads_LM.max() <= num_experts
+
+
+def test_with_everybody_or_nobody_there_nothing_changes() -> None:
+    before = place((4, 8, 2, 2))
+    assert (adopt(before, range(4)).holds_LEM == before.holds_LEM).all()
+    assert (adopt(before, []).holds_LEM == before.holds_LEM).all()

@@ -24,6 +24,7 @@ def line(number: int) -> dict:
         "resident_share": 0.5,
         "seconds": {"round": 2.0},
         "sites": [{"site": "a", "tokens": 100, "train_loss": 2.0}],
+        "committed": True,
         "failures": {},
     }
 

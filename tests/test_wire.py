@@ -315,7 +315,7 @@ def test_bundles_are_cut_in_order_and_only_where_they_must_be(lengths: list[int]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "MAX_BUNDLE_BYTES", 50)
         sizes = {str(index): length for index, length in enumerate(lengths)}
-        bundles = list(split_bundle(list(sizes), sizes))
+        bundles = list(split_bundle(list(sizes), sizes, 50))
     assert [name for bundle in bundles for name in bundle] == list(sizes)
     totals = [sum(sizes[name] for name in bundle) for bundle in bundles]
     for bundle, total in zip(bundles, totals, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clients.app import app as real_client_app
 from fomoe_flwr import wire
+from fomoe_flwr.bundles import as_array, bundle_digests
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.task import SiteTask
 from strategies.local_grid import LocalGrid
@@ -42,7 +43,7 @@ def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what depends on the clock."""
     kept = []
     for line in lines:
-        line = {key: value for key, value in line.items() if key != "seconds"}
+        line = {key: value for key, value in line.items() if key not in ("seconds", "deadline_s")}
         line["sites"] = [
             {k: v for k, v in site.items() if k != "tokens_per_second"} for site in line["sites"]
         ]
@@ -66,12 +67,21 @@ def answering(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         task = SiteTask.from_json(str(message.content["config"]["task"]))
-        update = answer(task, wire.from_record(message.content["arrays"]))
+        shard = wire.from_record(message.content["arrays"])
+        update = answer(task, shard)
+        blobs = wire.encode_bundles("all", update, dtype)
+        facts = {
+            "run": task.run,
+            "round": task.round,
+            "site": task.name,
+            "start-digests": wire.digests(shard, wire.WIRE_DTYPES[task.strategy.wire_dtype]),
+            "bundle-digests": json.dumps(bundle_digests(blobs)),
+        }
         content = RecordDict(
             {
-                "arrays": ArrayRecord(wire.to_arrays("all", update, dtype)),
+                "arrays": ArrayRecord({key: as_array(blob) for key, blob in blobs.items()}),
                 "metrics": MetricRecord({"num-examples": examples(task), "train_loss": 1.0}),
-                "config": ConfigRecord({"round": task.round}),
+                "config": ConfigRecord(facts),
             }
         )
         return Message(content, reply_to=message)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fomoe_flwr.model.names import MOMENTS, expert_of, moment_name
 from fomoe_flwr.outer import with_moments
 from fomoe_flwr.placement import draw_placement, full_residents
-from fomoe_flwr.wire import decode, encode
+from fomoe_flwr.wire import decode, encode, tensor_digest
 from strategies.packing import Shards, group_names
 
 LAYERS = 2
@@ -56,7 +56,7 @@ def test_each_site_gets_exactly_its_shard_once(overlap: int) -> None:
         names = names_in(shards, site)
         assert len(names) == len(set(names))
         assert set(names) == {name for name in state if belongs(name, residents[site])}
-        assert shards.names[site] == set(names)
+        assert shards.digests[site] == {name: tensor_digest(state[name], torch.float32) for name in names}
 
 
 def test_values_are_those_of_the_state() -> None:
@@ -101,7 +101,7 @@ def test_moments_travel_with_their_parameters() -> None:
     residents = residents_of(4, 8, 2)
     shards = Shards(state, residents, range(4), torch.float32)
     for site in range(4):
-        names = shards.names[site]
+        names = shards.digests[site].keys()
         parameters = {name for name in state_of(8) if belongs(name, residents[site])}
         assert names == parameters | {moment_name(moment, name) for moment in MOMENTS for name in parameters}
         assert len(shards.arrays(site)) == 2  # in the same bundles
@@ -110,9 +110,9 @@ def test_moments_travel_with_their_parameters() -> None:
 def test_only_the_sites_asked_get_something() -> None:
     everybody, state, residents = shards_of()
     some, _, _ = shards_of(sites=[1, 3])
-    assert set(some.names) == {1, 3}
+    assert set(some.digests) == {1, 3}
     for site in (1, 3):
-        assert some.names[site] == everybody.names[site]
+        assert some.digests[site] == everybody.digests[site]
         assert set(names_in(some, site)) == {name for name in state if belongs(name, residents[site])}
 
 

@@ -1,0 +1,59 @@
+"""The second half of a round: what the good replies do to the model."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from fomoe_flwr import wire
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.model.names import expert_name, expert_of
+from fomoe_flwr.outer import OuterOptimizer, RunningMean
+from strategies.inbox import Inbox
+from strategies.round import Round, SiteResult
+
+CHUNK_BYTES = 64 * 2**20  # of the model that is averaged and stepped at a time
+
+
+def updated_experts(current: Round, share: float) -> set[tuple[int, int]]:
+    """(layer, expert) of those of which at least this share of the holders, and at least one, answered well."""
+    holds_LEM = current.placement.holds_LEM
+    good_LE = holds_LEM[:, :, sorted(current.results)].sum(axis=2)
+    enough_LE = good_LE >= np.maximum(np.ceil(share * holds_LEM.sum(axis=2)), 1)
+    return {(layer, expert) for layer, expert in np.argwhere(enough_LE).tolist()}
+
+
+def commit(
+    current: Round, outer: OuterOptimizer, inbox: Inbox, config: RunConfig, updated: set[tuple[int, int]]
+) -> None:
+    """The mean of each name over its holders, and the outer step; a piece of the model at a time.
+
+    So the server needs no second model for the sums, whatever the number of sites. Sites are added in their own
+    order, not in that of arrival, so the result does not depend on the network.
+
+    Args:
+        updated: the experts that take part; the others keep their values and their momentum.
+    """
+    state, train = outer.state, config.train
+    names = [name for name in state if (expert := expert_of(name)) is None or expert in updated]
+    sizes = {name: state[name].numel() * state[name].itemsize for name in names}
+    # Gradient clipping, which outer=adamw does, needs the whole gradient at once.
+    limit = math.inf if config.strategy.outer == "adamw" else CHUNK_BYTES
+    nominal = train.local_steps * train.batch_size * train.seq_len  # an ordinary weight is exactly 1
+    for chunk in wire.split_bundle(names, sizes, limit):
+        mean = RunningMean()
+        for site in sorted(current.results):
+            weight = partial(_weight, current.results[site], config.strategy.expert_weighting, nominal)
+            mean.add(inbox.tensors(site, chunk), weight)
+            inbox.release(site)
+        outer.step(mean.finish(), (current.number - 1) * train.local_steps, config.warmup_steps)
+
+
+def _weight(result: SiteResult, weighting: str, nominal: int, name: str) -> float:
+    """A name weighs the tokens of its site, or those its expert really got."""
+    expert = expert_of(name)
+    if expert is None or weighting == "tokens":
+        return result.tokens / nominal
+    return result.expert_tokens.get(expert_name(*expert, "up_proj"), 0) / nominal

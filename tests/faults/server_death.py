@@ -1,0 +1,108 @@
+"""The death of the server, in any phase of a round."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import strategies.book
+import strategies.commit
+import strategies.fomoe
+from fomoe_flwr import checkpoint
+from fomoe_flwr.compose import Composed
+from strategies.book import RoundBook
+from strategies.fomoe import FoMoE
+from strategies.inbox import Inbox
+from tests.faults.injector import Faults, grid_with
+from tests.strategies.helpers import run
+
+PHASES = (
+    "before push",
+    "first reply",
+    "in inbox",
+    "last reply",
+    "in commit",
+    "after commit",
+    "in checkpoint",
+    "after checkpoint",
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: not an Exception, so nobody catches it, and what follows it is never reached."""
+
+
+@contextlib.contextmanager
+def dies(phase: str, round_: int) -> Iterator[None]:
+    """Within it, a server dies in this phase of this round."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = {"round": 0, "replies": 0, "chunks": 0}
+
+        def here(wanted: str) -> bool:
+            return wanted == phase and seen["round"] == round_
+
+        messages, put, finished = FoMoE._messages, Inbox.put, RoundBook.finished
+        commit, save = strategies.fomoe.commit, strategies.book.save_checkpoint
+        save_file = checkpoint.save_file
+
+        def counting_messages(self, *arguments):
+            made = messages(self, *arguments)
+            seen.update(round=self.round.number, replies=0, chunks=0)
+            if here("before push"):
+                raise Killed
+            return made
+
+        def counting_put(self, site, *arguments):
+            seen["replies"] += 1
+            if here("in inbox") and seen["replies"] == 2:
+                partial = self._folder / f"{site}.partial"
+                partial.mkdir()
+                (partial / "bundle-0").write_bytes(b"half of it")
+                raise Killed
+            put(self, site, *arguments)
+            if here("first reply") or (here("last reply") and seen["replies"] == 4):
+                raise Killed
+
+        def half_a_commit(current, outer, *arguments):
+            step = outer.step
+
+            def step_and_die(*values):
+                step(*values)
+                if here("in commit"):
+                    raise Killed
+
+            patch.setattr(outer, "step", step_and_die)
+            commit(current, outer, *arguments)
+            patch.setattr(outer, "step", step)
+            if here("after commit"):
+                raise Killed
+
+        def half_a_file(tensors, path, *arguments):
+            save_file(tensors, path, *arguments)
+            if here("in checkpoint"):
+                Path(path).write_bytes(Path(path).read_bytes()[:100])
+                raise Killed
+
+        def save_and_die(*arguments):
+            result = save(*arguments)
+            if here("after checkpoint"):
+                raise Killed
+            return result
+
+        patch.setattr(FoMoE, "_messages", counting_messages)
+        patch.setattr(Inbox, "put", counting_put)
+        patch.setattr(RoundBook, "finished", finished)
+        patch.setattr(strategies.fomoe, "commit", half_a_commit)
+        patch.setattr(strategies.commit, "CHUNK_BYTES", 4096)  # so that a commit has a middle
+        patch.setattr(checkpoint, "save_file", half_a_file)
+        patch.setattr(strategies.book, "save_checkpoint", save_and_die)
+        yield
+
+
+def run_until_killed(composed: Composed, faults: Faults, phase: str, round_: int) -> None:
+    """A run whose server dies as said."""
+    with dies(phase, round_), pytest.raises(Killed):
+        run(composed, grid_type=grid_with(faults))

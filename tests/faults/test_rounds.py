@@ -1,0 +1,151 @@
+"""Rounds that do not wait for ever, quorums, and sites that come and go."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.model.names import expert_of
+from strategies.fomoe import FoMoE
+from strategies.local_grid import LocalGrid
+from tests.conftest import Compose
+from tests.faults.injector import Faults, grid_with
+from tests.faults.test_replies import SETTINGS, assert_same_model, play
+from tests.strategies.helpers import metrics, run
+
+
+def test_a_site_that_hangs_is_left_behind_at_the_deadline(small: Compose, tmp_path: Path) -> None:
+    began = time.monotonic()
+    hung = play(small, tmp_path / "a", Faults().at("site-1", round=2).hang(), "strategy.timeout_s=3")
+    assert time.monotonic() - began < 30
+    assert "no reply within" in metrics(hung)[2]["failures"]["site-1"]
+    assert metrics(hung)[3]["failures"] == {}  # it is back in the next round
+    assert_same_model(hung, play(small, tmp_path / "b", Faults().at("site-1", round=2).fail()))
+
+
+def test_an_answer_after_the_deadline_does_not_count(small: Compose, tmp_path: Path) -> None:
+    late = play(
+        small,
+        tmp_path / "a",
+        Faults().at("site-1", round=2).delay(4.0),
+        "strategy.timeout_s=2.5",
+        "runtime.workers=4",
+    )
+    assert metrics(late)[2]["failures"].keys() == {"site-1"}
+    # It is still at round 2 when round 3 begins, so it may miss that one as well.
+    lost = [("site-1", line["round"]) for line in metrics(late)[1:] if "site-1" in line["failures"]]
+    assert_same_model(late, play(small, tmp_path / "b", Faults.lost(lost)))
+
+
+def test_work_that_was_lost_is_as_if_it_had_never_been_done(small: Compose, tmp_path: Path) -> None:
+    """The site has moments and a place in its data that belong to the lost reply: they must not count."""
+    for name, faults in (
+        ("a", Faults().at("site-1", round=2).lose()),
+        ("b", Faults().at("site-1", round=2).fail()),
+    ):
+        play(small, tmp_path / name, faults)
+    assert_same_model(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_round_below_the_quorum_is_discarded_whole(small: Compose, tmp_path: Path) -> None:
+    faults = Faults()
+    for site in ("site-0", "site-1", "site-2"):
+        faults.at(site, round=2).fail()
+    done = play(small, tmp_path / "a", faults)
+    lines = metrics(done)
+    assert [line["committed"] for line in lines] == [True, True, False, True]
+    assert lines[2]["tokens"] == lines[1]["tokens"]
+    first, second = (read_checkpoint(checkpoint_path(done, round_)) for round_ in (1, 2))
+    assert all(torch.equal(value, second.parameters[name]) for name, value in first.parameters.items())
+    assert all(torch.equal(value, second.outer[name]) for name, value in first.outer.items())
+    # The one that answered goes on as if it had not been asked.
+    everybody = Faults.lost([(f"site-{site}", 2) for site in range(4)])
+    assert_same_model(done, play(small, tmp_path / "b", everybody))
+
+
+def test_too_many_discarded_rounds_end_the_run(small: Compose, tmp_path: Path) -> None:
+    faults = Faults.lost([(f"site-{site}", round_) for site in range(4) for round_ in (2, 3)])
+    with pytest.raises(RunError, match=r"round 3: 2 rounds in a row were discarded.*0 of 4 sites.*2 needed"):
+        play(small, tmp_path / "a", faults, "strategy.max_discarded=2", "train.rounds=9")
+    assert len(metrics(tmp_path / "a")) == 4  # nothing of what happened is lost
+
+
+@pytest.mark.parametrize(("quorum", "updated"), [(0.5, True), (1.0, False)])
+def test_an_expert_waits_for_enough_of_its_holders(
+    small: Compose, tmp_path: Path, quorum: float, updated: bool
+) -> None:
+    composed = small(
+        "train.rounds=2", "federation.num_sites=4", "strategy.overlap=2", f"strategy.expert_quorum={quorum}"
+    )
+    run(composed, grid_type=grid_with(Faults().at("site-1", round=2).fail()))
+    placement = FoMoE(composed.config).placement(2)
+    first, second = (
+        read_checkpoint(checkpoint_path(composed.run_dir, round_)).parameters for round_ in (1, 2)
+    )
+    held_back = 0
+    for name, value in second.items():
+        expert = expert_of(name)
+        held = expert is not None and 1 in placement.holders(*expert)
+        assert torch.equal(value, first[name]) == (held and not updated), name
+        held_back += held and "up_proj" in name
+    assert metrics(composed.run_dir)[2]["experts_held_back"] == (0 if updated else held_back)
+
+
+def test_the_deadline_follows_what_rounds_take(small: Compose, tmp_path: Path) -> None:
+    done = play(
+        small,
+        tmp_path / "a",
+        Faults(),
+        "train.rounds=6",
+        "strategy.timeout_s=500",
+        "strategy.timeout_floor_s=0.01",
+    )
+    deadlines = [line["deadline_s"] for line in metrics(done)[1:]]
+    assert deadlines[:2] == [500, 500]
+    assert all(0.01 < deadline < 100 for deadline in deadlines[2:])
+
+
+def test_the_ledger_of_experts(small: Compose, tmp_path: Path) -> None:
+    faults = Faults.lost([("site-0", 2), ("site-0", 3), ("site-1", 3)])
+    done = play(small, tmp_path / "a", faults, "strategy.overlap=1", "strategy.quorum=0.25")
+    lines = metrics(done)
+    assert [line["experts"]["rounds_since_update_max"] for line in lines[1:]] == [0, 1, 2]
+    assert lines[3]["experts"]["num_orphaned"] == 0  # they are connected, they only fail
+    assert lines[3]["experts"]["tokens_max"] > lines[3]["experts"]["tokens_min"] > 0
+
+
+def test_orphans_are_adopted_where_placement_is_random_and_reported_where_it_is_fixed(
+    small: Compose, tmp_path: Path, caplog
+) -> None:
+    class LeavingGrid(LocalGrid):
+        """From round 2 on site-1's node is gone."""
+
+        left = False
+
+        def get_node_ids(self):
+            return [node for node in super().get_node_ids() if not (self.left and node == 101)]
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            self.left = self.left or any(message.metadata.message_type == "train" for message in messages)
+            return super().push_messages(messages)
+
+    caplog.set_level("INFO", logger="fomoe")
+    for placement in ("fixed", "random"):
+        caplog.clear()
+        overrides = (*SETTINGS, "strategy.overlap=1", f"strategy.placement={placement}")
+        composed = small(*overrides, run_dir=tmp_path / placement)
+        lines = metrics(run(composed, grid_type=LeavingGrid))
+        assert [len(line["sites"]) for line in lines] == [0, 4, 3, 3]
+        assert lines[3]["failures"] == {}
+        experts = lines[3]["experts"]
+        assert experts["num_orphaned"] == 4  # two experts of each of two layers
+        assert "no site with 4 experts is connected" in caplog.text
+        adopted = placement == "random"
+        assert (experts["rounds_since_update_max"] == 0) == adopted
+        assert ("they are given to other sites" in caplog.text) == adopted
