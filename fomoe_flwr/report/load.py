@@ -48,6 +48,9 @@ class Round:
     bytes_by_class: dict[str, int]  # by `CLASSES`; down + up
     resident_share: float | None
     seconds: float  # the whole round
+    committed: bool  # False: discarded, below the quorum
+    failures: dict[str, str]  # site -> why its reply is not part of the model
+    refused: dict[str, str]  # site -> kind of bad reply; the others of `failures` never came
     sites: tuple[SiteRound, ...]
 
     @property

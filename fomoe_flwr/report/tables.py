@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
@@ -28,7 +30,22 @@ def run_table(run: Run) -> Table:
     table.add_row("router choices held by the site", percent(summary.resident_share))
     table.add_row("tokens/s, all sites, wire included", count(summary.tokens_per_second))
     table.add_row("wall time", duration(summary.seconds))
+    if discarded := sum(not record.committed for record in run.rounds):
+        table.add_row("rounds discarded", count(discarded))
+    for site, reasons in _missing(run).items():
+        told = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+        table.add_row(f"replies missing of {escape(site)}", escape(f"{reasons.total()} ({told})"))
     return table
+
+
+def _missing(run: Run) -> dict[str, Counter[str]]:
+    """How often each site's reply was not part of the model, and why."""
+    missing: dict[str, Counter[str]] = {}
+    for record in run.rounds:
+        for site in sorted(record.failures | record.refused):
+            reason = f"refused: {record.refused[site]}" if site in record.refused else "failed or late"
+            missing.setdefault(site, Counter())[reason] += 1
+    return missing
 
 
 def comparison_table(run: Run) -> Table:

@@ -49,6 +49,9 @@ def metrics(config: RunConfig, rounds: int, val: bool = True) -> list[dict[str, 
         lines.append(
             {
                 "round": number,
+                "committed": True,
+                "failures": {},
+                "refused": {},
                 "tokens": number * tokens * len(sites),
                 "train_loss": loss + 0.3 if trained else None,
                 "val_loss": loss if val else None,

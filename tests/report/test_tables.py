@@ -67,6 +67,23 @@ def test_a_run_that_never_trained_nor_validated(tmp_path: Path) -> None:
     assert not any("measured" in line for line in lines(comparison_table(run)))
 
 
+def test_what_went_missing_is_counted_by_site_and_reason(tmp_path: Path) -> None:
+    made = metrics(compose_config("train.rounds=3"), rounds=3)
+    made[1] |= {
+        "failures": {"site-1": "update of RMS 3"},
+        "refused": {"site-1": "norm", "site-2": "duplicate"},
+    }
+    made[2] |= {"failures": {"site-1": "no reply within 9 s", "site-0": "killed"}, "committed": False}
+    made[3] |= {"failures": {"site-1": "update of RMS 4"}, "refused": {"site-1": "norm"}}
+    cells = dict(
+        line for line in lines(run_table(load_run(write_run(tmp_path, lines=made)))) if len(line) == 2
+    )
+    assert cells["rounds discarded"] == "1"
+    assert cells["replies missing of site-0"] == "1 (1 failed or late)"
+    assert cells["replies missing of site-1"] == "3 (2 refused: norm, 1 failed or late)"
+    assert cells["replies missing of site-2"] == "1 (1 refused: duplicate)"
+
+
 def test_one_evaluation_has_no_fall(tmp_path: Path) -> None:
     cells = dict(line for line in lines(run_table(load_run(write_run(tmp_path, rounds=0)))) if len(line) == 2)
     assert cells["validation loss"] == "5.500"
