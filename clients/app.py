@@ -1,24 +1,23 @@
 """The Flower ClientApp of a site: `train`, `evaluate` and `query`.
 
-It translates between Flower's messages and `clients.site`. Errors are raised, and Flower turns them into an
-error reply that the server reports.
+Flower starts a process of it for every message, so it stays light: it never imports PyTorch in a deployment, but hands
+the work to the site's worker (`clients.relay`). In a simulation and with `runtime=local`, where one process serves many
+messages, the work is done right here. Errors are raised, and Flower turns them into an error reply that
+the server reports.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
+from clients.channel import Answer, WorkerError
 from clients.identity import NodeSettings, node_settings
-from clients.site import evaluate_shard, train_round
-from fomoe_flwr import wire
-from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.names import expert_of
-from fomoe_flwr.task import SiteTask
+from clients.relay import hand_over
+from fomoe_flwr.bundles import as_array, blobs_of, record_in
 
 app = ClientApp()
 
@@ -39,53 +38,45 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Take K local steps and answer with the pseudo-gradient of what this site holds."""
-    task, settings, shard = _open(message, context)
-    outcome = train_round(task, shard, settings)
-    report = outcome.report
-    dtype = wire.WIRE_DTYPES[task.strategy.wire_dtype]
-    dense = {name: value for name, value in outcome.update.items() if expert_of(name) is None}
-    expert = {name: value for name, value in outcome.update.items() if expert_of(name) is not None}
-    arrays = wire.to_arrays("dense", dense, dtype) | wire.to_arrays("expert", expert, dtype)
-    metrics = MetricRecord(
-        {
-            "num-examples": report.tokens,
-            "train_loss": report.train_loss,
-            "seconds": report.seconds,
-            "resident_share": report.resident_share,
-            "new_experts": outcome.new_experts,
-        }
-    )
-    facts = ConfigRecord(
-        {
-            "run": task.run,
-            "round": task.round,
-            "site": task.name,
-            "expert-tokens": json.dumps(report.expert_tokens),
-        }
-    )
-    return Message(
-        RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics, "config": facts}), reply_to=message
-    )
+    answer = _work("train", message, context)
+    arrays = ArrayRecord({key: as_array(answer.blobs.pop(key)) for key in list(answer.blobs)})
+    return Message(RecordDict({"arrays": arrays, **_figures(answer)}), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Validation loss of the shard this site was sent: dense part and its residents only."""
-    task, settings, shard = _open(message, context)
-    loss, tokens = evaluate_shard(task, shard, settings)
-    metrics = MetricRecord({"num-examples": tokens, "val_loss": loss})
-    facts = ConfigRecord({"run": task.run, "round": task.round, "site": task.name})
-    return Message(RecordDict({"metrics": metrics, "config": facts}), reply_to=message)
+    answer = _work("evaluate", message, context)
+    return Message(RecordDict({**_figures(answer)}), reply_to=message)
 
 
-def _open(message: Message, context: Context) -> tuple[SiteTask, NodeSettings, Mapping[str, Tensor]]:
-    """The task, this node's settings and the shard.
+def _figures(answer: Answer) -> dict[str, MetricRecord | ConfigRecord]:
+    return {"metrics": MetricRecord({**answer.metrics}), "config": ConfigRecord({**answer.facts})}
 
-    Raises:
-        FomoeError: a message this version cannot read, or one meant for another site.
-    """
+
+def _work(kind: str, message: Message, context: Context) -> Answer:
     settings = node_settings(context.node_config)
-    task = SiteTask.from_json(str(message.content.config_records["config"]["task"]))
-    if settings.site is not None and settings.site != task.name:
-        raise ConfigError(f"node-config site={settings.site}: was given the work of site {task.name}")
-    return task, settings, wire.from_record(message.content.array_records["arrays"])
+    task_text = str((record_in(message.content, "config", ConfigRecord) or ConfigRecord())["task"])
+    if settings.partition is None:
+        return hand_over(kind, task_text, _taken_out(message), settings, message.metadata.ttl)
+    return _work_here(kind, task_text, message, settings)
+
+
+def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
+    """The message's bundles, one by one, each gone from it when the next is asked for."""
+    record = record_in(message.content, "arrays", ArrayRecord) or ArrayRecord()
+    for key in list(record):
+        yield from blobs_of(ArrayRecord({key: record.pop(key)})).items()
+
+
+def _work_here(kind: str, task_text: str, message: Message, settings: NodeSettings) -> Answer:
+    from clients.memory import Memory
+    from clients.work import perform
+
+    began, budget_s = time.monotonic(), message.metadata.ttl
+
+    def beat(phase: str) -> None:
+        if time.monotonic() - began > budget_s:
+            raise WorkerError(f"gave up after {budget_s:.3g} s")
+
+    return perform(kind, task_text, dict(_taken_out(message)), settings, Memory(), beat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.task import SiteTask
 
-KEYS = ("site", "device", "state-dir", "cache-dir", "data-path")
+KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class NodeSettings:
     state_dir: str | None
     cache_dir: str | None
     data_path: str | None
+    stall_s: float = 600.0  # its worker is ended when it has given no sign of life for so long
 
 
 def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
@@ -40,6 +42,9 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     def text(key: str) -> str | None:
         return str(node_config[key]) if key in node_config else None
 
+    stall = node_config.get("stall-s", NodeSettings.stall_s)
+    if isinstance(stall, bool) or not isinstance(stall, int | float) or not 0 < stall < math.inf:
+        raise ConfigError(f"node-config stall-s={stall}: must be a number of seconds above 0")
     partition = node_config.get("partition-id")
     return NodeSettings(
         site=text("site"),
@@ -48,7 +53,20 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
         state_dir=text("state-dir"),
         cache_dir=text("cache-dir"),
         data_path=text("data-path"),
+        stall_s=float(stall),
     )
+
+
+def own_task(text: str, settings: NodeSettings) -> SiteTask:
+    """The task in a message, once it is known to be this site's.
+
+    Raises:
+        ConfigError: it is another site's, or another version's.
+    """
+    task = SiteTask.from_json(text)
+    if settings.site is not None and settings.site != task.name:
+        raise ConfigError(f"node-config site={settings.site}: was given the work of site {task.name}")
+    return task
 
 
 def device_of(task: SiteTask, settings: NodeSettings) -> str:
@@ -65,15 +83,16 @@ def data_of(task: SiteTask, settings: NodeSettings) -> DataConfig:
     )
 
 
-def state_folder(task: SiteTask, settings: NodeSettings) -> Path:
-    """Where this site keeps its state of this run.
-
-    A simulated site shares the server's disk and keeps it in the run directory; a real one in `state-dir`, by
-    default below $XDG_STATE_HOME.
-    """
+def state_root(settings: NodeSettings) -> Path:
+    """What a real site keeps its state below: `state-dir`, by default in $XDG_STATE_HOME."""
     if settings.state_dir is not None:
-        return Path(settings.state_dir).expanduser() / task.run / task.name
-    if settings.partition is not None:
-        return Path(task.run_dir) / "sites" / task.name
+        return Path(settings.state_dir).expanduser()
     home = Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser()
-    return home / "fomoe-flwr" / task.run / task.name
+    return home / "fomoe-flwr"
+
+
+def state_folder(task: SiteTask, settings: NodeSettings) -> Path:
+    """Where this site keeps its state of this run: a simulated one on the server's disk, in the run directory."""
+    if settings.state_dir is None and settings.partition is not None:
+        return Path(task.run_dir) / "sites" / task.name
+    return state_root(settings) / task.run / task.name

@@ -1,16 +1,23 @@
 """What a site keeps between rounds, on its own disk: AdamW's moments by name and its place in the data.
 
-One file a round, because the server may come back to an earlier one: `round_00003.safetensors` is the state
-after round 3. A file is either whole or not there.
+One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
+
+The server says which of them counts (`SiteTask.after`), for only it knows whose replies became part of the model.
+Later ones belong to replies that were lost, refused or discarded, and are removed when the next round begins; so
+whatever is older than the newest counted as well, and the server's checkpoint of round c goes with the newest
+state up to c.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,6 +25,8 @@ from safetensors.torch import save_file
 from fomoe_flwr.errors import CheckpointError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.training import Moments
+
+log = logging.getLogger("fomoe.site")
 
 _PATTERN = re.compile(r"round_(\d{5,})\.safetensors")
 
@@ -29,6 +38,7 @@ class SiteState:
     round: int = 0
     position: int = 0  # sequences of its stream that it has consumed
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    last_round: int = 0  # the last round of its run as it was planned then
 
 
 def _files(folder: Path) -> dict[int, Path]:
@@ -39,51 +49,85 @@ def _files(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def load_state(folder: Path, before_round: int) -> SiteState:
-    """The newest state older than `before_round`. A newer one belongs to a future that did not happen.
+def discard_later(folder: Path, after: int) -> None:
+    """Remove the states of rounds later than `after`, and what a process that died left half written."""
+    for path in [path for round_, path in _files(folder).items() if round_ > after]:
+        path.unlink()
+    for path in folder.glob("round_*.partial-*"):
+        path.unlink()
+
+
+def load_state(folder: Path, after: int, position: int) -> SiteState:
+    """The state after round `after`; the very first for 0.
+
+    If it is missing (the disk was lost), the site goes on without moments, from `position` (sequences) on.
 
     Raises:
-        CheckpointError: that file is damaged.
+        CheckpointError: the file is damaged.
     """
-    rounds = [round_ for round_ in _files(folder) if round_ < before_round]
-    if not rounds:
+    if after == 0:
         return SiteState()
-    path = _files(folder)[rounds[-1]]
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["state"])
-            moments = {
-                name: Moments(
-                    file.get_tensor(f"exp_avg/{name}"), file.get_tensor(f"exp_avg_sq/{name}"), step, born
-                )
-                for name, (step, born) in facts["steps"].items()
-            }
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"site state {path} is damaged ({error}); remove it to go on without it"
-        ) from error
-    return SiteState(rounds[-1], int(facts["position"]), moments)
+    path = _files(folder).get(after)
+    if path is None:
+        log.warning("no state of round %d in %s: this site goes on with fresh moments", after, folder)
+        return SiteState(after, position)
+    with _opened(path) as (file, facts):
+        moments = {
+            name: Moments(
+                file.get_tensor(f"exp_avg/{name}"), file.get_tensor(f"exp_avg_sq/{name}"), step, born
+            )
+            for name, (step, born) in facts["steps"].items()
+        }
+        return SiteState(after, int(facts["position"]), moments, int(facts["last_round"]))
 
 
-def save_state(folder: Path, state: SiteState, checkpoint_every: int, keep: int) -> None:
+def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int, keep: int) -> None:
     """Write the state after a round, and drop those that the server cannot come back to.
 
-    Kept are this round's and those of the last `keep` rounds with a checkpoint.
+    Args:
+        after: the round whose state this one went on from; it counts until the server has taken the reply.
+        checkpoint_every: rounds between two checkpoints of the server; 0: it makes one at the end of the run.
+        keep: the number of checkpoints it keeps.
     """
     tensors = {}
     for name, moment in state.moments.items():
         tensors[f"exp_avg/{name}"] = moment.exp_avg.contiguous()
         tensors[f"exp_avg_sq/{name}"] = moment.exp_avg_sq.contiguous()
     steps = {name: (moment.step, moment.born) for name, moment in state.moments.items()}
-    facts = json.dumps({"position": state.position, "steps": steps})
+    facts = json.dumps({"position": state.position, "steps": steps, "last_round": state.last_round})
     write_atomically(
         folder / f"round_{state.round:05d}.safetensors",
         lambda path: save_file(tensors, path, {"state": facts}),
     )
     files = _files(folder)
-    for round_ in [r for r in files if r > state.round]:
-        files.pop(round_).unlink()
-    resumable = [r for r in files if checkpoint_every and r % checkpoint_every == 0][-keep:]
+    kept = {state.round, after, *_at_checkpoints(files, state.round, checkpoint_every, keep)}
     for round_, path in files.items():
-        if round_ != state.round and round_ not in resumable:
+        if round_ not in kept:
             path.unlink()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A state's file and the facts in its header. What fails while it is read is a CheckpointError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, json.loads(file.metadata()["state"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"site state {path} is damaged ({error}); remove it to go on without it"
+        ) from error
+
+
+def _at_checkpoints(files: Mapping[int, Path], round_: int, every: int, keep: int) -> Iterator[int]:
+    """The states that go with the server's last `keep` checkpoints before a round."""
+    if every:
+        last = (round_ - 1) // every * every
+        for checkpoint in range(last, max(last - keep * every, 0), -every):
+            yield from [max((r for r in files if r <= checkpoint), default=0)]
+        return
+    # A run with one checkpoint, at its end, may be prolonged, and come back to that until it ends again.
+    for earlier in sorted((r for r in files if r < round_), reverse=True):
+        with _opened(files[earlier]) as (_, facts):
+            if facts["last_round"] < round_:
+                yield earlier
+                return

@@ -1,4 +1,4 @@
-"""The console command: `fomoe train [overrides]`, `fomoe train -m …`, `fomoe report DIR`.
+"""The console command: `fomoe train [overrides]`, `fomoe report DIR`, and `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
 """
@@ -37,6 +37,9 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe train -m OVERRIDE ...    a run for each combination, e.g. strategy.overlap=1,2,4
        fomoe train --cfg job          show the configuration (Hydra's other flags work too)
        fomoe report DIR               tables and picture of a run, or the table of a sweep
+       fomoe server [OPTION ...]      Flower's SuperLink, with flower-superlink's options
+       fomoe site --superlink HOST:PORT --name NAME ...    a site of a federation (--help: its options)
+       fomoe submit CONNECTION [OVERRIDE ...]              a run on the sites that are connected
        fomoe --version"""
 
 
@@ -50,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train(overrides)
             case ["report", directory]:
                 report(Path(directory), Console())
+            case ["server", *options]:
+                from strategies.superlink import server  # each of the three is imported by those who need it
+
+                server(options)
+            case ["site", *options]:
+                from clients.supervisor import site
+
+                sys.exit(site(options))
+            case ["submit", *options]:
+                from strategies.superlink import submit
+
+                submit(options)
             case ["--version"]:
                 print(f"fomoe-flwr {__version__}")
             case ["--help" | "-h"]:

@@ -101,8 +101,9 @@ class StrategyConfig:
     quorum: float = at_least(0.5, 0.0)
     expert_quorum: float = at_least(0.5, 0.0)
     max_discarded: int = at_least(3, 1)  # so many discarded rounds in a row end the run
+    connect_s: float = at_least(3600.0, 0.0)  # longest wait for enough sites to be connected
     # A round's replies are waited for timeout_factor times as long as rounds usually take (and their spread), at
-    # least timeout_floor_s, at most timeout_s, which also bounds the wait for sites to connect.
+    # least timeout_floor_s, at most timeout_s.
     timeout_s: float = at_least(3600.0, 0.0)
     timeout_floor_s: float = at_least(60.0, 0.0)
     timeout_factor: float = at_least(3.0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 
 from fomoe_flwr.config import (
@@ -26,7 +27,6 @@ class SiteTask:
     run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
     round: int  # counted from 1
     after: int  # the last round of this site that counts: its state after that is where it begins; 0: afresh
-    budget_s: float  # the site gives up and says so when its work has taken this long
     site: int  # position in `sites`
     residents: list[list[int]]  # experts held, one list a layer
     model: ModelConfig
@@ -65,7 +65,10 @@ class SiteTask:
             for key, section in sections.items():
                 values[key] = from_dict(section, values[key])
             values["sites"] = [from_dict(SiteConfig, site) for site in values["sites"]]
-            return cls(**values)
+            task = cls(**values)
+            if not re.fullmatch(r"[\w-]{1,64}", task.run):  # it becomes the name of a folder at the site
+                raise ValueError(f"run {task.run[:80]!r}: letters, digits, _ and -")
+            return task
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"task: {error!r}; server and site differ in version") from error
 
@@ -78,7 +81,6 @@ def make_task(
     site: int,
     residents: list[list[int]],
     after: int,
-    budget_s: float,
 ) -> SiteTask:
     """The part of the configuration that a site needs in a round."""
     return SiteTask(
@@ -86,7 +88,6 @@ def make_task(
         run_dir=run_dir,
         round=round_,
         after=after,
-        budget_s=budget_s,
         site=site,
         residents=residents,
         model=config.model,

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 from tqdm import tqdm
 
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.files import write_atomically
 from fomoe_flwr.units import duration, in_bytes
 
 log = logging.getLogger("fomoe")
@@ -27,29 +28,32 @@ class Telemetry:
     """Writes the figures of each round as they come.
 
     Args:
-        rounds_done: lines of later rounds are cut from `metrics.jsonl`: they belong to a future that a resumed
-            run does not have.
+        last: the line of the round after which a run is resumed. Later lines are cut from `metrics.jsonl`: they
+            belong to a future that this run does not have.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, run: str, rounds_done: int = 0) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, run: str, last: Mapping[str, Any] | None = None
+    ) -> None:
         self.config, self.path = config, run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._keep_lines(rounds_done)
-        self._started, self._first_round = time.monotonic(), rounds_done
+        self._keep_lines(last)
+        self._started, self._first_round = time.monotonic(), last["round"] if last else 0
         self._bar: tqdm[Any] | None = None
         self._wandb = _start_wandb(config, run_dir, run)
 
-    def _keep_lines(self, rounds_done: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
+    def _keep_lines(self, last: Mapping[str, Any] | None) -> None:
+        kept = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() and last else []:
             try:
-                if json.loads(line)["round"] <= rounds_done:
-                    kept.append(line + "\n")
+                kept[json.loads(line)["round"]] = line
             except (ValueError, KeyError):
                 break  # half a line: the run was killed while it wrote
-        self.path.write_text("".join(kept) if rounds_done else "")
+        if last:
+            kept.setdefault(last["round"], json.dumps(last))
+            kept = {number: line for number, line in kept.items() if number <= last["round"]}
+        text = "".join(f"{line}\n" for line in kept.values())
+        write_atomically(self.path, lambda path: path.write_text(text))
 
     def begin_round(self, number: int, sites: int) -> None:
         """A bar that fills as sites answer; it shows itself only if the round is long and somebody looks."""

@@ -105,6 +105,7 @@ class LocalAdamW:
         moments: state by name; a name without any starts afresh.
         first_step: global step of the first update; the warm-up counts global steps.
         newborn: the step at which a name without moments counts as born; 0: it needs no warm-up of its own.
+        adopt: the moments given may be changed in place; else they are copied.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class LocalAdamW:
         first_step: int,
         moments: Mapping[str, Moments],
         newborn: int = 0,
+        adopt: bool = False,
     ) -> None:
         self.train, self.warmup_steps, self.step_number = train, warmup_steps, first_step
         self.leaves: list[tuple[NamedView, nn.Parameter]] = []
@@ -142,8 +144,8 @@ class LocalAdamW:
                 saved = moments[view.name]
                 self.optimizer.state[leaf] = {
                     "step": torch.tensor(float(saved.step), device=leaf.device),
-                    "exp_avg": saved.exp_avg.to(leaf.device, torch.float32, copy=True),
-                    "exp_avg_sq": saved.exp_avg_sq.to(leaf.device, torch.float32, copy=True),
+                    "exp_avg": saved.exp_avg.to(leaf.device, torch.float32, copy=not adopt),
+                    "exp_avg_sq": saved.exp_avg_sq.to(leaf.device, torch.float32, copy=not adopt),
                 }
 
     def learning_rate(self, born: int) -> float:
@@ -162,6 +164,9 @@ class LocalAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(group["born"]) * group["multiplier"]
         self.optimizer.step()
+        for view, leaf in self.leaves:
+            if view.slot is not None:
+                leaf.grad = None  # else the views hold this step's gradients until the next one's are there
         self.step_number += 1
 
     def moments(self) -> dict[str, Moments]:
@@ -242,12 +247,12 @@ def train_gradient(
     for tokens_BT in batches:
         _backward(compiled, tokens_BT, device, train.dtype, losses)
         tokens += tokens_BT[:, 1:].numel()
-    gradients = {}
-    for view in named_views(module):
-        grad = view.parameter.grad
-        gradients[view.name] = (
-            view.of(torch.zeros_like(view.parameter) if grad is None else grad) / losses.steps
-        )
+    means = {}  # in place: there is no room for the gradients twice
+    for parameter in module.parameters():
+        grad = parameter.grad
+        means[parameter] = torch.zeros_like(parameter) if grad is None else grad.div_(losses.steps)
+    module.zero_grad(set_to_none=True)
+    gradients = {view.name: view.of(means[view.parameter]) for view in named_views(module)}
     return _finish(module, losses, tokens), gradients
 
 

@@ -42,16 +42,13 @@ class RoundBook(RoundObserver):
         started = time.perf_counter()
         val_loss = self._evaluate(strategy)
         evaluated = time.perf_counter()
-        if current.number and self._is_checkpoint_round(current.number):
-            self._save(strategy)
-        saved = time.perf_counter()
         seconds = {
-            "round": saved - current.began,
+            "round": evaluated - current.began,
             "train": max((result.seconds for result in current.results.values()), default=0.0),
             "wire": current.wire_s,
             "aggregate": current.aggregate_s,
             "evaluate": evaluated - started,
-            "checkpoint": saved - evaluated,
+            "checkpoint": 0.0,
         }
         bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
         line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
@@ -59,6 +56,10 @@ class RoundBook(RoundObserver):
             line["experts"] = strategy.ledger.summary(current.number)
             table = json.dumps(strategy.ledger.table(current.number))
             write_atomically(self._composed.run_dir / "experts.json", lambda path: path.write_text(table))
+        if current.number and self._is_checkpoint_round(current.number):
+            self._save(strategy, line)
+            seconds["checkpoint"] = time.perf_counter() - evaluated
+            seconds["round"] += seconds["checkpoint"]
         self._telemetry.end_round(line)
 
     def _is_checkpoint_round(self, number: int) -> bool:
@@ -81,7 +82,7 @@ class RoundBook(RoundObserver):
         with threads_for_a_while(train.threads):
             return evaluate(module, batches, train.dtype, device)[0]
 
-    def _save(self, strategy: FoMoE) -> None:
+    def _save(self, strategy: FoMoE, line: dict[str, Any]) -> None:
         config, number = self._composed.config, strategy.round.number
         assert strategy.outer is not None
         placement = strategy.round.placement
@@ -89,6 +90,7 @@ class RoundBook(RoundObserver):
             "run": self._run,
             "tokens": self._tokens,
             "memory": strategy.memory(),
+            "metrics": line,  # for a run that is killed before it has written the line
             "config": dataclasses.asdict(config),
             "overrides": list(self._composed.overrides),
             "placement": {name: placement.residents(site) for site, name in enumerate(strategy.site_names)},

@@ -125,14 +125,13 @@ class FoMoE(Strategy):
         self.outer: OuterOptimizer | None = None
         self.round = Round(0, self.placement(0))
         self.first_round = 1
-        self.timeout = settings.timeout_s
         # What the server remembers besides the model; a checkpoint keeps it.
         self.counted: dict[str, int] = {}  # the last round of each site whose reply became part of the model
         self.ledger = ExpertLedger(config.model.num_layers, config.model.num_experts)
         self._norms: deque[dict[str, float]] = deque(maxlen=NORMS_KEPT)
 
         self._directory = SiteDirectory(site_names)
-        self._deadline = Deadline(settings, self.timeout)
+        self._deadline = Deadline(settings, settings.timeout_s)
         self._temporary = None if run_dir else tempfile.TemporaryDirectory(prefix="fomoe-inbox-")
         self._inbox = Inbox(Path(self._temporary.name if self._temporary else run_dir) / "inbox")
         self._expected: dict[int, Expected] = {}  # of the messages that are out, by site
@@ -288,7 +287,7 @@ class FoMoE(Strategy):
 
         Args:
             initial_arrays: the model by name; may be None after `load`.
-            timeout: longest wait in seconds for the replies of a round, and for sites to connect.
+            timeout: longest wait in seconds for the replies of a round.
 
         Raises:
             RunError: too few sites connected, or too many rounds in a row were discarded. Unlike Flower's own
@@ -298,7 +297,6 @@ class FoMoE(Strategy):
             if initial_arrays is None:
                 raise RunError("no model: give initial_arrays or call load()")
             self.load(wire.named_from_flower(initial_arrays))
-        self.timeout = timeout
         self._deadline = Deadline(self.config.strategy, timeout)
         log.info("Starting %s strategy:", type(self).__name__)
         self.summary()
@@ -332,7 +330,7 @@ class FoMoE(Strategy):
     def _connected(self, grid: Grid) -> list[int]:
         """The sites that are there. To begin with all of them are waited for, later a quorum."""
         minimum = self._needed() if self._gathered else self.min_available_nodes
-        connected = list(self._directory.connected(grid, minimum, self.timeout))
+        connected = list(self._directory.connected(grid, minimum, self.config.strategy.connect_s))
         self._gathered = True
         return connected
 
@@ -372,7 +370,6 @@ class FoMoE(Strategy):
                 site,
                 residents[site],
                 self.counted.get(name, 0),
-                current.deadline_s,
             )
             # A ConfigRecord of its own for each message: Flower fails when one is shared.
             record = ConfigRecord({**config, "server-round": current.number, "task": task.to_json()})
@@ -414,6 +411,7 @@ class FoMoE(Strategy):
             check_facts(facts, self._expected[site])
             check_start(facts, self._expected[site])
             self._check(site, content)
+            self.round.up.count(site, content)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the files: the site is asked anew
             log.info("round %d: the saved reply of %d is not used: %s", self.round.number, site, error)
             self._inbox.drop(site)
@@ -423,7 +421,6 @@ class FoMoE(Strategy):
 
     def _check(self, site: int, content: RecordDict) -> None:
         """Let a reply in, or raise Refused. Its figures are kept, its tensors are not."""
-        self.round.up.count(site, content)
         keys = (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         result, norms = check_reply(content, self._expected[site], keys)
         self.round.results[site], self.round.norms[site] = result, norms
@@ -438,6 +435,7 @@ class FoMoE(Strategy):
             self._fail(site, error_line(reply))
             self._directory.lost(site)
         else:
+            current.up.count(site, reply.content)
             try:
                 self._check(site, reply.content)
             except Refused as refused:

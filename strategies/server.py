@@ -46,7 +46,7 @@ def run_server(grid: Grid, composed: Composed) -> None:
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
     log.info("run directory: %s", run_dir)
 
-    telemetry = Telemetry(config, run_dir, run, checkpoint.round if checkpoint else 0)
+    telemetry = Telemetry(config, run_dir, run, checkpoint.manifest["metrics"] if checkpoint else None)
     book = RoundBook(composed, run, corpus, telemetry, checkpoint.manifest["tokens"] if checkpoint else 0)
     strategy = FoMoE(config, run=run, run_dir=str(run_dir), observer=book)
     if checkpoint is not None:

@@ -107,6 +107,7 @@ SET = [
     ("strategy.quorum", 0.7, []),
     ("strategy.expert_quorum", 0.7, []),
     ("strategy.max_discarded", 5, []),
+    ("strategy.connect_s", 7.0, []),
     ("strategy.timeout_floor_s", 5.0, []),
     ("strategy.timeout_factor", 2.0, []),
     ("strategy.norm_bound", 3.0, []),
@@ -545,7 +546,7 @@ def test_a_task_comes_back_from_its_json() -> None:
         "train.warmup_fraction=0.25",
         "data.max_documents=9",
     )
-    task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]], 2, 60.0)
+    task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]], 2)
     back = SiteTask.from_json(task.to_json())
     assert back == task
     assert isinstance(back.sites[0], SiteConfig)
@@ -553,13 +554,13 @@ def test_a_task_comes_back_from_its_json() -> None:
 
 
 def test_a_task_is_one_line_of_json() -> None:
-    text = make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0, 60.0).to_json()
+    text = make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0).to_json()
     assert "\n" not in text
     assert json.loads(text)["model"]["d_model"] == 128
 
 
 def test_a_task_of_another_version_is_refused() -> None:
-    values = json.loads(make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0, 60.0).to_json())
+    values = json.loads(make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0).to_json())
     newer = values | {"train": values["train"] | {"momentum": 1}}
     with pytest.raises(
         ConfigError, match=r"TrainConfig\.momentum: unknown key; server and site differ in version"

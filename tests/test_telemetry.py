@@ -65,8 +65,17 @@ def test_a_resumed_run_drops_the_lines_of_a_future_it_does_not_have(small: Compo
         telemetry.end_round(line(number))
     with telemetry.path.open("a") as file:
         file.write('{"round": 4, "tok')
-    Telemetry(composed.config, composed.run_dir, "run", rounds_done=2)
+    Telemetry(composed.config, composed.run_dir, "run", last=line(2))
     assert written(composed.run_dir) == [0, 1, 2]
+
+
+def test_a_line_that_only_the_checkpoint_has_is_written_down(small: Compose) -> None:
+    """The run was killed between the two."""
+    composed = small()
+    telemetry = Telemetry(composed.config, composed.run_dir, "run")
+    telemetry.end_round(line(0))
+    Telemetry(composed.config, composed.run_dir, "run", last=line(1))
+    assert written(composed.run_dir) == [0, 1]
 
 
 def test_wandb_offline_writes_into_the_run_directory(small: Compose) -> None:

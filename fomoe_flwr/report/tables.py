@@ -31,7 +31,7 @@ def run_table(run: Run) -> Table:
     table.add_row("tokens/s, all sites, wire included", count(summary.tokens_per_second))
     table.add_row("wall time", duration(summary.seconds))
     if discarded := sum(not record.committed for record in run.rounds):
-        table.add_row("rounds discarded", count(discarded))
+        table.add_row("rounds discarded", str(discarded))
     for site, reasons in _missing(run).items():
         told = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
         table.add_row(f"replies missing of {escape(site)}", escape(f"{reasons.total()} ({told})"))

@@ -36,7 +36,7 @@ def ask(small: Compose, tmp_path) -> Ask:
         shard: dict[str, Tensor] | None = None,
     ) -> Message:
         residents = FoMoE(config).placement(1).residents(1)
-        task = make_task(config, "run", str(tmp_path), 1, 1, residents, 0, 60.0)
+        task = make_task(config, "run", str(tmp_path), 1, 1, residents, 0)
         if shard is None:
             shard = initial_state(config.model, residents, config.strategy.routing, config.seed)
         content = RecordDict(

@@ -15,14 +15,14 @@ from tests.conftest import Compose
 @pytest.fixture
 def task(small: Compose) -> SiteTask:
     config = small("federation=labs", "strategy.overlap=2").config
-    return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]], 0, 60.0)
+    return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]], 0)
 
 
 def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(small: Compose) -> None:
     config = small(
         "federation.num_sites=null", "federation.sites=[{name: a, device: cuda}, {name: b}]"
     ).config
-    first, second = (make_task(config, "abc", "", 1, site, [], 0, 60.0) for site in (0, 1))
+    first, second = (make_task(config, "abc", "", 1, site, [], 0) for site in (0, 1))
     assert device_of(first, node_settings({"device": "cuda:1"})) == "cuda:1"
     assert device_of(first, node_settings({})) == "cuda"
     assert device_of(second, node_settings({})) == "cpu"
@@ -47,3 +47,11 @@ def test_state_lives_with_the_run_in_a_simulation_and_with_the_site_in_a_deploym
 def test_a_misspelt_key_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"node-config sight: unknown key; allowed are site, device"):
         node_settings({"sight": "a"})
+
+
+def test_how_long_a_worker_may_be_silent_can_be_set() -> None:
+    assert node_settings({}).stall_s == 600.0
+    assert node_settings({"stall-s": 30}).stall_s == 30.0
+    for wrong in (0, -1.0, "soon", True, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"node-config stall-s=.*: must be a number of seconds above 0"):
+            node_settings({"stall-s": wrong})

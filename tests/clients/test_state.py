@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from clients.state import SiteState, load_state, save_state
+from clients.state import SiteState, discard_later, load_state, save_state
 from fomoe_flwr.errors import CheckpointError
 from fomoe_flwr.training import Moments
 
 
-def state(round_: int) -> SiteState:
-    moments = {"a.weight": Moments(torch.full((2, 3), float(round_)), torch.ones(2, 3), step=7, born=2)}
-    return SiteState(round_, position=10 * round_, moments=moments)
+def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:
+    value = float(round_) if value is None else value
+    moments = {"a.weight": Moments(torch.full((2, 3), value), torch.ones(2, 3), step=7, born=2)}
+    return SiteState(round_, position=10 * round_, moments=moments, last_round=last_round)
 
 
 def rounds(folder: Path) -> list[int]:
@@ -22,39 +29,134 @@ def rounds(folder: Path) -> list[int]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    save_state(tmp_path, state(3), checkpoint_every=1, keep=3)
-    loaded = load_state(tmp_path, before_round=4)
+    save_state(tmp_path, state(3), after=2, checkpoint_every=1, keep=3)
+    loaded = load_state(tmp_path, after=3, position=0)
     assert (loaded.round, loaded.position) == (3, 30)
     moment = loaded.moments["a.weight"]
     assert (moment.step, moment.born) == (7, 2)
     assert torch.equal(moment.exp_avg, torch.full((2, 3), 3.0))
 
 
-def test_nothing_kept_is_a_fresh_start(tmp_path: Path) -> None:
-    assert load_state(tmp_path / "new", before_round=5) == SiteState()
+def test_before_the_first_round_that_counts_there_is_nothing(tmp_path: Path) -> None:
+    save_state(tmp_path, state(1), after=0, checkpoint_every=1, keep=3)
+    assert load_state(tmp_path, after=0, position=0) == SiteState()
 
 
-def test_a_later_state_belongs_to_a_future_that_did_not_happen(tmp_path: Path) -> None:
+def test_a_lost_disk_is_a_fresh_start_further_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert load_state(tmp_path / "new", after=4, position=24) == SiteState(4, position=24)
+    assert "no state of round 4" in caplog.text
+
+
+def test_exactly_the_round_that_counts_is_loaded(tmp_path: Path) -> None:
+    """Not the newest before it, whose moments and place in the data are of another time."""
+    save_state(tmp_path, state(2), after=0, checkpoint_every=1, keep=3)
+    assert load_state(tmp_path, after=3, position=18) == SiteState(3, position=18)
+
+
+def test_later_states_and_half_written_ones_are_removed(tmp_path: Path) -> None:
     for round_ in (1, 2, 3):
-        save_state(tmp_path, state(round_), checkpoint_every=1, keep=5)
-    assert load_state(tmp_path, before_round=2).round == 1
-    save_state(tmp_path, state(2), checkpoint_every=1, keep=5)
-    assert rounds(tmp_path) == [1, 2]
+        save_state(tmp_path, state(round_), after=round_ - 1, checkpoint_every=1, keep=5)
+    (tmp_path / "round_00004.safetensors.partial-123").write_bytes(b"half")
+    discard_later(tmp_path, after=1)
+    assert rounds(tmp_path) == [1]
+    discard_later(tmp_path / "nowhere", after=1)
 
 
 @pytest.mark.parametrize(
-    ("every", "keep", "expected"), [(1, 3, [7, 8, 9]), (3, 2, [6, 9]), (4, 2, [4, 8, 9]), (0, 3, [9])]
+    ("every", "keep", "expected"),
+    [(1, 3, [6, 7, 8, 9]), (3, 2, [3, 6, 8, 9]), (4, 2, [4, 8, 9]), (0, 3, [8, 9])],
 )
-def test_kept_are_the_last_and_those_the_server_can_come_back_to(
+def test_kept_are_the_last_two_and_those_the_server_can_come_back_to(
     tmp_path: Path, every: int, keep: int, expected: list[int]
 ) -> None:
     for round_ in range(1, 10):
-        save_state(tmp_path, state(round_), every, keep)
+        save_state(tmp_path, state(round_, last_round=9), round_ - 1, every, keep)
     assert rounds(tmp_path) == expected
 
 
+def test_a_checkpoint_goes_with_the_newest_state_up_to_it(tmp_path: Path) -> None:
+    """The site took part in rounds 1, 2 and 5; checkpoints are made after 3, 6, …"""
+    for round_, after in ((1, 0), (2, 1), (5, 2), (7, 5)):
+        save_state(tmp_path, state(round_), after, checkpoint_every=3, keep=2)
+    assert rounds(tmp_path) == [2, 5, 7]
+
+
+@dataclass
+class Server:
+    """The little that a server knows, as a model of what the site must be able to find."""
+
+    every: int
+    keep: int
+    last_round: int
+    round: int = 0
+    after: int = 0
+    values: dict[int, float] = field(default_factory=dict)  # round -> the state that counts
+    checkpoints: dict[int, int] = field(default_factory=dict)  # round -> `after` at that time
+
+    def end_round(self) -> None:
+        if self.round == self.last_round or (self.every and self.round % self.every == 0):
+            self.checkpoints[self.round] = self.after
+            for old in sorted(self.checkpoints)[: -self.keep]:
+                del self.checkpoints[old]
+
+    def go_back(self, checkpoint: int) -> None:
+        self.round, self.after = checkpoint, self.checkpoints[checkpoint]
+        for later in [c for c in self.checkpoints if c > checkpoint]:
+            del self.checkpoints[later]
+
+
+def check(folder: Path, server: Server, after: int) -> None:
+    if after:
+        loaded = load_state(folder, after, position=-1)
+        assert loaded.position == 10 * after
+        assert loaded.moments["a.weight"].exp_avg[0, 0] == server.values[after]
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["counted", "counted", "not counted", "not asked", "back"]), st.integers(0, 9)),
+    max_size=14,
+)
+
+
+@settings(max_examples=150)
+@given(STEPS, st.integers(0, 4), st.integers(1, 3), st.integers(1, 6))
+def test_whatever_the_server_comes_back_to_is_there(
+    steps: list[tuple[str, int]], every: int, keep: int, last_round: int
+) -> None:
+    """Replies that count and that do not, rounds without this site, and resumes, also of a run that is prolonged.
+
+    A prolonged run with `every` above 0 has its newest checkpoints at multiples of it again, which is what counts.
+    """
+    server, value = Server(every, keep, last_round if every == 0 else 10**6), 0.0
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for event, number in steps:
+            if event == "back" and server.checkpoints:
+                server.go_back(sorted(server.checkpoints)[number % len(server.checkpoints)])
+            if server.round == server.last_round:
+                server.last_round += last_round  # it is prolonged
+            server.round += 1
+            if event in ("counted", "not counted"):
+                value += 1
+                discard_later(folder, server.after)
+                check(folder, server, server.after)
+                new = state(server.round, value, server.last_round)
+                save_state(folder, new, server.after, every, keep)
+                if event == "counted":
+                    server.after, server.values[server.round] = server.round, value
+            server.end_round()
+            # A run that ends once may be prolonged again and again, but only its newest end is kept.
+            reachable = sorted(server.checkpoints)[-1:] if every == 0 else sorted(server.checkpoints)
+            server.checkpoints = {c: server.checkpoints[c] for c in reachable}
+            for checkpoint in reachable:
+                check(folder, server, server.checkpoints[checkpoint])
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    save_state(tmp_path, state(1), checkpoint_every=1, keep=3)
+    save_state(tmp_path, state(1), after=0, checkpoint_every=1, keep=3)
     (tmp_path / "round_00001.safetensors").write_bytes(b"\x10garbage")
     with pytest.raises(CheckpointError, match=r"round_00001.safetensors is damaged"):
-        load_state(tmp_path, before_round=2)
+        load_state(tmp_path, after=1, position=0)

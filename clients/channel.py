@@ -1,0 +1,181 @@
+"""What a ClientApp and its worker say to each other: lines of JSON over a Unix socket, bundles in a file.
+
+The file has no name and lies in the site's state folder, whose disk has room for it; its descriptor goes along with a
+line. The receiver maps it and reads the bundles where they lie. No PyTorch here.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from fomoe_flwr.errors import FomoeError
+
+READ_BYTES = 2**16
+
+
+class WorkerError(FomoeError):
+    """The work of a site that could not be handed to its worker, or did not come back."""
+
+
+class Answer(NamedTuple):
+    """What a site answers, before Flower's records are made of it."""
+
+    blobs: dict[str, bytes]
+    metrics: dict[str, int | float]
+    facts: dict[str, int | str | bytes]
+
+
+class Channel:
+    """One end of a connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._received = bytearray()
+        self._searched = 0
+        self._descriptors: list[int] = []
+
+    def send(self, message: Mapping[str, Any], file: IO[bytes] | None, seconds: float) -> None:
+        """Send one line, and with it a file.
+
+        Raises:
+            TimeoutError: nobody reads for so many seconds.
+            OSError: nobody is there.
+        """
+        self.socket.settimeout(seconds)
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        if file is not None:
+            line = line[socket.send_fds(self.socket, [line], [file.fileno()]) :]
+        if line:  # the other end may be satisfied and gone by now
+            self.socket.sendall(line)
+
+    def try_send(self, message: Mapping[str, Any]) -> bool:
+        """Send one short line if there is room for it.
+
+        Raises:
+            OSError: nobody is there.
+        """
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        self.socket.setblocking(False)
+        try:
+            self.socket.send(line)
+        except BlockingIOError:
+            return False
+        return True
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """The next line.
+
+        Raises:
+            TimeoutError: no whole line within `seconds`.
+            ConnectionError: the other end is gone.
+        """
+        deadline = time.monotonic() + seconds
+        while (end := self._received.find(b"\n", self._searched)) < 0:
+            self._searched = len(self._received)
+            self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part, descriptors, _, _ = socket.recv_fds(self.socket, READ_BYTES, 1)
+            self._descriptors += descriptors
+            if not part:
+                raise ConnectionResetError("the other end closed the connection")
+            self._received += part
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        self._searched = 0
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def file(self) -> IO[bytes]:
+        """The file that came with the last line.
+
+        Raises:
+            ConnectionError: there was none.
+        """
+        if not self._descriptors:
+            raise ConnectionAbortedError("the other end sent no file")
+        return os.fdopen(self._descriptors.pop(0), "rb")
+
+    def is_closed(self) -> bool:
+        """Whether the other end is gone. For an end that has read all it was sent."""
+        self.socket.setblocking(False)
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        self.socket.close()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _padded(size: int) -> int:
+    """Each bundle begins where a page does, so that it can be mapped by itself."""
+    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def write_blobs(blobs: Iterable[tuple[str, bytes]], folder: Path) -> tuple[IO[bytes], dict[str, int]]:
+    """A file without a name, with these bundles in it, and their lengths by key.
+
+    Raises:
+        WorkerError: there is no room for them in the folder.
+    """
+    sizes = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The caller closes it.
+        file = cast(IO[bytes], tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
+        begin = 0
+        for key, blob in blobs:
+            sizes[key] = len(blob)
+            file.seek(begin)
+            rest = memoryview(blob)
+            while rest:  # the system takes at most 2 GiB at a time
+                rest = rest[file.write(rest) :]
+            begin += _padded(len(blob))
+            del blob, rest
+    except OSError as error:
+        raise WorkerError(f"cannot write a message into {folder}: {error.strerror}") from error
+    return file, sizes
+
+
+def mapped_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
+    """The bundles where they lie. They stay after the file is closed, and go when nobody uses them."""
+    blobs: dict[str, bytes] = {}
+    begin = 0
+    for key, size in sizes.items():
+        # A map is read like bytes: it has a length, slices are bytes, and PyTorch takes its buffer.
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=begin) if size else b""
+        blobs[key] = cast(bytes, mapped)
+        begin += _padded(size)
+    return blobs
+
+
+def read_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
+    """The bundles as bytes of their own."""
+    return {key: blob[:] for key, blob in mapped_blobs(file, sizes).items()}
+
+
+def pack_answer(answer: Answer, folder: Path) -> tuple[dict[str, Any], IO[bytes]]:
+    """The line and the file of an answer; its bundles are taken out of it."""
+    blobs = answer.blobs
+    file, sizes = write_blobs(((key, blobs.pop(key)) for key in list(blobs)), folder)
+    binary = {key: value.hex() for key, value in answer.facts.items() if isinstance(value, bytes)}
+    plain = {key: value for key, value in answer.facts.items() if not isinstance(value, bytes)}
+    return {"metrics": answer.metrics, "facts": plain, "binary": binary, "sizes": sizes}, file
+
+
+def unpack_answer(line: Mapping[str, Any], file: IO[bytes]) -> Answer:
+    """The answer of a line and a file."""
+    facts = line["facts"] | {key: bytes.fromhex(text) for key, text in line["binary"].items()}
+    return Answer(read_blobs(file, line["sizes"]), line["metrics"], facts)

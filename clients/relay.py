@@ -1,0 +1,256 @@
+"""Hands a message to the worker of this site and waits for its answer. The light side: no PyTorch here.
+
+Flower starts a process for every message; what it would have to import, open and build each time waits in the
+worker instead. The worker is started on demand and may die at any time: the message is then handed to a new one, for
+all that a site must keep is on its disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NamedTuple
+
+from clients import processes
+from clients.channel import Answer, Channel, WorkerError, unpack_answer, write_blobs
+from clients.identity import NodeSettings, own_task, state_root
+from clients.meeting import CODE, SOCKET, START_LOCK, locked, meeting_folder
+from fomoe_flwr import errors
+
+log = logging.getLogger("fomoe.site")
+
+START_S = 120.0  # in which a new worker must be there
+ATTEMPTS = 3  # workers that a message is handed to, one after the death of the other
+GUARDIANS = ("flower-supernode", "flower-superexec")  # whose end ends the worker; the first that is found
+LOG_BYTES = 8 * 2**20  # a longer log is put aside when a worker starts
+TAIL_LINES = 8
+
+
+class _Left(Exception):
+    """The worker has other code, and made room for a new one."""
+
+
+class _Site(NamedTuple):
+    name: str
+    folder: Path  # where its worker is met
+    log_file: Path  # what its workers print
+
+
+def hand_over(
+    kind: str, task_text: str, blobs: Iterable[tuple[str, bytes]], settings: NodeSettings, budget_s: float
+) -> Answer:
+    """Have the worker do `train` or `evaluate`.
+
+    Args:
+        task_text: the SiteTask as JSON.
+        blobs: the shard's bundles; each is asked for once and let go.
+        budget_s: seconds after which nobody waits for the answer any more.
+
+    Raises:
+        FomoeError: what the worker says; or a WorkerError if it cannot be started, dies again and again, gives no
+            sign of life for `stall-s` seconds, or takes longer than the budget, or if this process is
+            told to end.
+        FloatingPointError: the loss is not finite.
+    """
+    with _terminating_raises():
+        task = own_task(task_text, settings)
+        deadline = time.monotonic() + budget_s
+        root = state_root(settings).resolve()
+        site = _Site(task.name, meeting_folder(root, task.name), root / f"{task.name}.worker.log")
+        file, sizes = write_blobs(blobs, root)
+        header = {
+            "kind": kind,
+            "task": task_text,
+            # The worker may have another environment than this process.
+            "settings": asdict(replace(settings, state_dir=str(root))),
+            "sizes": sizes,
+            "folder": str(Path.cwd()),
+            "code": str(CODE),
+            "guardian": guardian(),
+        }
+        with file:
+            for _ in range(ATTEMPTS):
+                channel = _connect(site)
+                worker = _peer(channel.socket)
+                try:
+                    return _ask(channel, worker, site, header, file, settings.stall_s, deadline)
+                except ConnectionError:
+                    log.warning("the worker of site %s died: the message goes to a new one", site.name)
+                    processes.wait_until_gone([worker], 10.0)
+                    time.sleep(0.1)  # its socket may still be there for a moment
+                except _Left:
+                    log.info("the worker of site %s had other code: a new one is started", site.name)
+                finally:
+                    channel.close()
+    raise WorkerError(
+        f"site {site.name}: {ATTEMPTS} workers died or left over one message; {site.log_file} ends: {_tail(site)}"
+    )
+
+
+def _ask(
+    channel: Channel,
+    worker: tuple[int, int],
+    site: _Site,
+    header: Mapping[str, Any],
+    file: IO[bytes],
+    stall_s: float,
+    deadline: float,
+) -> Answer:
+    """Send a message and wait for the answer, as long as the worker gives signs of life and there is time."""
+    began = heard = time.monotonic()
+    patient = False
+    with suppress(TimeoutError):  # it does not read: then it is silent as well
+        channel.send(header, file, stall_s)
+    while True:
+        now = time.monotonic()
+        if now >= deadline:
+            raise WorkerError(f"site {site.name} gave up after {now - began:.1f} s: the round's time is over")
+        silence = math.inf if patient else heard + stall_s - now
+        if silence <= 0:
+            processes.kill(*worker)
+            raise WorkerError(
+                f"the worker of site {site.name} gave no sign of life for {stall_s:g} s (node-config stall-s) and "
+                f"was ended; {site.log_file} ends: {_tail(site)}"
+            )
+        try:
+            line = channel.receive(min(deadline - now, silence))
+        except TimeoutError:
+            continue
+        if "result" in line:
+            with channel.file() as answer:
+                return unpack_answer(line["result"], answer)
+        if "error" in line:
+            raise _error(line["error"])
+        if "leave" in line:
+            raise _Left
+        heard = time.monotonic()
+        # Nobody can say how long a corpus takes that is read for the first time: only the budget ends that.
+        patient = line["phase"] == "data"
+
+
+def _error(error: Mapping[str, str]) -> Exception:
+    """The worker's exception; one that is not ours keeps its name in the text."""
+    name, text = error["type"], error["text"]
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.FomoeError):
+        return kind(text)
+    if name == WorkerError.__name__:
+        return WorkerError(text)
+    return FloatingPointError(text) if name == "FloatingPointError" else WorkerError(f"{name}: {text}")
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """The process that listens at the other end, and when it started (-1: it has ended)."""
+    pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    started = processes.start_time(pid)
+    return pid, -1 if started is None else started
+
+
+def _connect(site: _Site) -> Channel:
+    """A connection to the worker, which is started if there is none.
+
+    Raises:
+        WorkerError: it cannot be started.
+    """
+    with locked(site.folder / START_LOCK, 2 * START_S):  # or two ClientApps would start two workers
+        channel = _try_connect(site.folder)
+        if channel is not None:
+            return channel
+        process = _start(site)
+        deadline = time.monotonic() + START_S
+        while (channel := _try_connect(site.folder)) is None:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+                raise WorkerError(
+                    f"the worker of site {site.name} does not start; {site.log_file} ends: {_tail(site)}"
+                )
+            time.sleep(0.02)
+        return channel
+
+
+def _try_connect(folder: Path) -> Channel | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(folder / SOCKET))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    return Channel(connection)
+
+
+def _start(site: _Site) -> subprocess.Popen[bytes]:
+    """A worker of this very code, which survives this process."""
+    if site.log_file.exists() and site.log_file.stat().st_size > LOG_BYTES:
+        site.log_file.replace(site.log_file.with_name(f"{site.log_file.name}.1"))
+    # -P: not also what lies in the folder it starts in.
+    command = [sys.executable, "-P", "-m", "clients.worker", "--site", site.name]
+    command += ["--folder", str(site.folder)]
+    paths = [str(CODE), *(path for path in sys.path if Path(path).is_absolute())]
+    with site.log_file.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))},
+            start_new_session=True,
+        )
+
+
+def _tail(site: _Site) -> str:
+    try:
+        lines = site.log_file.read_text(errors="replace").splitlines()
+    except OSError:
+        return "nothing"
+    return " | ".join(lines[-TAIL_LINES:]) or "nothing"
+
+
+def guardian() -> tuple[int, int] | None:
+    """The process above this one whose end shall end the worker, and when it started."""
+    above: list[processes.Process] = []
+    process = processes.read(os.getpid())
+    while process is not None and process.parent > 1:
+        process = processes.read(process.parent)
+        if process is not None:
+            above.append(process)
+    for name in GUARDIANS:
+        for process in above:
+            # The program itself, or its interpreter and it; not a shell that has it somewhere in its script.
+            if name in [Path(word).name for word in processes.command(process.pid)[:3]]:
+                return process.pid, process.started
+    return None
+
+
+@contextmanager
+def _terminating_raises() -> Iterator[None]:
+    """SIGTERM raises an error, which Flower turns into a reply.
+
+    Flower's own handler ends the process without one, and its SuperNode then waits for ever and answers nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise WorkerError("the ClientApp was told to end (SIGTERM)")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -1,0 +1,273 @@
+"""The worker of a site: stays alive between messages, so that PyTorch, device, data and model stay at hand.
+
+    python -m clients.worker --site NAME --folder FOLDER
+
+`clients.relay` starts it on demand and hands it messages over the socket in FOLDER. Three threads: the main one does
+the work of one message after the other; one accepts connections; one looks twice a second whether the SuperNode is
+still there, and tells those that wait whether the main thread goes on. Signs of life come from the loop that trains,
+not from a thread beside it: a loop that hangs shall be seen to hang.
+
+It ends when its SuperNode is gone, when it has been idle, when a message comes from another version of the code,
+after an error that it does not know, and on SIGTERM. Nothing is lost then: what a site must keep is on its disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from clients.channel import Channel, mapped_blobs, pack_answer
+from clients.identity import NodeSettings, state_root
+from clients.meeting import CODE, SOCKET, WORKER_LOCK, check_private, locked
+from clients.memory import Memory
+from clients.processes import is_alive
+from clients.site import WORK, Beat
+from clients.work import perform
+from fomoe_flwr.errors import FomoeError
+
+log = logging.getLogger("fomoe.worker")
+
+IDLE_S = 1800.0
+BEAT_EVERY_S = 0.5
+WATCH_EVERY_S = 0.5
+REQUEST_S = 30.0  # in which a request must come, once somebody has connected
+PREDECESSOR_S = 60.0  # in which one that is ending must be gone
+
+
+class Abandoned(Exception):
+    """Nobody waits for this work any more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message that was handed over, and the way back."""
+
+    channel: Channel
+    header: Mapping[str, Any]
+
+
+class Desk:
+    """What the threads share: who waits, and when the main thread was last seen to go on."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._beats = 0
+        self._beats_told = 0
+        self._phase = WORK
+        self.guardian: tuple[int, int] | None = None  # process and its start time
+
+    def add(self, request: Request) -> None:
+        """One more. The worker belongs to the SuperNode of whoever came last."""
+        guardian = request.header["guardian"]
+        with self._changed:
+            self.guardian = None if guardian is None else (int(guardian[0]), int(guardian[1]))
+            self._waiting.append(request)
+            self._changed.notify()
+
+    def next(self, idle_s: float) -> Request | None:
+        """The oldest request of somebody who still waits; None after `idle_s` seconds without any."""
+        with self._changed:
+            while True:
+                while self._waiting:
+                    request = self._waiting.popleft()
+                    if not request.channel.is_closed():
+                        return request
+                    log.info("nobody waits for this message any more: it is not begun")
+                    request.channel.close()
+                if not self._changed.wait(idle_s) and not self._waiting:
+                    return None
+
+    def beat(self, phase: str) -> None:
+        """The main thread goes on."""
+        self._beats, self._phase = self._beats + 1, phase
+
+    def tell_waiting(self) -> None:
+        """Pass the main thread's signs of life on to those that wait, so that they do not take it for dead."""
+        beats, phase = self._beats, self._phase
+        if beats == self._beats_told:
+            return
+        self._beats_told = beats
+        with self._changed:
+            for request in self._waiting:
+                with suppress(OSError):  # gone: noticed when it would be served
+                    request.channel.try_send({"busy": beats, "phase": phase})
+
+    def turn_away(self) -> None:
+        """Have those that wait look for another worker."""
+        with self._changed:
+            for request in self._waiting:
+                _leave(request)
+            self._waiting.clear()
+
+
+def _leave(request: Request) -> None:
+    with suppress(OSError):
+        request.channel.try_send({"leave": str(CODE)})
+    request.channel.close()
+
+
+def accept(listener: socket.socket, desk: Desk) -> None:
+    """Take in requests; a thread."""
+    while True:
+        try:
+            channel = Channel(listener.accept()[0])
+        except OSError:
+            return  # the worker is about to end
+        try:
+            desk.add(Request(channel, channel.receive(REQUEST_S)))
+        except (OSError, ValueError, KeyError, TypeError):
+            log.warning("a connection without a request")
+            channel.close()
+
+
+def watch(desk: Desk) -> None:
+    """End with the SuperNode, and pass on signs of life; a thread."""
+    while True:
+        time.sleep(WATCH_EVERY_S)
+        if desk.guardian is not None and not is_alive(*desk.guardian):
+            log.info("process %d is gone: so is its worker", desk.guardian[0])
+            end(0)
+        desk.tell_waiting()
+
+
+def end(code: int) -> NoReturn:
+    """At once, whatever the other threads are doing: files are written aside and renamed."""
+    logging.shutdown()
+    os._exit(code)
+
+
+def beat_for(channel: Channel, desk: Desk, stall_s: float) -> Beat:
+    """Signs of life to the one who waits for this work. They raise Abandoned if he is gone or does not listen."""
+    began = time.monotonic()
+    sent, sent_phase, unread_since = 0.0, "", 0.0
+
+    def beat(phase: str) -> None:
+        nonlocal sent, sent_phase, unread_since
+        desk.beat(phase)
+        if channel.is_closed():
+            raise Abandoned
+        now = time.monotonic()
+        if phase == sent_phase and now - sent < BEAT_EVERY_S:
+            return
+        try:
+            delivered = channel.try_send({"beat": round(now - began, 3), "phase": phase})
+        except OSError as error:
+            raise Abandoned from error
+        if delivered:
+            sent, sent_phase, unread_since = now, phase, 0.0
+            return
+        unread_since = unread_since or now
+        if now - unread_since > stall_s:
+            raise Abandoned
+
+    return beat
+
+
+def serve(request: Request, memory: Memory, desk: Desk) -> bool:
+    """Do the work of one message and answer; False if the process is not to be trusted after it."""
+    header, channel = request.header, request.channel
+    settings = NodeSettings(**header["settings"])
+    fit, file, began = True, None, time.monotonic()
+    try:
+        with channel.file() as sent:
+            blobs = mapped_blobs(sent, header["sizes"])
+        with suppress(OSError):
+            os.chdir(header["folder"])  # relative paths mean what they mean to the ClientApp
+        beat = beat_for(channel, desk, settings.stall_s)
+        answer = perform(header["kind"], header["task"], blobs, settings, memory, beat)
+        result, file = pack_answer(answer, state_root(settings))
+        line = {"result": result}
+        seconds = time.monotonic() - began
+        log.info("%s of round %s: %.2f s", header["kind"], answer.facts["round"], seconds)
+    except Abandoned:
+        log.info("nobody waits for this message any more: its work is dropped")
+        return True
+    except Exception as error:
+        fit = isinstance(error, FomoeError | FloatingPointError)
+        log.error("%s: %s", type(error).__name__, error, exc_info=not fit)
+        line = {"error": {"type": type(error).__name__, "text": str(error)}}
+    finally:
+        os.chdir("/")
+    deliver(channel, line, file, settings.stall_s)
+    return fit
+
+
+def deliver(channel: Channel, line: Mapping[str, Any], file: IO[bytes] | None, seconds: float) -> None:
+    """Send the answer; who does not take it within so many seconds does not get it."""
+    try:
+        channel.send(line, file, seconds)
+    except OSError as error:
+        log.info("nobody takes the answer: %s", error)
+    finally:
+        if file is not None:
+            file.close()
+
+
+def listen(folder: Path) -> socket.socket:
+    """The socket that ClientApps connect to. The lock says that whatever lies there is left over."""
+    (folder / SOCKET).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(folder / SOCKET))
+    listener.listen(64)
+    return listener
+
+
+def run(site: str, folder: Path, idle_s: float) -> int:
+    """Serve until there is a reason to end; the exit code."""
+    desk, memory, code = Desk(), Memory(), 0
+    gc.freeze()  # what is there now stays; a collection that looked at all of PyTorch would take a tenth of a second
+    listener = listen(folder)
+    threading.Thread(target=accept, args=(listener, desk), daemon=True).start()
+    threading.Thread(target=watch, args=(desk,), daemon=True).start()
+    log.info("worker of site %s, process %d, code in %s", site, os.getpid(), CODE)
+    while (request := desk.next(idle_s)) is not None:
+        if request.header["code"] != str(CODE):
+            log.info("a message from other code in %s: it gets a worker of its own", request.header["code"])
+            _leave(request)
+            break
+        fit = serve(request, memory, desk)
+        request.channel.close()
+        gc.collect()  # optimizers and tracebacks are held by cycles, and hold gigabytes
+        if not fit:
+            code = 1
+            break
+    (folder / SOCKET).unlink(missing_ok=True)
+    listener.close()
+    desk.turn_away()
+    return code
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="clients.worker", description=__doc__)
+    parser.add_argument("--site", required=True, help="name of the site")
+    parser.add_argument("--folder", required=True, type=Path, help="private folder for the socket")
+    parser.add_argument("--idle-s", type=float, default=IDLE_S, help="ends after so many idle seconds")
+    chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    os.chdir("/")
+    try:
+        check_private(chosen.folder)
+        with locked(chosen.folder / WORKER_LOCK, PREDECESSOR_S):
+            end(run(chosen.site, chosen.folder, chosen.idle_s))
+    except (FomoeError, OSError) as error:
+        log.error("%s", error)
+        end(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""Real workers: the same answers as without one, whatever is killed or stopped meanwhile, and no process left over.
+
+Each test that starts a worker takes two or three seconds for it, so that some tests look at several things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients import meeting, processes, relay
+from clients.channel import Channel, WorkerError, mapped_blobs, read_blobs, write_blobs
+from clients.identity import NodeSettings
+from clients.worker import Abandoned, Desk, beat_for, deliver
+from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.task import SiteTask
+from tests.clients.helpers import ask, bundles_of, site_task, state_files, with_steps
+from tests.conftest import Compose
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CLIENT = Path(__file__).with_name("one_message.py")
+MANY_STEPS = 150  # of the small model: about a second
+
+
+def workers(place: Path) -> list[int]:
+    """Workers whose socket is below this folder."""
+    return [
+        process.pid
+        for process in processes.table()
+        if "clients.worker" in (words := processes.command(process.pid))
+        and any(word.startswith(str(place)) for word in words)
+    ]
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0, why: Callable[[], str] = str) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.01)
+    return value
+
+
+@dataclass
+class Site:
+    """A site in a deployment, with a state folder of its own."""
+
+    place: Path  # for sockets; short
+    state: Path
+    stall_s: float = 60.0
+
+    def ask(
+        self, kind: str, config: RunConfig, task: SiteTask, budget_s: float = 300.0
+    ) -> tuple[dict, dict, dict]:
+        node = {"site": "site-1", "state-dir": str(self.state), "stall-s": self.stall_s}
+        return ask(kind, config, task, node, budget_s)
+
+    @property
+    def worker(self) -> int:
+        """Its one worker."""
+        (pid,) = workers(self.place)
+        return pid
+
+    @property
+    def log(self) -> str:
+        path = self.state / "site-1.worker.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_training(self, before: str = "") -> None:
+        """Until the log tells of steps that it did not tell of before."""
+        self.wait_for_log(" step ", before)
+
+    def wait_for_log(self, text: str, before: str = "") -> None:
+        until(lambda: text in self.log[len(before) :], why=lambda: self.log)
+
+    def client(self, folder: Path, kind: str, config: RunConfig, task: SiteTask) -> list[str]:
+        """The command of a ClientApp process for this message."""
+        folder.mkdir(parents=True)
+        settings = NodeSettings("site-1", None, None, str(self.state), None, None, self.stall_s)
+        (folder / "settings.json").write_text(json.dumps(asdict(settings)))
+        (folder / "task.json").write_text(task.to_json())
+        (folder / "kind").write_text(kind)
+        for key, blob in bundles_of(config, task).items():
+            (folder / f"{key}.blob").write_bytes(blob)
+        return [sys.executable, str(CLIENT), str(folder)]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    place = Path(tempfile.mkdtemp(prefix="fomoe-test-"))  # a socket's path must be short
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    yield Site(place, tmp_path / "state")
+    for pid in workers(place):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not workers(place))
+    shutil.rmtree(place)
+
+
+def in_process(
+    config: RunConfig, task: SiteTask, folder: Path, kind: str = "train"
+) -> tuple[dict, dict, dict]:
+    """What the same message comes to without a worker."""
+    return ask(kind, config, task, {"partition-id": 1, "site": "site-1", "state-dir": str(folder)})
+
+
+def test_a_worker_gives_the_same_bits_and_stays(site: Site, small: Compose, tmp_path: Path) -> None:
+    """Three rounds, an evaluation and a second run in between; then the worker is killed, and nothing is lost."""
+    config, other = small("strategy.overlap=2").config, small("seed=7").config
+    pids = set()
+    for round_ in (1, 2, 3):
+        for kind in ("train", "evaluate"):
+            task = site_task(config, round_)
+            assert site.ask(kind, config, task) == in_process(config, task, tmp_path / "here", kind)
+            pids.add(site.worker)
+    assert len(pids) == 1
+    assert site.log.count("builds its model") == 1
+    assert "torch" not in site.log
+    for round_ in (1, 2):
+        task = site_task(other, round_, run="other")
+        assert site.ask("train", other, task) == in_process(other, task, tmp_path / "here")
+        task = site_task(config, 3 + round_)
+        assert site.ask("train", config, task) == in_process(config, task, tmp_path / "here")
+    with pytest.raises(ConfigError, match="site=site-1: was given the work of site site-0"):
+        site.ask("train", config, SiteTask(**{**vars(site_task(config, 6)), "site": 0}))
+    hot = small("strategy.overlap=2", "train.lr=1e30").config
+    with pytest.raises(FloatingPointError, match="training loss is nan"):
+        site.ask("train", hot, site_task(hot, 6))
+    assert {site.worker} == pids
+    os.kill(site.worker, signal.SIGKILL)
+    task = site_task(config, 6)
+    assert site.ask("train", config, task) == in_process(config, task, tmp_path / "here")
+    assert {site.worker} != pids
+    assert state_files(site.state) == state_files(tmp_path / "here")
+
+
+def test_a_worker_killed_in_a_round_costs_time_and_nothing_else(
+    site: Site, small: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = small("strategy.overlap=2").config
+    config = with_steps(short, MANY_STEPS)
+    site.ask("train", short, site_task(short, 1))
+    before, first = site.log, site.worker
+
+    def kill() -> None:
+        site.wait_for_training(before)
+        os.kill(first, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    answer = site.ask("train", config, site_task(config, 2))
+    thread.join()
+    assert site.worker != first
+    assert caplog.text.count("the worker of site site-1 died") == 1
+    in_process(short, site_task(short, 1), tmp_path / "here")
+    assert answer == in_process(config, site_task(config, 2), tmp_path / "here")
+    assert state_files(site.state) == state_files(tmp_path / "here")
+
+
+def test_a_worker_that_hangs_is_ended_and_the_next_round_works(
+    site: Site, small: Compose, tmp_path: Path
+) -> None:
+    """As one that is stopped does; and one whose client gave up, because the budget was spent, drops the work."""
+    config = with_steps(small("strategy.overlap=2").config, MANY_STEPS)
+    site.ask("train", small().config, site_task(small().config, 1, run="warm-up"))
+    first, before = site.worker, site.log
+    with pytest.raises(WorkerError, match=r"site-1 gave up after 0\.3 s"):
+        site.ask("train", config, site_task(config, 1), budget_s=0.3)
+    site.wait_for_log("its work is dropped")
+    assert site.worker == first
+
+    site.stall_s = 1.5
+    before = site.log
+
+    def stop() -> None:
+        site.wait_for_training(before)
+        os.kill(first, signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(
+        WorkerError, match=r"gave no sign of life for 1\.5 s .* was ended; .*site-1.worker.log"
+    ):
+        site.ask("train", config, site_task(config, 1))
+    thread.join()
+    site.stall_s = 60.0
+    assert site.ask("train", config, site_task(config, 1)) == in_process(
+        config, site_task(config, 1), tmp_path / "here"
+    )
+    assert site.worker != first
+
+
+def test_clients_that_die_and_clients_that_wait(site: Site, small: Compose, tmp_path: Path) -> None:
+    """Two at the same moment start one worker; who waits longer than stall-s for the other kills nobody; a client
+    that is killed takes its work with it, and leaves no state."""
+    config = with_steps(small("strategy.overlap=2").config, MANY_STEPS)
+    site.stall_s = 1.5
+    commands = [
+        site.client(tmp_path / run, "train", config, site_task(config, 1, run=run)) for run in ("one", "two")
+    ]
+    clients = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands
+    ]
+    answers = [json.loads(client.communicate(timeout=120)[0]) for client in clients]
+    assert site.log.count("worker of site site-1, process") == 1
+    for run, answer in zip(("one", "two"), answers, strict=True):
+        expected, _, _ = in_process(config, site_task(config, 1, run=run), tmp_path / "here")
+        assert answer["digests"] == bundle_digests(expected), answer
+
+    first, before = site.worker, site.log
+    command = site.client(tmp_path / "three", "train", config, site_task(config, 1, run="three"))
+    client = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    site.wait_for_training(before)
+    client.kill()
+    client.wait()
+    task = site_task(config, 1, run="three")
+    assert site.ask("train", config, task) == in_process(config, task, tmp_path / "here")
+    assert site.worker == first
+    assert site.log.count("its work is dropped") == 1
+    assert state_files(site.state) == state_files(tmp_path / "here")
+
+
+def test_a_worker_ends_with_its_supernode(site: Site, small: Compose, tmp_path: Path) -> None:
+    """A SuperNode here is a script of that name which starts a client and stays."""
+    config = small("strategy.overlap=2").config
+    command = site.client(tmp_path / "message", "train", config, site_task(config, 1))
+    script = tmp_path / "flower-supernode"
+    script.write_text(
+        f"import subprocess, sys, time\nsubprocess.run({command!r}, check=True)\nprint('done', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    supernode = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert supernode.stdout is not None
+        assert "digests" in supernode.stdout.readline()
+        assert supernode.stdout.readline() == "done\n"
+        pid = site.worker
+        assert os.getsid(pid) == pid
+        time.sleep(1.5)
+        assert workers(site.place) == [pid]
+    finally:
+        supernode.kill()
+        supernode.wait()
+    until(lambda: not workers(site.place), 10)
+    assert f"process {supernode.pid} is gone" in site.log
+
+
+def test_other_code_gets_a_worker_of_its_own(site: Site, small: Compose, tmp_path: Path) -> None:
+    """As when an app is updated while its worker of the version before still runs."""
+    config = small("strategy.overlap=2").config
+    site.ask("train", config, site_task(config, 1))
+    first = site.worker
+    for package in ("clients", "fomoe_flwr"):
+        shutil.copytree(REPOSITORY / package, tmp_path / "new" / package)
+    command = site.client(tmp_path / "message", "train", config, site_task(config, 2))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "new")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert site.worker != first
+    assert f"code in {(tmp_path / 'new').resolve()}" in site.log
+    for round_ in (1, 2):
+        expected, _, _ = in_process(config, site_task(config, round_), tmp_path / "here")
+    assert json.loads(done.stdout)["digests"] == bundle_digests(expected)
+    os.kill(site.worker, signal.SIGTERM)
+    until(lambda: not workers(site.place), 10)
+
+
+def test_a_client_app_that_is_told_to_end_says_so(site: Site, small: Compose) -> None:
+    """In place of Flower's handler, which would end it without a reply; that one is back afterwards."""
+    config = with_steps(small("strategy.overlap=2").config, MANY_STEPS)
+
+    def tell() -> None:
+        site.wait_for_training()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    ours = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        flowers = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(WorkerError, match=r"told to end \(SIGTERM\)"):
+            site.ask("train", config, site_task(config, 1))
+        assert signal.getsignal(signal.SIGTERM) is flowers
+    finally:
+        signal.signal(signal.SIGTERM, ours)
+        thread.join()
+    site.wait_for_log("its work is dropped")
+    assert not state_files(site.state)
+
+
+def test_a_worker_that_cannot_start_says_why(
+    site: Site, small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/torch.py").write_text("raise ImportError('no driver for this GPU')")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    config = small().config
+    with pytest.raises(WorkerError, match=r"site-1 does not start; .* no driver for this GPU"):
+        site.ask("train", config, site_task(config, 1))
+
+
+def test_an_idle_worker_ends(site: Site) -> None:
+    folder = meeting.meeting_folder(site.state, "site-1")
+    command = [
+        sys.executable,
+        "-m",
+        "clients.worker",
+        "--site",
+        "a",
+        "--folder",
+        str(folder),
+        "--idle-s",
+        "0.2",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / meeting.SOCKET).exists()
+
+
+# ----- without a process
+
+
+@pytest.mark.parametrize("spoil", ["mode", "kind", "owner"])
+def test_a_meeting_place_that_is_not_private_is_refused(
+    site: Site, spoil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = meeting.meeting_folder(site.state, "site-1")
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert folder != meeting.meeting_folder(site.state, "site-2")
+    assert folder != meeting.meeting_folder(site.state / "other", "site-1")
+    if spoil == "mode":
+        folder.parent.chmod(0o755)
+        expected = r"others can enter it \(mode 755\)"
+    elif spoil == "kind":
+        shutil.rmtree(folder)
+        folder.symlink_to("/tmp")
+        expected = "must be a folder"
+    else:
+        uid = os.getuid()
+        folder.parent.rename(folder.parent.with_name(f"fomoe-{uid + 1}"))
+        monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+        expected = f"belongs to user {uid}, not to {uid + 1}"
+    with pytest.raises(WorkerError, match=expected):
+        meeting.meeting_folder(site.state, "site-1")
+
+
+def test_too_long_a_path_for_a_socket_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(WorkerError, match="too long a path for a socket"):
+        meeting.meeting_folder(tmp_path, "site-1")
+
+
+def test_bundles_in_a_file(tmp_path: Path) -> None:
+    """Of any length, one after the other, read where they lie, with no name in the folder."""
+    blobs = {"empty": b"", "one": b"x", "page": b"y" * 4096, "more": os.urandom(10_000)}
+    file, sizes = write_blobs(blobs.items(), tmp_path / "new")
+    with file:
+        mapped = mapped_blobs(file, sizes)
+        assert read_blobs(file, sizes) == blobs
+    assert not list((tmp_path / "new").iterdir())
+    assert {key: blob[:] for key, blob in mapped.items()} == blobs
+    assert list(mapped) == list(blobs)
+    with pytest.raises(WorkerError, match="cannot write a message"):
+        write_blobs(blobs.items(), Path("/proc/nowhere"))
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    pair = [Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)]
+    yield pair[0], pair[1]
+    for channel in pair:
+        channel.close()
+
+
+def test_long_lines_and_files_arrive_together(ends: tuple[Channel, Channel], tmp_path: Path) -> None:
+    ours, theirs = ends
+    lines = [{"number": number, "text": "x" * (300_000 if number == 1 else 10)} for number in range(3)]
+    file, sizes = write_blobs([("a", b"content")], tmp_path)
+
+    def send() -> None:
+        for line in lines:
+            ours.send(line, file if line["number"] == 1 else None, 5)
+
+    with ThreadPoolExecutor(1) as pool, file:
+        done = pool.submit(send)
+        assert [theirs.receive(5) for _ in lines] == lines
+        done.result()
+    with theirs.file() as received:
+        assert read_blobs(received, sizes) == {"a": b"content"}
+    with pytest.raises(ConnectionError):
+        theirs.file()
+    with pytest.raises(TimeoutError):
+        theirs.receive(0.01)
+    assert not theirs.is_closed()
+    ours.close()
+    assert theirs.is_closed()
+    with pytest.raises(ConnectionError):
+        theirs.receive(1)
+
+
+def test_a_client_that_is_gone_or_does_not_read_ends_the_work(ends: tuple[Channel, Channel]) -> None:
+    """One that was stopped keeps its connection: beats and answers must not wait for it for ever."""
+    ours, theirs = ends
+    beat = beat_for(ours, Desk(), stall_s=0.2)
+    beat("data")
+    beat("work")
+    beat("work")  # too early for another line
+    assert [theirs.receive(1)["phase"] for _ in range(2)] == ["data", "work"]
+    while ours.try_send({"fill": "x" * 1000}):
+        pass
+    beat("data")
+    began = time.monotonic()
+    time.sleep(0.25)
+    with pytest.raises(Abandoned):
+        beat("data")
+    deliver(ours, {"result": "x" * 10**6}, None, 0.1)
+    assert time.monotonic() - began < 2
+    theirs.close()
+    with pytest.raises(Abandoned):
+        beat_for(ours, Desk(), stall_s=60)("work")
+
+
+def test_importing_the_client_app_does_not_import_pytorch() -> None:
+    code = "import sys, clients.app; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+def test_the_guardian_is_the_program_and_not_a_shell_that_names_it(tmp_path: Path) -> None:
+    ask_for_it = f"{sys.executable} -c 'from clients.relay import guardian; print(guardian())'"
+    shell = ["bash", "-c", f"{ask_for_it}; true flower-supernode"]
+    assert (
+        subprocess.run(shell, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "None\n"
+    )
+
+
+def test_relay_keeps_the_kind_of_an_error() -> None:
+    assert isinstance(relay._error({"type": "ConfigError", "text": "x"}), ConfigError)
+    assert isinstance(relay._error({"type": "FloatingPointError", "text": "x"}), FloatingPointError)
+    assert str(relay._error({"type": "OSError", "text": "disk"})) == "OSError: disk"

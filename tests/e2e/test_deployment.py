@@ -1,0 +1,205 @@
+"""Real federations of processes: docs/deployment.md word for word, and Flower's own commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL_MODEL, SMALL_TRAIN
+from tests.e2e.deployment import BIN, REPOSITORY, Deployment, Marker, blocks, free_port, until
+from tests.strategies.helpers import metrics
+
+ROUNDS = 2
+
+
+def small(corpus: Path, cache: Path) -> list[str]:
+    """Without the number of rounds, which the document sets."""
+    train = [item for item in SMALL_TRAIN if not item.startswith("train.rounds=")]
+    return [
+        *SMALL_MODEL, *train, "model.num_experts=6", "data=text", f"data.path={corpus}", f"data.cache_dir={cache}",
+        "strategy.overlap=2", "strategy.wire_dtype=fp32", "wandb.mode=disabled",
+    ]  # fmt: skip
+
+
+def local_run(overrides: list[str], folder: Path) -> Path:
+    """The same run in one process."""
+    command = [BIN / "fomoe", "train", *overrides, "runtime=local", f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same_losses(run_dir: Path, reference: Path) -> None:
+    """Round by round; the order in which the messages came must not matter."""
+    ours, theirs = metrics(run_dir), metrics(reference)
+    assert [line["round"] for line in ours] == [line["round"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+        if a["round"]:
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+@dataclass
+class ByTheBook:
+    """What came of following the document."""
+
+    marker: Marker
+    overrides: list[str]
+    run_dir: Path
+    stranger: tuple[int, str]  # exit code and output of a site whose key was not registered
+    exit_codes: dict[str, int]  # of what runs until Ctrl-C
+    left: list[str]  # processes, after Ctrl-C
+
+
+@pytest.fixture(scope="module")
+def by_the_book(
+    tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path
+) -> Iterator[ByTheBook]:
+    """The document's blocks, one after the other, each in a shell with its settings: unchanged."""
+    folder = tmp_path_factory.mktemp("book")
+    overrides = small(corpus_dir, cache_dir)
+    marker = Marker(
+        folder / "logs",
+        {
+            "SERVER": f"127.0.0.1:{free_port()}",
+            "FOLDER": str(folder / "fomoe"),
+            "FLWR_HOME": str(folder / "fomoe/flower"),
+            "ROUNDS": str(ROUNDS),
+            "OVERRIDES": shlex.join(overrides),
+        },
+    )
+    settings = blocks()[0][1]
+
+    def shell(name: str, text: str) -> subprocess.Popen[bytes]:
+        # As in a terminal: the programs of a block belong to it, and Ctrl-C reaches them.
+        return marker.start(name, ["bash", "-e", "-o", "pipefail", "-c", f"{settings}\n{text}"], REPOSITORY)
+
+    background: dict[str, subprocess.Popen[bytes]] = {}
+    stranger: subprocess.Popen[bytes] | None = None
+    try:
+        for number, (heading, text) in enumerate(blocks()):
+            name = f"{number:02d}_{heading.replace(' ', '_')}"
+            if "\nfomoe server" in text or text.startswith("fomoe site"):
+                background[name] = shell(name, text)
+                continue
+            if heading == "A run":  # in the middle of it, one that nobody knows
+                command = (
+                    text_of_site("c").replace("--name c", "--name d").replace('"$FOLDER/c"', '"$FOLDER/d"')
+                )
+                stranger = shell("stranger", f'ssh-keygen -q -t ecdsa -b 384 -N "" -f "$FOLDER/d"\n{command}')
+            done = shell(name, text)
+            assert done.wait(180) == 0, marker.logs()
+        assert stranger is not None
+        refused = (stranger.wait(60), marker.log("stranger"))
+        for process in reversed(background.values()):
+            os.killpg(process.pid, signal.SIGINT)
+        exit_codes = {name: process.wait(30) for name, process in background.items()}
+        until(lambda: not marker.left() or None, 15, lambda: f"left: {marker.left()}")
+        yield ByTheBook(marker, overrides, folder / "fomoe/run", refused, exit_codes, marker.left())
+    finally:
+        marker.end_all()
+
+
+def text_of_site(name: str) -> str:
+    return next(text for _, text in blocks() if text.startswith("fomoe site") and f"--name {name}" in text)
+
+
+def test_the_document_gives_the_losses_of_a_run_in_one_process(
+    by_the_book: ByTheBook, tmp_path: Path
+) -> None:
+    federation = by_the_book.run_dir.parent / "labs.yaml"
+    more = [f"train.rounds={ROUNDS + 1}", f"federation={federation}"]
+    assert_same_losses(by_the_book.run_dir, local_run([*by_the_book.overrides, *more], tmp_path / "local"))
+    assert all(len(line["sites"]) == 3 for line in metrics(by_the_book.run_dir)[1:])
+
+
+def test_what_the_document_starts_ends_with_ctrl_c(by_the_book: ByTheBook) -> None:
+    assert by_the_book.left == []
+    sites = [code for name, code in by_the_book.exit_codes.items() if "sites" in name]
+    assert sites == [130, 130, 130]
+
+
+def test_a_key_that_is_not_registered_is_turned_away(by_the_book: ByTheBook) -> None:
+    code, output = by_the_book.stranger
+    assert code == 1
+    last = output.splitlines()[-1]
+    assert last.startswith("error: the SuperLink at 127.0.0.1:")
+    assert "does not know the key" in last
+    assert f"flwr supernode register {by_the_book.run_dir.parent}/d.pub" in last
+
+
+@pytest.mark.slow
+def test_flowers_own_commands_do_it_too(tmp_path: Path, corpus_dir: Path, cache_dir: Path) -> None:
+    overrides = [
+        *small(corpus_dir, cache_dir),
+        "train.rounds=1",
+        f"federation={tmp_path}/plain/federation.yaml",
+    ]
+    with Deployment(tmp_path / "plain", supervised=False) as deployment:
+        text = shlex.join([*overrides, f"hydra.run.dir={tmp_path}/run"])
+        config = f'hydra-overrides="{text}"'
+        run = deployment.start("run", ["flwr", "run", REPOSITORY, "test", "--stream", "--run-config", config])
+        assert run.wait(120) == 0, deployment.logs()
+        listed = subprocess.run(
+            ["flwr", "ls", "test", "--limit", "1", "--format", "json"],
+            env=deployment.environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", deployment.logs()
+    assert_same_losses(tmp_path / "run", local_run(overrides, tmp_path / "local"))
+
+
+WEDGING_APP = {
+    "pyproject.toml": """
+[project]
+name = "wedging"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "test"
+[tool.flwr.app.components]
+serverapp = "wedging:server"
+clientapp = "wedging:client"
+""",
+    "wedging.py": """
+import signal, time
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server = ServerApp()
+client = ClientApp()
+
+@server.main()
+def main(grid, context):
+    while not (nodes := list(grid.get_node_ids())):
+        time.sleep(0.1)
+    grid.push_messages([Message(RecordDict(), nodes[0], "train", ttl=30.0)])
+    time.sleep(30)
+
+@client.train()
+def train(message, context):
+    signal.raise_signal(signal.SIGTERM)
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_supernode_that_will_never_answer_is_started_again(tmp_path: Path) -> None:
+    """Flower's own behaviour: a ClientApp that is asked to end leaves its SuperNode waiting for ever."""
+    app = tmp_path / "app"
+    app.mkdir()
+    for name, text in WEDGING_APP.items():
+        (app / name).write_text(text)
+    with Deployment(tmp_path / "deployment", sites=["a"]) as deployment:
+        deployment.run_to_end("run", "flwr", "run", str(app), "test")
+        deployment.wait_for_line("a", "Received successfully")
+        deployment.wait_for_line("a", "for 75 s no process has worked on it", seconds=120)
+        until(lambda: deployment.log("a").count("SuperNode ID: ") == 2, 30, deployment.logs)
