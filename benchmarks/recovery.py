@@ -1,7 +1,7 @@
 """How long a federation needs to be whole again after a blow. `python -m benchmarks.recovery --kills 50 --seed 0`
 
-Real processes on one machine: a SuperLink and three sites under `fomoe site`, as in docs/deployment.md without TLS. Each
-process is hit with each signal once, and then `--kills` more from a seed; see `tests/faults/chaos.py`, which also
+Real processes on one machine: a SuperLink and three sites under `fomoe site`, as in docs/deployment.md without TLS.
+Each process is hit with each signal once, and then `--kills` more from a seed; see `tests/faults/chaos.py`, which also
 compares the model at the end with that of a run in one process in which just the lost replies are missing.
 """
 
@@ -61,12 +61,12 @@ def main() -> None:
         f"{len(blows)} blows to a federation of three sites, and how long until all sites are in a round again",
         "From the signal to the end of the first whole round after the one that was hit, in seconds; an undisturbed "
         "round takes 5 to 8 s. A site is watched by `fomoe site` "
-        f"(--stall-s {STALL_S}, --stopped-s {STOPPED_S}; the defaults are longer), a round's deadline is 15 to 20 s, the "
-        "run is submitted again with resume= as soon as `fomoe submit` has said that it failed.\n\n"
+        f"(--stall-s {STALL_S}, --stopped-s {STOPPED_S}; the defaults are longer), a round's deadline is 15 to 20 s, "
+        "the run is submitted again with resume= as soon as `fomoe submit` has said that it failed.\n\n"
         "| process | signal | times | median | range |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"The run ended with exit code 0 after {len(lines)} rounds, {discarded} of them discarded; {len(lost)} of "
-        f"{len(lines) * len(SITES)} replies were lost. Model and outer optimizer equal, bit for bit, those of a run in one "
-        "process in which exactly these replies are missing. No process was left behind.",
+        f"{len(lines) * len(SITES)} replies were lost. Model and outer optimizer equal, bit for bit, those of a run in "
+        "one process in which exactly these replies are missing. No process was left behind.",
         "TLS and registered keys (with which a killed SuperNode is refused for up to a minute), several machines.",
     )
 
