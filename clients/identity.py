@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.files import state_home
 from fomoe_flwr.task import SiteTask
 
 KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s")
@@ -85,10 +85,7 @@ def data_of(task: SiteTask, settings: NodeSettings) -> DataConfig:
 
 def state_root(settings: NodeSettings) -> Path:
     """What a real site keeps its state below: `state-dir`, by default in $XDG_STATE_HOME."""
-    if settings.state_dir is not None:
-        return Path(settings.state_dir).expanduser()
-    home = Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser()
-    return home / "fomoe-flwr"
+    return state_home() if settings.state_dir is None else Path(settings.state_dir).expanduser()
 
 
 def state_folder(task: SiteTask, settings: NodeSettings) -> Path:

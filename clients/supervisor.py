@@ -12,29 +12,26 @@ itself was killed. Where there is no `/proc` only a dead SuperNode is noticed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
-from clients.processes import Marked, Process, end_marked, kill, program_of
+from clients.options import Options, parse, supernode_command
+from clients.processes import Marked, end_marked, kill, program_of
+from clients.watch import Watch
 from fomoe_flwr.errors import ConfigError, RunError
-from strategies.superlink import flower_environment, program, toml_string
+from fomoe_flwr.flower import flower_environment, program
 
 log = logging.getLogger("fomoe.site")
 
@@ -42,35 +39,11 @@ MARK = (
     "FOMOE_SITE_LOCK"  # environment variable of everything that belongs to a site: the path of its lock file
 )
 POLL_S = 1.0
-STOPPED_S = 15.0
-WEDGED_S = 75.0  # Flower itself takes 60 s to notice that the process of a message was killed
 REFUSED_S = 120.0  # a SuperLink believes for up to 60 s that a killed SuperNode is still there
 REFUSED_PAUSE_S = 5.0  # so that the site is back soon after that
 GRACE_S = 10.0  # between asking a SuperNode to end and killing it
 LONGEST_PAUSE_S = 15.0
 SETTLED_S = 60.0  # a SuperNode that lived so long did not die of its start
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `fomoe site` was asked to do; the paths are absolute."""
-
-    superlink: str  # HOST:PORT
-    name: str
-    insecure: bool
-    root_certificates: Path | None
-    key: Path | None
-    state_dir: Path
-    cache_dir: Path | None
-    data_path: Path | None
-    device: str | None
-    stall_s: float | None
-    stopped_s: float
-    port: int | None  # of the SuperNode's own interface on the loopback address; None: any free one
-
-    @property
-    def lock(self) -> Path:
-        return self.state_dir / f"{self.name}.site.lock"
 
 
 def site(arguments: Sequence[str]) -> int:
@@ -96,163 +69,9 @@ def site(arguments: Sequence[str]) -> int:
     return 130 if received[0] == signal.SIGINT else 0
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """The options of the command line.
-
-    Raises:
-        ConfigError: one line naming the option, its value and what is allowed.
-    """
-    parser = _Parser(
-        prog="fomoe site", description="Keep one Flower SuperNode working: a site of the federation."
-    )
-    parser.add_argument(
-        "--superlink", required=True, metavar="HOST:PORT", help="where `fomoe server` listens"
-    )
-    parser.add_argument("--name", required=True, help="this site's name in the federation file")
-    secured = parser.add_mutually_exclusive_group()
-    secured.add_argument(
-        "--root-certificates", metavar="CA.CRT", help="of the authority that signed the server's"
-    )
-    secured.add_argument("--insecure", action="store_true", help="no TLS")
-    parser.add_argument(
-        "--key", metavar="FILE", help="private key that is registered at the SuperLink; needs TLS"
-    )
-    parser.add_argument("--state-dir", metavar="DIR", help="default: $XDG_STATE_HOME/fomoe-flwr")
-    parser.add_argument("--cache-dir", metavar="DIR", help="of tokenized text")
-    parser.add_argument(
-        "--data-path", metavar="PATH", help="this site's own text, instead of the run's data.path"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the run's")
-    parser.add_argument(
-        "--stall-s", type=_seconds, help="seconds without progress after which a round is given up"
-    )
-    parser.add_argument(
-        "--stopped-s", type=_seconds, default=STOPPED_S,
-        help="seconds after which a stopped process is killed (default %(default)g)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--port", type=_port, help="of the SuperNode's own interface, on 127.0.0.1; default: a free one"
-    )
-    given = parser.parse_args(arguments)
-
-    host, _, port = given.superlink.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
-        raise ConfigError(f"--superlink {given.superlink}: not HOST:PORT")
-    if not re.fullmatch(r"\w[\w.-]*", given.name):
-        raise ConfigError(f"--name {given.name}: letters, digits, '_', '-' and '.' only")
-    if given.key and given.insecure:
-        raise ConfigError(
-            "--key: Flower uses keys over TLS only; give --root-certificates instead of --insecure"
-        )
-    for option, path in (("--root-certificates", given.root_certificates), ("--key", given.key)):
-        if path and not Path(path).expanduser().is_file():
-            raise ConfigError(f"{option} {path}: no such file")
-    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "fomoe-flwr"
-    return Options(
-        superlink=given.superlink,
-        name=given.name,
-        insecure=given.insecure,
-        root_certificates=_absolute(given.root_certificates),
-        key=_absolute(given.key),
-        state_dir=_absolute(given.state_dir) or home.expanduser().absolute(),
-        cache_dir=_absolute(given.cache_dir),
-        data_path=_absolute(given.data_path),
-        device=given.device,
-        stall_s=given.stall_s,
-        stopped_s=given.stopped_s,
-        port=given.port,
-    )
-
-
-def node_config(options: Options) -> str:
-    """What `clients.identity` reads, in the form that Flower's `--node-config` takes."""
-    values: dict[str, Any] = {
-        "site": options.name,
-        "device": options.device,
-        "state-dir": options.state_dir,
-        "cache-dir": options.cache_dir,
-        "data-path": options.data_path,
-        "stall-s": options.stall_s,
-    }
-    return " ".join(
-        f"{key}={value if isinstance(value, float) else toml_string(str(value))}"
-        for key, value in values.items()
-        if value is not None
-    )
-
-
-def supernode_command(options: Options) -> list[str]:
-    """`flower-supernode` and its options, on a port that is free now."""
-    words = ["flower-supernode", "--superlink", options.superlink, "--node-config", node_config(options)]
-    if options.insecure:
-        words.append("--insecure")
-    if options.root_certificates:
-        words += ["--root-certificates", str(options.root_certificates)]
-    if options.key:
-        words += ["--auth-supernode-private-key", str(options.key)]
-    return [*words, "--host", "127.0.0.1", "--port", str(options.port or _free_port())]
-
-
 def pause_s(short_lives: int, longest: float) -> float:
     """Seconds to wait before the next start, after so many SuperNodes in a row that died young: 1, 2, 4, …"""
     return min(2.0 ** min(short_lives - 1, 10), longest)
-
-
-@dataclass
-class Watch:
-    """What one SuperNode said and which processes it had; from it follows whether it will ever answer.
-
-    The time is told to it, in seconds of a clock that never goes back.
-    """
-
-    stopped_s: float = STOPPED_S
-    node: str | None = None  # its id, once the SuperLink has accepted it
-    refused: str | None = None  # Flower's number of the error with which the SuperLink turned it away
-    _waiting_since: float | None = None  # it has a message, and nothing works on it
-    _had_executor: bool = False
-    _stopped: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def hear(self, line: str, now: float) -> None:
-        """Read one line of its output.
-
-        The wait for an answer begins when the message is complete: a large one may take long to arrive.
-        """
-        if found := re.search(r"SuperNode ID: (\d+)", line):
-            self.node = found[1]
-        elif found := re.search(r"\[code: (\d+)\]", line):
-            self.refused = found[1]
-        elif "Received successfully" in line:
-            self._waiting_since = now
-        elif re.search(r"Sending: \S+ message", line):
-            self._waiting_since = None
-
-    def look(
-        self, supernode: int, processes: Mapping[Process, str], now: float
-    ) -> tuple[list[Process], str | None]:
-        """Which of its processes to kill, and why it must be started again (None: it need not).
-
-        `processes` are the living ones that belong to it, each with the name of its program.
-        """
-        living = {(process.pid, process.started) for process in processes if process.state == "T"}
-        self._stopped = {known: self._stopped.get(known, now) for known in living}
-        stopped = [
-            process
-            for process in processes
-            if now - self._stopped.get((process.pid, process.started), now) >= self.stopped_s
-        ]
-        if any(process.pid == supernode for process in stopped):
-            return stopped, f"the SuperNode was stopped for {self.stopped_s:g} s"
-
-        programs = set(processes.values())
-        if "flower-superexec" in programs:
-            self._had_executor = True
-        elif processes and (self._had_executor or self.node is not None):
-            return stopped, "its flower-superexec is gone, so it can handle no message"
-        if self._waiting_since is not None and "flwr-clientapp" in programs:
-            self._waiting_since = now
-        if self._waiting_since is not None and now - self._waiting_since > WEDGED_S:
-            return stopped, f"it has a message, but for {WEDGED_S:g} s no process has worked on it"
-        return stopped, None
 
 
 def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) -> None:
@@ -413,38 +232,3 @@ def _remember(options: Options, memory: dict[str, Any]) -> None:
     if not _known(options, memory):
         memory["accepted"] = _identity(options)
         _write(options, memory)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def _absolute(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().absolute()
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < float("inf"):
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
-
-
-def _port(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if 0 < (value := int(text)) < 65536:
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a port, 1 to 65535")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, by way of `ConfigError`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")

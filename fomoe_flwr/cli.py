@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
                 sys.exit(site(options))
             case ["submit", *options]:
-                from strategies.superlink import submit
+                from strategies.submit import submit
 
                 submit(options)
             case ["--version"]:

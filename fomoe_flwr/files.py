@@ -24,3 +24,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     flush(aside)
     aside.replace(path)
     flush(path.parent)
+
+
+def state_home() -> Path:
+    """Where programs of this package keep what must outlive them: below $XDG_STATE_HOME."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "fomoe-flwr"

@@ -17,23 +17,12 @@ from pathlib import Path
 import pytest
 from flwr.common.config import parse_config_args
 
+from clients.options import Options, node_config, parse, supernode_command
 from clients.processes import Marked, Process, is_alive, program_of, start_time
-from clients.supervisor import (
-    MARK,
-    REFUSED_S,
-    WEDGED_S,
-    Options,
-    Watch,
-    may_be_accepted_later,
-    node_config,
-    parse,
-    pause_s,
-    refusal,
-    site,
-    supernode_command,
-)
+from clients.supervisor import MARK, REFUSED_S, may_be_accepted_later, pause_s, refusal, site
+from clients.watch import WEDGED_S, Watch
 from fomoe_flwr.errors import ConfigError
-from strategies.superlink import toml_string
+from fomoe_flwr.flower import toml_string
 
 SUPERNODE = Process(pid=10, parent=1, state="S", started=100)
 EXECUTOR = Process(pid=11, parent=10, state="S", started=101)

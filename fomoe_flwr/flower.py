@@ -1,0 +1,44 @@
+"""What Flower's own commands need in order to be started by ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from fomoe_flwr.errors import ConfigError
+
+SWITCHES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # seconds; Flower's default adds up to 1 s to every message
+}
+
+
+def flower_environment() -> dict[str, str]:
+    """Our environment with Flower's switches set, where the user did not, and this installation on the PATH."""
+    environment = SWITCHES | os.environ
+    beside = str(Path(sys.executable).parent)
+    path = environment.get("PATH", os.defpath).split(os.pathsep)
+    if beside not in path:  # `.venv/bin/fomoe` without an activated environment; Flower looks on the PATH too
+        environment["PATH"] = os.pathsep.join([beside, *path])
+    return environment
+
+
+def program(name: str, environment: Mapping[str, str]) -> str:
+    """The path of one of Flower's commands.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if (found := shutil.which(name, path=environment["PATH"])) is None:
+        raise ConfigError(f"{name}: not found on the PATH; is Flower installed in this environment?")
+    return found
+
+
+def toml_string(text: str) -> str:
+    """A TOML string that also survives Flower's own reading, which knows no escaped quotation mark."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
