@@ -40,6 +40,11 @@ def status(pid: int) -> dict[str, float]:
     }
 
 
+def entries(folder: Path) -> int:
+    """Files and folders below it, while they come and go."""
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
+
+
 def watch(
     process: subprocess.Popen[bytes], run_dir: Path, temporary: Path, rounds: int
 ) -> list[dict[str, float]]:
@@ -54,8 +59,8 @@ def watch(
             sample |= {
                 "round": line["round"],
                 "seconds": line["seconds"]["round"],
-                "temporary": len(list(temporary.rglob("*"))),
-                "run_files": len(list(run_dir.rglob("*"))),
+                "temporary": entries(temporary),
+                "run_files": entries(run_dir),
             }
             samples += [sample] * (len(lines) - 1 - len(samples))
         time.sleep(0.02)
@@ -78,8 +83,11 @@ def main() -> None:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        samples = watch(process, run_dir, temporary, chosen.rounds)
-        code = process.wait()
+        try:
+            samples = watch(process, run_dir, temporary, chosen.rounds)
+            code = process.wait()
+        finally:
+            process.kill()
         left = sorted(path.name for path in temporary.rglob("*"))
         failures = sum(
             len(json.loads(line)["failures"]) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
