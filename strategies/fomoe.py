@@ -24,31 +24,21 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import record_in
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.names import is_moment
 from fomoe_flwr.outer import OuterOptimizer, with_moments
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement
 from fomoe_flwr.task import make_task
-from strategies.check import (
-    Expected,
-    Refused,
-    check_facts,
-    check_reply,
-    check_start,
-    facts_of,
-    metrics_of,
-    number,
-    outliers,
-)
+from strategies.check import Expected, number
 from strategies.commit import commit, updated_experts
 from strategies.deadline import Deadline
 from strategies.directory import SiteDirectory
-from strategies.exchange import error_line, exchange
+from strategies.exchange import exchange
 from strategies.inbox import Inbox
 from strategies.ledger import ExpertLedger
 from strategies.packing import Shards
+from strategies.reception import Reception
 from strategies.round import Round
 
 log = logging.getLogger("fomoe")
@@ -118,6 +108,7 @@ class FoMoE(Strategy):
         self.min_available_nodes = int(given(min_available_nodes, settings.min_available_nodes))
         self.weighted_by_key = weighted_by_key
         self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
+        self._keys = (arrayrecord_key, configrecord_key, weighted_by_key)
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
 
@@ -134,8 +125,7 @@ class FoMoE(Strategy):
         self._deadline = Deadline(settings, settings.timeout_s)
         self._temporary = None if run_dir else tempfile.TemporaryDirectory(prefix="fomoe-inbox-")
         self._inbox = Inbox(Path(self._temporary.name if self._temporary else run_dir) / "inbox")
-        self._expected: dict[int, Expected] = {}  # of the messages that are out, by site
-        self._figures: dict[int, RecordDict] = {}
+        self._reception = Reception(self.round, {}, self._inbox, self._keys)
         self._asked_at = 0.0
         self._gathered = False  # whether the sites to begin with have been there
         self._discarded = 0  # rounds in a row
@@ -238,10 +228,9 @@ class FoMoE(Strategy):
         # The round's clock starts when there are sites to ask.
         self.round = Round(server_round, placement, deadline_s=self._deadline.seconds())
         self.round.asked = self._sample(alive, self.fraction_train, self.min_train_nodes, server_round)
-        self._figures = {}
         saved = self._inbox.begin(server_round)
         messages = self._messages(self.round.asked, MessageType.TRAIN, config)
-        here = {site for site in saved if self._is_usable(site)}
+        here = {site for site in saved if self._reception.take_saved(site)}
         site_of_node = self._site_of_node()
         self._asked_at = time.perf_counter()
         return [message for message in messages if site_of_node[message.metadata.dst_node_id] not in here]
@@ -341,7 +330,7 @@ class FoMoE(Strategy):
         return sorted(rng.choice(connected, count, replace=False).tolist())
 
     def _messages(self, sites: list[int], message_type: str, config: ConfigRecord) -> list[Message]:
-        """The messages to these sites, counted; what is expected of each answer is kept in `_expected`."""
+        """The messages to these sites, counted; and a reception for what they answer."""
         started = time.perf_counter()
         current, settings, train = self.round, self.config.strategy, self.config.train
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
@@ -349,10 +338,10 @@ class FoMoE(Strategy):
         dtype = wire.WIRE_DTYPES[settings.wire_dtype]
         shards = Shards(state, residents, sites, dtype)
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        messages = []
+        messages, expected = [], {}
         for site in sites:
             name = self.site_names[site]
-            self._expected[site] = Expected(
+            expected[site] = Expected(
                 run=self.run,
                 round=current.number,
                 site=name,
@@ -382,6 +371,7 @@ class FoMoE(Strategy):
             messages.append(
                 Message(content, node, message_type, ttl=current.deadline_s, group_id=str(current.number))
             )
+        self._reception = Reception(current, expected, self._inbox, self._keys)
         current.wire_s += time.perf_counter() - started
         return messages
 
@@ -403,71 +393,26 @@ class FoMoE(Strategy):
                 raise RunError(f"a reply came from node {node}, which is no site of this federation")
             yield site_of_node[node], reply
 
-    def _is_usable(self, site: int) -> bool:
-        """Whether a reply from before the server's death answers what would be asked now; else it is dropped."""
-        try:
-            content = self._inbox.get(site, (self.arrayrecord_key, self.configrecord_key))
-            facts = facts_of(content, self.configrecord_key)
-            check_facts(facts, self._expected[site])
-            check_start(facts, self._expected[site])
-            self._check(site, content)
-            self.round.up.count(site, content)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with the files: the site is asked anew
-            log.info("round %d: the saved reply of %d is not used: %s", self.round.number, site, error)
-            self._inbox.drop(site)
-            return False
-        log.info("round %d: site %s has answered before", self.round.number, self.site_names[site])
-        return True
-
-    def _check(self, site: int, content: RecordDict) -> None:
-        """Let a reply in, or raise Refused. Its figures are kept, its tensors are not."""
-        keys = (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
-        result, norms = check_reply(content, self._expected[site], keys)
-        self.round.results[site], self.round.norms[site] = result, norms
-        self._figures[site] = RecordDict({"metrics": metrics_of(content)})
-
-    def _receive(self, site: int, reply: Message) -> None:
-        name, current = self.site_names[site], self.round
-        if site in current.results or name in current.failures:
-            current.refused.setdefault(name, "duplicate")
-            log.warning("round %d: site %s: answered twice, the second is refused", current.number, name)
-        elif reply.has_error():
-            self._fail(site, error_line(reply))
-            self._directory.lost(site)
-        else:
-            current.up.count(site, reply.content)
-            try:
-                self._check(site, reply.content)
-            except Refused as refused:
-                self._fail(site, str(refused), refused.kind)
-                return
-            content = reply.content
-            arrays = record_in(content, self.arrayrecord_key, ArrayRecord) or ArrayRecord()
-            self._inbox.put(site, arrays, metrics_of(content), facts_of(content, self.configrecord_key))
-            arrays.clear()  # whoever still holds the message must not hold its arrays
-            self.observer.answered(current)
-
     def _aggregate_train(self, server_round: int, replies: Iterable[SiteReply]) -> MetricRecord | None:
         """Collect, decide, then commit or discard: a round is never half applied."""
-        current, settings = self.round, self.config.strategy
+        current, settings, reception = self.round, self.config.strategy, self._reception
         if server_round != current.number:
             raise RunError(f"aggregate_train of round {server_round}: configured was round {current.number}")
         last_good = 0.0
         for site, reply in replies:
             arrived = time.perf_counter()
-            self._receive(site, reply)
-            if site in current.results:
+            if reception.take(site, reply):
                 last_good = arrived - self._asked_at
+                self.observer.answered(current)
+            elif reply.has_error():
+                self._directory.lost(site)
             current.wire_s += time.perf_counter() - arrived
         started = time.perf_counter()
         for site in current.asked:
             if site not in current.results and self.site_names[site] not in current.failures:
-                self._fail(site, f"no reply within {current.deadline_s:.3g} s")
+                current.fail(self.site_names[site], f"no reply within {current.deadline_s:.3g} s")
                 self._directory.lost(site)
-        for site, reason in outliers(current.norms, list(self._norms), settings.norm_bound).items():
-            self._fail(site, reason, "norm")
-            del current.results[site], current.norms[site], self._figures[site]
-            self._inbox.drop(site)
+        reception.refuse_outliers(list(self._norms), settings.norm_bound)
         current.committed = len(current.results) >= self._needed()
         if current.committed:
             self._commit()
@@ -477,10 +422,11 @@ class FoMoE(Strategy):
         self._discarded = 0 if current.committed else self._discarded + 1
         self._inbox.close()
         current.aggregate_s += time.perf_counter() - started
-        if not current.committed:
-            return None
-        figures = [self._figures[site] for site in sorted(current.results)]
-        return self.train_metrics_aggr_fn(figures, self.weighted_by_key)
+        return self._mean_metrics(self.train_metrics_aggr_fn) if current.committed else None
+
+    def _mean_metrics(self, aggregate: MetricsAggregation) -> MetricRecord:
+        figures = self._reception.figures
+        return aggregate([figures[site] for site in sorted(figures)], self.weighted_by_key)
 
     def _commit(self) -> None:
         assert self.outer is not None
@@ -511,37 +457,12 @@ class FoMoE(Strategy):
             )
 
     def _aggregate_evaluate(self, replies: Iterable[SiteReply]) -> MetricRecord | None:
-        figures: dict[int, RecordDict] = {}
         for site, reply in replies:
-            if reply.has_error():
-                self._fail(site, error_line(reply))
-                continue
-            content = reply.content
-            self.round.up.count(site, content)
-            try:
-                facts = facts_of(content, self.configrecord_key)
-                check_facts(facts, self._expected[site])
-                check_start(facts, self._expected[site])
-                measured = metrics_of(content)
-            except Refused as refused:
-                self._fail(site, str(refused), refused.kind)
-                continue
-            figures[site] = RecordDict({"metrics": measured})
-            self.round.evaluations[self.site_names[site]] = number(measured, "val_loss")
-        if not figures:
-            return None
-        return self.evaluate_metrics_aggr_fn(
-            [figures[site] for site in sorted(figures)], self.weighted_by_key
-        )
+            if (measured := self._reception.take_evaluation(site, reply)) is not None:
+                self.round.evaluations[self.site_names[site]] = number(measured, "val_loss")
+        return self._mean_metrics(self.evaluate_metrics_aggr_fn) if self._reception.figures else None
 
     def _after_round(self, result: Result, evaluate_fn: EvaluateFn | None) -> None:
         if evaluate_fn is not None and (metrics := evaluate_fn(self.round.number, self.arrays())) is not None:
             result.evaluate_metrics_serverapp[self.round.number] = metrics
         self.observer.finished(self)
-
-    def _fail(self, site: int, reason: str, kind: str | None = None) -> None:
-        name = self.site_names[site]
-        self.round.failures[name] = reason
-        if kind is not None:
-            self.round.refused[name] = kind
-        log.warning("round %d: site %s: %s", self.round.number, name, reason)

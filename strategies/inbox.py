@@ -60,7 +60,7 @@ class Inbox:
             (partial / name).write_bytes(record.deflate())
         partial.rename(self._folder / str(site))
 
-    def get(self, site: int, keys: tuple[str, str]) -> RecordDict:
+    def get(self, site: int, keys: Sequence[str]) -> RecordDict:
         """A reply as it arrived, under the strategy's keys of its ArrayRecord and ConfigRecord.
 
         Raises:

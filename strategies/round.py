@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fomoe_flwr import wire
 from fomoe_flwr.placement import Placement
+
+log = logging.getLogger("fomoe")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Round:
     began: float = field(default_factory=time.perf_counter)
     deadline_s: float = 0.0
     asked: list[int] = field(default_factory=list)  # in folding order
-    digests: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict)  # of what each site was sent
     down: wire.Ledger = field(default_factory=wire.Ledger)
     up: wire.Ledger = field(default_factory=wire.Ledger)
     results: dict[int, SiteResult] = field(default_factory=dict)  # of the replies that are part of the model
@@ -44,3 +45,10 @@ class Round:
     evaluations: dict[str, float] = field(default_factory=dict)  # site's name -> loss with its residents only
     wire_s: float = 0.0  # encoding, pushing, checking
     aggregate_s: float = 0.0  # folding and the outer step
+
+    def fail(self, site: str, reason: str, kind: str | None = None) -> None:
+        """A site's reply is not part of the model; `kind` if it was a bad one that was refused."""
+        self.failures[site] = reason
+        if kind is not None:
+            self.refused[site] = kind
+        log.warning("round %d: site %s: %s", self.number, site, reason)

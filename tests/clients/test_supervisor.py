@@ -395,8 +395,10 @@ def test_an_unknown_key_ends_it_and_a_known_one_is_tried_again(straw: Straw, tmp
 def test_a_mark_finds_what_has_lost_its_parent() -> None:
     mark = uuid.uuid4().hex
     subprocess.run(["sh", "-c", "sleep 1000 &"], env=os.environ | {MARK: mark}, check=True)
-    found = Marked(MARK, mark).look()
-    assert [program_of(process.pid) for process in found] == ["sleep"]
+    marked = Marked(MARK, mark)
+    # The shell's child is a shell for a moment.
+    until(lambda: [program_of(process.pid) for process in marked.look()] == ["sleep"])
+    found = marked.look()
     assert Marked(MARK, mark[:-1]).look() == []
     os.kill(found[0].pid, signal.SIGKILL)
     until(lambda: not is_alive(found[0].pid, found[0].started))
