@@ -17,7 +17,7 @@ from tests.conftest import SMALL_MODEL, SMALL_TRAIN
 from tests.e2e.deployment import BIN, REPOSITORY, Deployment, Marker, blocks, free_port, until
 from tests.strategies.helpers import metrics
 
-ROUNDS = 2
+ROUNDS = 3
 
 
 def small(corpus: Path, cache: Path) -> list[str]:

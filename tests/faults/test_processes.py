@@ -23,5 +23,5 @@ def test_any_process_may_be_killed_terminated_or_stopped(chaos: Chaos, tmp_path:
 @pytest.mark.slow
 def test_random_kills_in_a_row(chaos: Chaos, tmp_path: Path) -> None:
     """Fifty of them: `python -m benchmarks.recovery`."""
-    chaos.play(random_blows(seed=0, number=8))
+    chaos.play(random_blows(seed=0, number=4))
     assert_is_the_run_without_the_lost_replies(chaos, tmp_path / "reference")
