@@ -16,6 +16,15 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+# Models for what a round costs besides training: next to nothing, and about 100 M parameters of which few compute.
+EMPTY = (
+    "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=8", "model.d_expert=16",
+)  # fmt: skip
+HUNDRED = (
+    "model.d_model=512", "model.num_layers=4", "model.num_heads=8", "model.num_experts=32", "model.d_expert=128",
+    "model.vocab_size=150000",
+)  # fmt: skip
+
 
 def machine() -> str:
     """Processor, cores, threads and versions, as one line."""

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.harness import write_result
+from benchmarks.harness import EMPTY, HUNDRED, write_result
 from clients.processes import program_of
 from fomoe_flwr.compose import compose
 from fomoe_flwr.model.sizes import parameter_counts
@@ -29,13 +29,6 @@ from tests.e2e.deployment import Deployment, until
 APP = Path(__file__).resolve().parent / "plain_flower"
 SITES = ("a", "b")
 
-EMPTY = (
-    "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=8", "model.d_expert=16",
-)  # fmt: skip
-HUNDRED = (
-    "model.d_model=512", "model.num_layers=4", "model.num_heads=8", "model.num_experts=32", "model.d_expert=128",
-    "model.vocab_size=150000",
-)  # fmt: skip
 STEP = (
     "train.local_steps=1", "train.batch_size=1", "train.seq_len=32", "train.eval_batches=0", "wandb.mode=disabled",
     "checkpoint.every=0",

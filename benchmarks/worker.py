@@ -21,16 +21,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.harness import write_result
+from benchmarks.harness import EMPTY, HUNDRED, write_result
 from clients.identity import node_settings
 
-EMPTY = (
-    "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=8", "model.d_expert=16",
-)  # fmt: skip
-HUNDRED = (
-    "model.d_model=512", "model.num_layers=4", "model.num_heads=8", "model.num_experts=32", "model.d_expert=128",
-    "model.vocab_size=150000",
-)  # fmt: skip
 STEP = (
     "train.local_steps=1",
     "train.batch_size=1",

@@ -305,7 +305,8 @@ class FoMoE(Strategy):
                 if evaluated is not None:
                     result.evaluate_metrics_clientapp[current] = evaluated
             self._after_round(result, evaluate_fn)
-            self._check_progress()
+            # A run of which nothing was committed is no success either.
+            self._check_progress(min(self.config.strategy.max_discarded, num_rounds - self.first_round + 1))
         self._inbox.clear()
         result.arrays = self.arrays()
         return result
@@ -313,8 +314,9 @@ class FoMoE(Strategy):
     # ----- the steps of a round
 
     def _needed(self) -> int:
-        """Good replies without which a round is discarded."""
-        return max(1, math.ceil(self.config.strategy.quorum * len(self.site_names) * self.fraction_train))
+        """Good replies without which a round is discarded: a share of the sites asked when all are there."""
+        asked = self._sample_size(len(self.site_names), self.fraction_train, self.min_train_nodes)
+        return max(1, math.ceil(self.config.strategy.quorum * asked))
 
     def _connected(self, grid: Grid) -> list[int]:
         """The sites that are there. To begin with all of them are waited for, later a quorum."""
@@ -323,9 +325,13 @@ class FoMoE(Strategy):
         self._gathered = True
         return connected
 
+    @staticmethod
+    def _sample_size(sites: int, fraction: float, minimum: int) -> int:
+        return min(sites, max(int(sites * fraction), minimum))
+
     def _sample(self, connected: list[int], fraction: float, minimum: int, round_: int) -> list[int]:
         """Sites to ask, ascending; drawn from the seed and the round."""
-        count = min(len(connected), max(int(len(connected) * fraction), minimum))
+        count = self._sample_size(len(connected), fraction, minimum)
         rng = np.random.default_rng([self.config.seed, round_])
         return sorted(rng.choice(connected, count, replace=False).tolist())
 
@@ -449,11 +455,11 @@ class FoMoE(Strategy):
             ]
         )
 
-    def _check_progress(self) -> None:
-        if self._discarded >= self.config.strategy.max_discarded:
+    def _check_progress(self, most: int) -> None:
+        if self._discarded >= most:
             raise RunError(
-                f"round {self.round.number}: {self._discarded} rounds in a row were discarded "
-                f"(strategy.max_discarded); {self._below_quorum()}"
+                f"round {self.round.number}: nothing was committed in the last {self._discarded} rounds "
+                f"(strategy.max_discarded={self.config.strategy.max_discarded}); {self._below_quorum()}"
             )
 
     def _aggregate_evaluate(self, replies: Iterable[SiteReply]) -> MetricRecord | None:

@@ -70,7 +70,9 @@ def test_a_round_below_the_quorum_is_discarded_whole(small: Compose, tmp_path: P
 
 def test_too_many_discarded_rounds_end_the_run(small: Compose, tmp_path: Path) -> None:
     faults = Faults.lost([(f"site-{site}", round_) for site in range(4) for round_ in (2, 3)])
-    with pytest.raises(RunError, match=r"round 3: 2 rounds in a row were discarded.*0 of 4 sites.*2 needed"):
+    with pytest.raises(
+        RunError, match=r"round 3: nothing was committed in the last 2 rounds.*0 of 4 sites.*2 needed"
+    ):
         play(small, tmp_path / "a", faults, "strategy.max_discarded=2", "train.rounds=9")
     assert len(metrics(tmp_path / "a")) == 4  # nothing of what happened is lost
 
@@ -149,3 +151,9 @@ def test_orphans_are_adopted_where_placement_is_random_and_reported_where_it_is_
         adopted = placement == "random"
         assert (experts["rounds_since_update_max"] == 0) == adopted
         assert ("they are given to other sites" in caplog.text) == adopted
+
+
+def test_a_run_of_which_nothing_was_committed_is_no_success(small: Compose, tmp_path: Path) -> None:
+    faults = Faults.lost([(f"site-{site}", 1) for site in range(4)])
+    with pytest.raises(RunError, match="round 1: nothing was committed in the last 1 rounds"):
+        play(small, tmp_path / "a", faults, "train.rounds=1")

@@ -23,6 +23,8 @@ def norms(*values: float) -> dict[int, dict[str, float]]:
         ((1.0, 30.0), (), 10, {1}),  # two sites: it cannot hide in a median of its own
         ((30.0,), (), 10, set()),  # nobody to compare with
         ((30.0,), (1.0, 1.0), 10, {0}),  # but rounds before
+        ((30.0, 31.0), (1.0, 1.0, 1.0), 10, {0, 1}),  # one other may be as bad
+        ((30.0, 31.0, 29.0), (1.0,) * 32, 10, set()),  # what all have in common is no site's fault
         ((1.0, 30.0), (), 0, set()),  # switched off
         ((0.0, 0.0, 0.0), (), 10, set()),  # nothing learnt at all is no crime
         ((1.0, math.inf, 1.0), (), 10, {1}),
