@@ -29,8 +29,8 @@ OVERRIDES = (
 def status(pid: int) -> dict[str, float]:
     """Memory in MiB, threads, open files and children of a process.
 
-    Memory is the process's own; pages of files that it has mapped (the tokens, as more and more of them are read) belong
-    to the system's cache and are counted apart.
+    Memory is the process's own; pages of files that it has mapped (the tokens, as more and more of them are read)
+    belong to the system's cache and are counted apart.
     """
     fields = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
@@ -115,8 +115,9 @@ def main() -> None:
     write_result(
         "endurance",
         f"{chosen.sites} sites, {chosen.rounds} rounds of a very small model in runtime=local",
-        "| rounds | seconds a round (median) | memory, MiB (median) | (largest) | mapped files, MiB | threads | open files | children "
-        "| entries in the temporary folder | entries in the run directory |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        "| rounds | seconds a round (median) | memory, MiB (median) | (largest) | mapped files, MiB | threads "
+        "| open files | children | entries in the temporary folder | entries in the run directory |\n"
+        f"|{'---|' * 10}\n"
         + "\n".join(rows)
         + f"\n\nExit code {code}, {failures} failures; left in the temporary folder afterwards: {left or 'nothing'}. "
         "The run directory holds the sites' states of the last four rounds, three checkpoints and the replies of the "

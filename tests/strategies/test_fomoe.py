@@ -107,7 +107,7 @@ def test_the_result_does_not_depend_on_the_order_of_arrival(small: Compose, tmp_
         }
 
     overrides = ("federation.num_sites=8", "strategy.overlap=4", "train.rounds=2", "train.eval_batches=0")
-    overrides += ("strategy.norm_bound=0",)
+    overrides += ("strategy.norm_bound=0", "strategy.wire_dtype=fp32")
     finals = []
     for index in range(4):
         composed = small(*overrides, run_dir=tmp_path / str(index))
