@@ -35,8 +35,11 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], P
     return {}
 
 
-@pytest.mark.parametrize("outer", ["nesterov", "local_adamw"])
-@pytest.mark.parametrize("what", sorted(CORRUPTIONS))
+@pytest.mark.parametrize(
+    ("what", "outer"),
+    [(what, "nesterov") for what in sorted(CORRUPTIONS)]
+    + [(what, "local_adamw") for what in ("nan", "huge norm", "another start")],
+)
 def test_a_bad_reply_is_refused_and_the_model_is_that_without_it(
     small: Compose, tmp_path: Path, tmp_path_factory, without, what: str, outer: str
 ) -> None:

@@ -15,8 +15,11 @@ from tests.strategies.helpers import metrics, run
 from tests.strategies.test_resume import assert_same_run
 
 
-@pytest.mark.parametrize("outer", ["nesterov", "local_adamw"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "outer"),
+    [(phase, "nesterov") for phase in PHASES]
+    + [(phase, "local_adamw") for phase in ("last reply", "in commit", "after commit")],
+)
 def test_killed_in_any_phase_it_resumes_to_the_same_numbers(
     small: Compose, tmp_path: Path, phase: str, outer: str
 ) -> None:
