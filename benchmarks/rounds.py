@@ -86,7 +86,8 @@ def flowers(folder: Path, millions: float, rounds: int) -> Cost:
         result = folder / "result.json"
         config = f'millions={millions} rounds={rounds + 2} result="{result}"'
         run = deployment.start("run", ["flwr", "run", APP, "test", "--stream", "--run-config", config])
-        until(result.exists, 1800, deployment.logs)
+        until(lambda: result.exists() or run.poll(), 1800, deployment.logs)
+        assert result.exists(), deployment.logs()
         time.sleep(1)  # until it is written
         run.wait(60)
         peaks.stopped.set()
@@ -101,7 +102,9 @@ def parameters(overrides: Sequence[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", default="", help="cases with this in their name; no result is written then")
+    chosen = parser.parse_args()
+    rounds = chosen.rounds
     os.environ.setdefault("FOMOE_CACHE", tempfile.mkdtemp(prefix="fomoe-benchmark-cache-"))
     count = parameters(HUNDRED)
     model_mib = 4 * count / 2**20
@@ -118,9 +121,13 @@ def main() -> None:
     }
     costs: dict[str, Cost] = {}
     for name, case in cases.items():
+        if chosen.only not in name:
+            continue
         with tempfile.TemporaryDirectory(prefix="fomoe-rounds-") as folder:
             costs[name] = case(Path(folder))
         print(name, costs[name], flush=True)
+    if chosen.only:
+        return
     rows = []
     for name, cost in costs.items():
         base = costs["Flower, empty" if name.startswith("Flower") else "ours, empty"].peak_mib

@@ -11,8 +11,10 @@ from flwr.serverapp import Grid
 
 from fomoe_flwr.errors import RunError
 
-# The pause between two looks grows while nothing comes: a short round is not kept waiting, a long one not polled.
+# The pause between two looks is a share of the time waited so far: a short round is not kept waiting by more than
+# that share, and a long one is not polled all the time.
 FIRST_PAUSE_S = 0.002
+PAUSE_SHARE = 0.05
 LONGEST_PAUSE_S = 1.0
 
 
@@ -31,7 +33,7 @@ def exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tu
         raise RunError(f"Flower accepted {len(ids)} of {len(messages)} messages")
     messages.clear()
     waiting = {message_id: index for index, message_id in enumerate(ids)}
-    deadline, pause = time.monotonic() + timeout, FIRST_PAUSE_S
+    began = time.monotonic()
     while waiting:
         arrived = False
         # One id at a time: asked for all of them, Flower would hand over every finished reply at once.
@@ -41,12 +43,11 @@ def exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tu
                 waiting.pop(message_id, None)
                 yield index, reply
         if arrived:
-            pause = FIRST_PAUSE_S
             continue
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             return
-        time.sleep(pause)
-        pause = min(pause * 1.3, LONGEST_PAUSE_S)
+        time.sleep(min(max(FIRST_PAUSE_S, PAUSE_SHARE * waited), LONGEST_PAUSE_S))
 
 
 def error_line(reply: Message) -> str:

@@ -10,7 +10,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-client_app, server_app = ClientApp(), ServerApp()
+client_app = ClientApp()  # one by one: Flower looks for these names without running the file
+server_app = ServerApp()
 
 
 def peak_mib() -> float:
