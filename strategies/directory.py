@@ -105,8 +105,8 @@ class SiteDirectory:
             return
         answer = reply.content.config_records.get("config", ConfigRecord())
         name, partition = answer.get("site", ""), answer.get("partition-id", -1)
-        if name in self._index:
-            site = self._index[str(name)]
+        if isinstance(name, str) and name in self._index:  # a list, which may come too, cannot be looked up
+            site = self._index[name]
         elif not name and isinstance(partition, int) and 0 <= partition < len(self._names):
             site = partition
         else:

@@ -21,8 +21,6 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array, blobs_of
 
-_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
-
 
 class Inbox:
     """One round's good replies below `folder`, each in a folder of its own that is whole or not there.

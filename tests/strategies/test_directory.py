@@ -6,6 +6,7 @@ import time
 from typing import ClassVar
 
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients.app import app
 from fomoe_flwr.errors import RunError
@@ -65,6 +66,26 @@ class ChangingGrid(LocalGrid):
 
     def get_node_ids(self):
         return [node for node in super().get_node_ids() if node not in self.gone]
+
+
+@pytest.mark.parametrize(
+    "answer", [{"site": ["a"]}, {"site": b"a"}, {"partition-id": [0]}, {"site": 7.5}, {}]
+)
+def test_an_answer_of_the_wrong_type_disturbs_nobody(answer: dict, caplog) -> None:
+    class OddGrid(LocalGrid):
+        def _answer(self, message, context):
+            if message.metadata.dst_node_id != 102:
+                return super()._answer(message, context)
+            return Message(RecordDict({"config": ConfigRecord(answer)}), reply_to=message)
+
+    grid = OddGrid(app, 3)
+    directory = SiteDirectory(["a", "b"])
+    assert directory.connected(grid, 2, 5.0) == {0: 100, 1: 101}
+    until = time.monotonic() + 5
+    while 102 not in directory.problems and time.monotonic() < until:
+        directory.connected(grid, 2, 5.0)
+    grid.close()
+    assert "node 102 is site" in caplog.text
 
 
 def test_a_site_that_comes_back_under_another_node_id_is_the_same_site() -> None:
