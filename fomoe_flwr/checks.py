@@ -56,6 +56,9 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key}={value}: allowed are {', '.join(allowed)}")
             if minimum is not None and not (value >= minimum and math.isfinite(value)):  # nan fails too
                 raise ConfigError(f"{key}={value}: must be at least {minimum:g}")
+            above = spec.metadata.get("above")
+            if above is not None and not (value > above and math.isfinite(value)):
+                raise ConfigError(f"{key}={value}: must be above {above:g}")
 
 
 def check_combinations(config: RunConfig) -> None:
@@ -66,7 +69,10 @@ def check_combinations(config: RunConfig) -> None:
     """
     model, strategy, train, data = config.model, config.strategy, config.train, config.data
     num_sites = len(config.federation.sites)
-    check_overlap(num_sites, model.num_experts, config.overlap)
+    if strategy.placement != "planned" or config.plan.policy == "equal":
+        check_overlap(num_sites, model.num_experts, config.overlap)
+    elif config.overlap > num_sites:
+        raise ConfigError(f"strategy.overlap={config.overlap}: at most the number of sites, {num_sites}")
     if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
         raise ConfigError(
             f"model.num_heads={model.num_heads}: must divide d_model={model.d_model} into heads of even width"
@@ -81,6 +87,11 @@ def check_combinations(config: RunConfig) -> None:
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
+    for key in ("skip_price", "mfu"):
+        if getattr(config.plan, key) > 1:
+            raise ConfigError(f"plan.{key}={getattr(config.plan, key)}: a share, at most 1")
+    if config.plan.holders > num_sites:
+        raise ConfigError(f"plan.holders={config.plan.holders}: at most the number of sites, {num_sites}")
     if not 0 < data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction={data.val_fraction}: must lie between 0 and 1")
     for key, value in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):

@@ -25,6 +25,11 @@ def at_least(default: Any, minimum: float) -> Any:
     return field(default=default, metadata={"minimum": minimum})
 
 
+def above(default: Any, bound: float) -> Any:
+    """A number that must be greater than `bound`; an optional one may also be null."""
+    return field(default=default, metadata={"above": bound})
+
+
 @dataclass
 class ModelConfig:
     """Sizes of the model (FoMoE, appendix B). `base_*` are those of the model whose lr was tuned (CompleteP)."""
@@ -56,12 +61,13 @@ class SiteConfig:
 
     name: str = "site"
     count: int = at_least(1, 1)
-    memory_gib: float | None = at_least(None, 0.0)  # accelerator memory, GiB
+    memory_gib: float | None = above(None, 0.0)  # accelerator memory, GiB
     device: str | None = None  # overrides train.device: auto, cpu, cuda, cuda:1
-    up_mbps: float | None = at_least(None, 0.0)  # link to the server, Mbit/s
-    down_mbps: float | None = at_least(None, 0.0)
+    up_mbps: float | None = above(None, 0.0)  # link to the server, Mbit/s
+    down_mbps: float | None = above(None, 0.0)
     latency_ms: float | None = at_least(None, 0.0)
-    speed: float = at_least(1.0, 0.0)  # relative to the others
+    speed: float = above(1.0, 0.0)  # relative to the others
+    batch_size: int | None = at_least(None, 1)  # overrides train.batch_size
     domain: str | None = None  # data domain, for data.partition=domain
 
 
@@ -82,8 +88,12 @@ class StrategyConfig:
     name: str = "fomoe"
     overlap: int | None = at_least(None, 1)  # O_e, sites holding each expert; null: all of them
     routing: str = choice("skip", "skip", "partitioned")
-    placement: str = choice("fixed", "fixed", "random")
+    placement: str = choice("fixed", "fixed", "random", "planned")
     reshuffle_every: int = at_least(1, 1)  # T, rounds between two random placements
+    # How an expert reaches a new holder: whole, or as the largest differences from the mean expert (HybridEP) in
+    # 1/move_ratio of its bytes. The holders it had keep it as it is.
+    moves: str = choice("full", "full", "residual")
+    move_ratio: float = at_least(50.0, 1.0)
     wire_dtype: str = choice("bf16", "bf16", "fp32")
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round
@@ -158,6 +168,28 @@ class DataConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What `fomoe plan` and strategy.placement=planned go by, beside the federation's sites."""
+
+    # solver: how many experts and local steps for each site; equal: the paper's equal shares and steps; memory:
+    # shares by memory, equal steps. strategy.overlap says how many copies equal and memory make, and how much
+    # work solver's round does.
+    policy: str = choice("solver", "solver", "equal", "memory")
+    holders: int = at_least(1, 1)  # sites that hold each expert, at least
+    skip_price: float = at_least(0.5, 0.0)  # what a token is worth less if all of its assignments are skipped
+    max_steps_ratio: float = at_least(
+        4.0, 1.0
+    )  # a site's local steps, at most so many times train.local_steps
+    measured: str | None = None  # a run directory, whose speeds are used instead of tflops and mfu
+    tflops: float = above(989.0, 0.0)  # peak of the device of a site with speed 1 (H100, dense bf16), Tflop/s
+    mfu: float = above(0.4, 0.0)  # share of the peak that training reaches
+    bytes_per_parameter: float = above(18.0, 0.0)  # weights, gradients, moments and the shard as sent
+    assumed_mbps: float = above(1000.0, 0.0)  # of links that are not given
+    assumed_latency_ms: float = at_least(50.0, 0.0)
+    server_mbps: float | None = above(None, 0.0)  # the server's own link each way, shared by the sites
+
+
+@dataclass
 class RuntimeConfig:
     """What carries the messages when `fomoe train` starts the run (`flwr run` brings its own)."""
 
@@ -194,6 +226,7 @@ class RunConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

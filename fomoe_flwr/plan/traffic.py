@@ -6,10 +6,14 @@ placement needs no term of its own: an expert new to a site comes down with the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
-from fomoe_flwr.model.sizes import expert_parameters, parameter_counts
+from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.plan.system import split_parameters, star_bytes
+
+if TYPE_CHECKING:
+    from fomoe_flwr.plan.planner import Plan  # which is made of this
 
 BYTES_PER_NUMBER = {"bf16": 2, "fp32": 4}  # strategy.wire_dtype
 
@@ -31,11 +35,7 @@ def shard_parameters(model: ModelConfig, routing: str, experts_per_layer: float)
         routing: `skip` (the whole router is dense) or `partitioned` (a router row goes with its expert).
         experts_per_layer: residents in a layer; a mean over layers or sites need not be whole.
     """
-    counts = parameter_counts(model)
-    experts = model.num_layers * experts_per_layer
-    if routing == "skip":
-        return counts.dense + counts.router + experts * expert_parameters(model)
-    return counts.dense + experts * (expert_parameters(model) + model.d_model)
+    return split_parameters(model, routing).held(model.num_layers * experts_per_layer)
 
 
 def copies_sent(strategy: StrategyConfig) -> int:
@@ -47,21 +47,33 @@ def round_bytes(
     model: ModelConfig, routing: str, experts_per_layer: float, bytes_per_number: int, copies: int
 ) -> float:
     """Bytes per site and round, down + up: dense and residents go down, and as much comes back."""
-    return 2 * copies * bytes_per_number * shard_parameters(model, routing, experts_per_layer)
+    return 2 * star_bytes(shard_parameters(model, routing, experts_per_layer), bytes_per_number, copies)
 
 
-def compare_strategies(config: RunConfig) -> list[Traffic]:
+def mean_residents(config: RunConfig, plan: Plan | None) -> float:
+    """Experts a layer at a site, mean over the sites."""
+    if plan is None:
+        return config.model.num_experts * config.overlap / len(config.federation.sites)
+    return sum(site.experts_per_layer for site in plan.sites) / len(plan.sites)
+
+
+def compare_strategies(config: RunConfig, plan: Plan | None = None) -> list[Traffic]:
     """This run, full-replica DiLoCo (same K) and DDP, all with the run's wire dtype.
 
     DDP exchanges the gradient of the whole model at every step: K exchanges in the time of a round.
+
+    Args:
+        plan: of a run whose sites differ; figures are then means over its sites.
     """
     model, strategy, train = config.model, config.strategy, config.train
     width = BYTES_PER_NUMBER[strategy.wire_dtype]
-    residents = model.num_experts * config.overlap / len(config.federation.sites)
+    residents = mean_residents(config, plan)
     this_run = round_bytes(model, strategy.routing, residents, width, copies_sent(strategy))
     full_exchange = round_bytes(model, strategy.routing, model.num_experts, width, copies=1)
     share = shard_parameters(model, strategy.routing, residents) / parameter_counts(model).total
-    tokens = train.local_steps * train.batch_size * train.seq_len  # per site and round
+    tokens: float = train.local_steps * train.batch_size * train.seq_len  # per site and round
+    if plan is not None:
+        tokens = plan.tokens / len(plan.sites)
     return [
         Traffic(name, site_bytes, site_bytes / tokens, site_bytes / this_run, model_share)
         for name, site_bytes, model_share in (
