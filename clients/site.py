@@ -58,6 +58,7 @@ class Outcome(NamedTuple):
     report: TrainReport
     new_experts: int  # tensors that had no moments and were warmed up
     start: bytes  # wire.digests of what the site started from, read back from its model
+    memory_bytes: int  # see _memory_bytes
 
 
 class Evaluation(NamedTuple):
@@ -102,7 +103,9 @@ def train_round(
             yield stream.batch(state.position + step * batch, batch)
         beat(WORK)
 
-    new_experts = 0
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    new_experts, moments = 0, dict[str, Moments]()
     kept: Mapping[str, Moments] = {}
     if task.strategy.inner == "gradient":
         start = _digests(task, read_shard(module))
@@ -121,6 +124,7 @@ def train_round(
             known,
             newborn,
             adopt=not on_server,
+            pace=task.pace,
         )
         new_experts = sum(name not in known for name in sent) if newborn else 0
         loaded = _moments_by_name(optimizer.moments()) if on_server else {}
@@ -134,13 +138,14 @@ def train_round(
             update |= _moments_by_name(moments)
         elif task.strategy.keep_moments:
             kept = moments
+    memory_bytes = _memory_bytes(device, module, moments, shard)
     shard.clear()
     sent.clear()
     new_state = SiteState(task.round, state.position + steps * batch, kept, task.train.rounds)
     beat(WORK)  # the last chance to break off: from here on there is a state of this round
     save_state(folder, new_state, task.after, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)
-    return Outcome(update, report, new_experts, start)
+    return Outcome(update, report, new_experts, start, memory_bytes)
 
 
 def evaluate_shard(
@@ -225,6 +230,21 @@ def _pseudo_gradient(sent: Mapping[str, Tensor], module: Transformer) -> dict[st
     for name, value in sent.items():
         update[name].neg_().add_(value.to(update[name].device))
     return update
+
+
+def _memory_bytes(
+    device: str, module: Transformer, moments: Mapping[str, Moments], shard: Mapping[str, Tensor]
+) -> int:
+    """What the round needed: on a GPU the allocator's peak.
+
+    On a CPU what stood side by side in a training step: parameters and their gradients, moments, and the shard as
+    it was sent. Activations do not count there, for nobody counts a CPU's.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    tensors = [*shard.values(), *_moments_by_name(moments).values()]
+    parameters = sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+    return 2 * parameters + sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _moments_by_name(moments: Mapping[str, Moments]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from clients.channel import Answer
 from clients.identity import NodeSettings, own_task
 from clients.memory import Memory
 from clients.site import Beat, Outcome, evaluate_shard, train_round
-from fomoe_flwr import wire
+from fomoe_flwr import residual, wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.model.names import expert_of
 from fomoe_flwr.task import SiteTask
@@ -33,7 +33,7 @@ def perform(
     """
     task = own_task(task_text, settings)
     with memory.serving(task.run):
-        shard = wire.from_blobs(blobs.values())
+        shard = residual.unpack(wire.from_blobs(blobs.values()), shared={})
         blobs.clear()
         if kind == "evaluate":
             loss, tokens, start = evaluate_shard(task, shard, settings, memory, beat)
@@ -49,6 +49,7 @@ def _trained(task: SiteTask, outcome: Outcome) -> Answer:
         "train_loss": report.train_loss,
         "seconds": report.seconds,
         "resident_share": report.resident_share,
+        "memory_bytes": outcome.memory_bytes,
         "new_experts": outcome.new_experts,
     }
     facts = _facts(task, outcome.start) | {

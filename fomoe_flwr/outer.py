@@ -28,25 +28,32 @@ class RunningMean:
         self._weights: dict[str, float] = {}
 
     @torch.no_grad()
-    def add(self, reply: Reply, weight: Callable[[str], float]) -> None:
-        """Fold a reply in. A name of weight 0 counts as not sent (an expert that no token reached)."""
+    def add(
+        self, reply: Reply, weight: Callable[[str], float], scale: Callable[[str], float] = lambda name: 1.0
+    ) -> None:
+        """Fold a reply in. A name of weight 0 counts as not sent (an expert that no token reached).
+
+        Args:
+            scale: by which the values are multiplied, weights apart.
+        """
         old_sums, old_values, alphas = [], [], []
         for name, value in reply.items():
             w = weight(name)
             if w == 0:
                 continue
+            alpha = w * scale(name)
             if name in self._sums:
                 old_sums.append(self._sums[name])
                 old_values.append(value)
-                alphas.append(w)
+                alphas.append(alpha)
             else:
                 # A new tensor in one pass; the reply's own memory is read-only and must not be kept.
-                self._sums[name] = torch.mul(value.to(torch.float32), w)
+                self._sums[name] = torch.mul(value.to(torch.float32), alpha)
             self._weights[name] = self._weights.get(name, 0.0) + w
-        # One call for each weight (there are few): a call for each name would cost more than the sums.
-        for w in sorted(set(alphas)):
-            chosen = [i for i, alpha in enumerate(alphas) if alpha == w]
-            torch._foreach_add_([old_sums[i] for i in chosen], [old_values[i] for i in chosen], alpha=w)
+        # One call for each factor (there are few): a call for each name would cost more than the sums.
+        for factor in sorted(set(alphas)):
+            chosen = [i for i, alpha in enumerate(alphas) if alpha == factor]
+            torch._foreach_add_([old_sums[i] for i in chosen], [old_values[i] for i in chosen], alpha=factor)
 
     @torch.no_grad()
     def finish(self) -> dict[str, Tensor]:

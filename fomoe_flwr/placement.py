@@ -113,6 +113,16 @@ def moves(before: Placement, after: Placement) -> Iterator[Move]:
         yield Move(site, layer, expert)
 
 
+def from_residents(residents_by_site: Sequence[Sequence[Sequence[int]]], num_experts: int) -> Placement:
+    """The inverse of `Placement.residents`, for all sites."""
+    num_sites, num_layers = len(residents_by_site), len(residents_by_site[0])
+    holds_LEM = np.zeros((num_layers, num_experts, num_sites), dtype=bool)
+    for site, residents in enumerate(residents_by_site):
+        for layer, experts in enumerate(residents):
+            holds_LEM[layer, list(experts), site] = True
+    return Placement(holds_LEM)
+
+
 def full_residents(num_layers: int, num_experts: int) -> list[list[int]]:
     """The residents of somebody who holds the whole model (the server, a full replica)."""
     return [list(range(num_experts)) for _ in range(num_layers)]

@@ -29,8 +29,10 @@ class SiteTask:
     after: int  # the last round of this site that counts: its state after that is where it begins; 0: afresh
     site: int  # position in `sites`
     residents: list[list[int]]  # experts held, one list a layer
+    first_step: int  # of the run's schedule, at which the round begins
+    pace: float  # steps of the schedule for each step of this site
     model: ModelConfig
-    train: TrainConfig
+    train: TrainConfig  # with this site's own local_steps and batch_size
     strategy: StrategyConfig
     data: DataConfig
     sites: list[SiteConfig]
@@ -42,11 +44,6 @@ class SiteTask:
     @property
     def name(self) -> str:
         return self.sites[self.site].name
-
-    @property
-    def first_step(self) -> int:
-        """Global step at which the round begins."""
-        return (self.round - 1) * self.train.local_steps
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -81,8 +78,16 @@ def make_task(
     site: int,
     residents: list[list[int]],
     after: int,
+    local_steps: int | None = None,
 ) -> SiteTask:
-    """The part of the configuration that a site needs in a round."""
+    """The part of the configuration that a site needs in a round.
+
+    Args:
+        local_steps: of this site, if not the configuration's; the schedule of the learning rate is the run's all
+            the same, so a site that takes fewer steps goes through it faster.
+    """
+    nominal, steps = config.train.local_steps, local_steps or config.train.local_steps
+    batch_size = config.federation.sites[site].batch_size or config.train.batch_size
     return SiteTask(
         run=run,
         run_dir=run_dir,
@@ -90,8 +95,10 @@ def make_task(
         after=after,
         site=site,
         residents=residents,
+        first_step=(round_ - 1) * nominal,
+        pace=nominal / steps,
         model=config.model,
-        train=config.train,
+        train=dataclasses.replace(config.train, local_steps=steps, batch_size=batch_size),
         strategy=config.strategy,
         data=config.data,
         sites=config.federation.sites,

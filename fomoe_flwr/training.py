@@ -93,7 +93,7 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
     return context
 
 
-def warmup(step: int, steps: int) -> float:
+def warmup(step: float, steps: int) -> float:
     """Linear warm-up: 1/steps at step 0, 1 from step `steps - 1` on."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
@@ -106,6 +106,7 @@ class LocalAdamW:
         first_step: global step of the first update; the warm-up counts global steps.
         newborn: the step at which a name without moments counts as born; 0: it needs no warm-up of its own.
         adopt: the moments given may be changed in place; else they are copied.
+        pace: global steps for each step taken here.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class LocalAdamW:
         moments: Mapping[str, Moments],
         newborn: int = 0,
         adopt: bool = False,
+        pace: float = 1.0,
     ) -> None:
-        self.train, self.warmup_steps, self.step_number = train, warmup_steps, first_step
+        self.train, self.warmup_steps, self.pace = train, warmup_steps, pace
+        self.step_number: float = first_step
         self.leaves: list[tuple[NamedView, nn.Parameter]] = []
         groups: dict[tuple[float, int], list[nn.Parameter]] = {}
         self.born: dict[str, int] = {}
@@ -167,7 +170,7 @@ class LocalAdamW:
         for view, leaf in self.leaves:
             if view.slot is not None:
                 leaf.grad = None  # else the views hold this step's gradients until the next one's are there
-        self.step_number += 1
+        self.step_number += self.pace
 
     def moments(self) -> dict[str, Moments]:
         """State by name (no copy)."""

@@ -14,6 +14,8 @@ from fomoe_flwr.data import TokenCorpus, validation_batches
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.transformer import build
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.plan.clock import Measured, virtual_round
+from fomoe_flwr.plan.sites import plan_sites
 from fomoe_flwr.telemetry import Telemetry
 from fomoe_flwr.training import evaluate, resolve_device, threads_for_a_while
 from strategies.fomoe import FoMoE, RoundObserver
@@ -52,6 +54,8 @@ class RoundBook(RoundObserver):
         }
         bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
         line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
+        if strategy.simulated and current.results:
+            line["virtual"] = self._virtual(current)
         if current.number:
             line["experts"] = strategy.ledger.summary(current.number)
             table = json.dumps(strategy.ledger.table(current.number))
@@ -61,6 +65,14 @@ class RoundBook(RoundObserver):
             seconds["checkpoint"] = time.perf_counter() - evaluated
             seconds["round"] += seconds["checkpoint"]
         self._telemetry.end_round(line)
+
+    def _virtual(self, current: Round) -> dict[str, Any]:
+        """What the round would have taken with the federation's own devices and links."""
+        measured = {
+            site: Measured(result.seconds, current.down.by_site.get(site, 0), current.up.by_site.get(site, 0))
+            for site, result in current.results.items()
+        }
+        return virtual_round(plan_sites(self._composed.config), measured)
 
     def _is_checkpoint_round(self, number: int) -> bool:
         every, last = self._composed.config.checkpoint.every, self._composed.config.train.rounds
@@ -133,6 +145,7 @@ def metrics_line(
             "bytes_up": current.up.by_site.get(site, 0),
             "tokens_per_second": current.results[site].tokens_per_second,
             "resident_share": current.results[site].resident_share,
+            "memory_bytes": current.results[site].memory_bytes,
         }
         | (
             {"val_loss": current.evaluations[name]}
@@ -156,6 +169,7 @@ def metrics_line(
         "resident_share": mean("resident_share"),
         "seconds": seconds,
         "sites": sites,
+        "moves": dataclasses.asdict(current.moves),
         "committed": current.committed,
         "experts_held_back": current.held_back,
         "deadline_s": current.deadline_s,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.names import expert_name, expert_of
+from fomoe_flwr.model.names import expert_name, expert_of, is_moment
 from fomoe_flwr.outer import OuterOptimizer, RunningMean
 from strategies.inbox import Inbox
 from strategies.round import Round, SiteResult
@@ -26,7 +27,12 @@ def updated_experts(current: Round, share: float) -> set[tuple[int, int]]:
 
 
 def commit(
-    current: Round, outer: OuterOptimizer, inbox: Inbox, config: RunConfig, updated: set[tuple[int, int]]
+    current: Round,
+    outer: OuterOptimizer,
+    inbox: Inbox,
+    config: RunConfig,
+    updated: set[tuple[int, int]],
+    steps: Sequence[int],
 ) -> None:
     """The mean of each name over its holders, and the outer step; a piece of the model at a time.
 
@@ -35,6 +41,7 @@ def commit(
 
     Args:
         updated: the experts that take part; the others keep their values and their momentum.
+        steps: local steps by site.
     """
     state, train = outer.state, config.train
     names = [name for name in state if (expert := expert_of(name)) is None or expert in updated]
@@ -42,13 +49,30 @@ def commit(
     # Gradient clipping, which outer=adamw does, needs the whole gradient at once.
     limit = math.inf if config.strategy.outer == "adamw" else CHUNK_BYTES
     nominal = train.local_steps * train.batch_size * train.seq_len  # an ordinary weight is exactly 1
+    scales = step_scales(current.results, steps) if config.strategy.inner == "adamw" else {}
     for chunk in wire.split_bundle(names, sizes, limit):
         mean = RunningMean()
         for site in sorted(current.results):
             weight = partial(_weight, current.results[site], config.strategy.expert_weighting, nominal)
-            mean.add(inbox.tensors(site, chunk), weight)
+            mean.add(inbox.tensors(site, chunk), weight, partial(_scale, scales.get(site, 1.0)))
             inbox.release(site)
         outer.step(mean.finish(), (current.number - 1) * train.local_steps, config.warmup_steps)
+
+
+def step_scales(results: Mapping[int, SiteResult], steps: Sequence[int]) -> dict[int, float]:
+    """By what each site's pseudo-gradient is multiplied so that sites that took more steps do not pull harder.
+
+    A pseudo-gradient grows with the steps that made it. Each is divided by its own K and multiplied by the mean K,
+    weighted by tokens as the mean of the pseudo-gradients is, so the round goes as far as its sites did on average
+    (as FedNova does for SGD, arXiv 2007.07481). Where all take the same number of steps every factor is exactly 1.
+    """
+    tokens = sum(result.tokens for result in results.values())
+    mean = sum(result.tokens * steps[site] for site, result in results.items()) / tokens if tokens else 0.0
+    return {site: mean / steps[site] for site in results}
+
+
+def _scale(scale: float, name: str) -> float:
+    return 1.0 if is_moment(name) else scale  # LocalAdamW's moments are states and not sums of steps
 
 
 def _weight(result: SiteResult, weighting: str, nominal: int, name: str) -> float:

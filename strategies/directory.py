@@ -38,6 +38,7 @@ class SiteDirectory:
         self._asked: dict[int, tuple[str, float]] = {}  # node -> the question's id and when it was asked
         self._answered: set[int] = set()
         self.problems: dict[int, str] = {}  # node -> why it is no site of ours
+        self.simulated = False  # whether nodes said their partition number, which only simulated ones have
 
     def connected(self, grid: Grid, minimum: int, timeout: float) -> dict[int, int]:
         """Node ids by site, of the sites that are connected now; waits until there are `minimum` of them.
@@ -108,7 +109,7 @@ class SiteDirectory:
         if isinstance(name, str) and name in self._index:  # a list, which may come too, cannot be looked up
             site = self._index[name]
         elif not name and isinstance(partition, int) and 0 <= partition < len(self._names):
-            site = partition
+            site, self.simulated = partition, True
         else:
             self._refuse(
                 node,

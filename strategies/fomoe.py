@@ -28,7 +28,8 @@ from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.names import is_moment
 from fomoe_flwr.outer import OuterOptimizer, with_moments
-from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement
+from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, moves
+from fomoe_flwr.plan.planner import Plan, make_plan, plan_placement
 from fomoe_flwr.task import make_task
 from strategies.check import Expected, number
 from strategies.commit import commit, updated_experts
@@ -71,6 +72,7 @@ class FoMoE(Strategy):
         run: identity of the run; sites keep their state under it.
         run_dir: the server's run directory; simulated sites keep their state in it.
         observer: is told how each round goes.
+        plan: who takes how many steps and, with strategy.placement=planned, who holds what; None: it is made here.
         weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evaluate_metrics_aggr_fn,
             fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, min_available_nodes: as in
             Flower's FedAvg; None takes the configuration's value.
@@ -83,6 +85,7 @@ class FoMoE(Strategy):
         run: str = "run",
         run_dir: str = "",
         observer: RoundObserver | None = None,
+        plan: Plan | None = None,
         fraction_train: float | None = None,
         fraction_evaluate: float | None = None,
         min_train_nodes: int | None = None,
@@ -101,6 +104,7 @@ class FoMoE(Strategy):
 
         self.config, self.run, self.run_dir, self.site_names = config, run, run_dir, site_names
         self.observer = observer or RoundObserver()
+        self.plan = plan or make_plan(config)
         self.fraction_train = given(fraction_train, settings.fraction_train)
         self.fraction_evaluate = given(fraction_evaluate, settings.fraction_evaluate)
         self.min_train_nodes = int(given(min_train_nodes, settings.min_train_nodes))
@@ -120,6 +124,8 @@ class FoMoE(Strategy):
         self.counted: dict[str, int] = {}  # the last round of each site whose reply became part of the model
         self.ledger = ExpertLedger(config.model.num_layers, config.model.num_experts)
         self._norms: deque[dict[str, float]] = deque(maxlen=NORMS_KEPT)
+
+        self._before: Placement | None = None  # that of the round before
 
         self._directory = SiteDirectory(site_names)
         self._deadline = Deadline(settings, settings.timeout_s)
@@ -156,6 +162,7 @@ class FoMoE(Strategy):
             self._norms.extend(memory["norms"])
             self.ledger.load(memory["experts"])
             self._discarded = int(memory["discarded"])
+            self._before = from_residents(memory["placement"], self.config.model.num_experts)
 
     def memory(self) -> dict[str, Any]:
         """What the server must remember besides the model to go on as if nothing had happened; JSON values."""
@@ -164,7 +171,13 @@ class FoMoE(Strategy):
             "norms": list(self._norms),
             "experts": self.ledger.table(self.round.number),
             "discarded": self._discarded,
+            "placement": [self.round.placement.residents(site) for site in range(len(self.site_names))],
         }
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the sites are a simulation's, with links and devices that are not their own."""
+        return self._directory.simulated
 
     def parameters(self) -> dict[str, Tensor]:
         """The global model without LocalAdamW's moments."""
@@ -177,6 +190,8 @@ class FoMoE(Strategy):
     def placement(self, round_: int) -> Placement:
         """Which site holds what in a round (counted from 1), if all are there."""
         config, strategy = self.config, self.config.strategy
+        if strategy.placement == "planned":
+            return plan_placement(config, self.plan)
         draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
         return draw_placement(
             len(self.site_names),
@@ -192,14 +207,15 @@ class FoMoE(Strategy):
     def summary(self) -> None:
         """Log the settings as a tree, as Flower's strategies do."""
         config, settings = self.config, self.config.strategy
-        held = config.model.num_experts * config.overlap // len(self.site_names)
+        held = _span(site.experts_per_layer for site in self.plan.sites)
+        steps = _span(site.local_steps for site in self.plan.sites)
         for line in (
             f"├──> Sites: {len(self.site_names)}, of which {self.min_available_nodes} must be connected to begin; "
             f"a round needs {self._needed()} good replies",
-            f"├──> Experts: {held} of {config.model.num_experts} a layer at each site, each on {config.overlap} "
-            f"sites ({settings.placement} placement)",
+            f"├──> Experts: {held} of {config.model.num_experts} a layer at each site "
+            f"({settings.placement} placement)",
             f"├──> Routing: {settings.routing} | inner: {settings.inner} | outer: {settings.outer}",
-            f"├──> Local steps: {config.train.local_steps} | wire: {settings.wire_dtype}",
+            f"├──> Local steps: {steps} | wire: {settings.wire_dtype}",
             "├──> Sampling:",
             f"│\t├──Fraction: train ({self.fraction_train:.2f}) | evaluate ({self.fraction_evaluate:.2f})",
             f"│\t└──Minimum nodes: train ({self.min_train_nodes}) | evaluate ({self.min_evaluate_nodes})",
@@ -225,6 +241,7 @@ class FoMoE(Strategy):
         if self.ledger.look(placement, alive) and self.config.strategy.placement == "random":
             placement = adopt(placement, alive)
             log.info("round %d: they are given to other sites while theirs are away", server_round)
+        self._before = self.round.placement if self.round.number else self._before
         # The round's clock starts when there are sites to ask.
         self.round = Round(server_round, placement, deadline_s=self._deadline.seconds())
         self.round.asked = self._sample(alive, self.fraction_train, self.min_train_nodes, server_round)
@@ -338,11 +355,16 @@ class FoMoE(Strategy):
     def _messages(self, sites: list[int], message_type: str, config: ConfigRecord) -> list[Message]:
         """The messages to these sites, counted; and a reception for what they answer."""
         started = time.perf_counter()
-        current, settings, train = self.round, self.config.strategy, self.config.train
+        current, settings = self.round, self.config.strategy
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
         state = self.state if message_type == MessageType.TRAIN else self.parameters()
         dtype = wire.WIRE_DTYPES[settings.wire_dtype]
-        shards = Shards(state, residents, sites, dtype)
+        moved = None
+        if settings.moves == "residual" and message_type == MessageType.TRAIN:
+            moved = self._moved()
+        shards = Shards(state, residents, sites, dtype, moved, settings.move_ratio)
+        if message_type == MessageType.TRAIN:
+            current.moves = shards.moves
         shapes = {name: tensor.shape for name, tensor in state.items()}
         messages, expected = [], {}
         for site in sites:
@@ -354,7 +376,8 @@ class FoMoE(Strategy):
                 digests=shards.digests[site],
                 shapes=shapes,
                 dtype=dtype,
-                tokens=train.local_steps * train.batch_size * train.seq_len,
+                tokens=self.plan.sites[site].tokens,
+                pace=self.config.train.local_steps / self.plan.sites[site].local_steps,
                 top_k=self.config.model.top_k,
             )
             task = make_task(
@@ -365,6 +388,7 @@ class FoMoE(Strategy):
                 site,
                 residents[site],
                 self.counted.get(name, 0),
+                self.plan.sites[site].local_steps,
             )
             # A ConfigRecord of its own for each message: Flower fails when one is shared.
             record = ConfigRecord({**config, "server-round": current.number, "task": task.to_json()})
@@ -380,6 +404,15 @@ class FoMoE(Strategy):
         self._reception = Reception(current, expected, self._inbox, self._keys)
         current.wire_s += time.perf_counter() - started
         return messages
+
+    def _moved(self) -> list[list[list[int]]]:
+        """The experts of each site that it did not hold in the round before; nothing has moved in round 1."""
+        now = self.round.placement
+        moved: list[list[list[int]]] = [[[] for _ in now.residents(site)] for site in range(now.num_sites)]
+        if self._before is not None:
+            for site, layer, expert in moves(self._before, now):
+                moved[site][layer].append(expert)
+        return moved
 
     def _site_of_node(self) -> dict[int, int]:
         return {node: site for site, node in self._directory.node_of_site.items()}
@@ -439,7 +472,8 @@ class FoMoE(Strategy):
         current = self.round
         updated = updated_experts(current, self.config.strategy.expert_quorum * self.fraction_train)
         current.held_back = self.ledger.updated_LE.size - len(updated)
-        commit(current, self.outer, self._inbox, self.config, updated)
+        steps = [site.local_steps for site in self.plan.sites]
+        commit(current, self.outer, self._inbox, self.config, updated, steps)
         for site, result in current.results.items():
             self.counted[self.site_names[site]] = current.number
             self.ledger.record(current.number, updated, result.expert_tokens)
@@ -472,3 +506,8 @@ class FoMoE(Strategy):
         if evaluate_fn is not None and (metrics := evaluate_fn(self.round.number, self.arrays())) is not None:
             result.evaluate_metrics_serverapp[self.round.number] = metrics
         self.observer.finished(self)
+
+
+def _span(values: Iterable[int]) -> str:
+    ordered = sorted(values)
+    return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fomoe_flwr import wire
 from fomoe_flwr.placement import Placement
+from strategies.packing import MoveFigures
 
 log = logging.getLogger("fomoe")
 
@@ -22,6 +23,7 @@ class SiteResult:
     tokens_per_second: float
     resident_share: float
     seconds: float
+    memory_bytes: float  # the most that its state took; 0: not said
     expert_tokens: dict[str, int]  # assignments by the expert's up-projection's name
 
 
@@ -43,6 +45,7 @@ class Round:
     committed: bool = True  # False: below the quorum, discarded whole
     held_back: int = 0  # experts whose holders were below their quorum
     evaluations: dict[str, float] = field(default_factory=dict)  # site's name -> loss with its residents only
+    moves: MoveFigures = field(default_factory=MoveFigures)
     wire_s: float = 0.0  # encoding, pushing, checking
     aggregate_s: float = 0.0  # folding and the outer step
 

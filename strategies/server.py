@@ -18,6 +18,9 @@ from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.planner import Plan
+from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.report import report
 from fomoe_flwr.telemetry import Telemetry
 from strategies.book import RoundBook
@@ -46,9 +49,11 @@ def run_server(grid: Grid, composed: Composed) -> None:
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
     log.info("run directory: %s", run_dir)
 
+    plan = plan_for_run(run_dir, config)
+    warn_of_memory(plan, config)
     telemetry = Telemetry(config, run_dir, run, checkpoint.manifest["metrics"] if checkpoint else None)
     book = RoundBook(composed, run, corpus, telemetry, checkpoint.manifest["tokens"] if checkpoint else 0)
-    strategy = FoMoE(config, run=run, run_dir=str(run_dir), observer=book)
+    strategy = FoMoE(config, run=run, run_dir=str(run_dir), observer=book, plan=plan)
     if checkpoint is not None:
         log.info("resuming run %s after round %d", run, checkpoint.round)
         strategy.load(
@@ -64,6 +69,19 @@ def run_server(grid: Grid, composed: Composed) -> None:
     finally:
         telemetry.close(failed)
     report(run_dir, Console())
+
+
+def warn_of_memory(plan: Plan, config: RunConfig) -> None:
+    """Say which sites are given more than they say they have; a planned placement never does."""
+    for site, planned in zip(config.federation.sites, plan.sites, strict=True):
+        if site.memory_gib is not None and planned.memory_bytes > site.memory_gib * BYTES_A_GIB:
+            log.warning(
+                "site %s: %d experts a layer need %.3g GiB, it has memory_gib=%g; fomoe plan says what fits",
+                site.name,
+                planned.experts_per_layer,
+                planned.memory_bytes / BYTES_A_GIB,
+                site.memory_gib,
+            )
 
 
 def check_unused(composed: Composed) -> None:

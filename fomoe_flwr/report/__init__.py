@@ -21,6 +21,7 @@ def report(directory: Path, console: Console) -> None:
     """
     # Imported here: `fomoe --help` must not wait for matplotlib.
     from fomoe_flwr.report.load import load_run
+    from fomoe_flwr.report.reality import compare, notes, reality_table
     from fomoe_flwr.report.sweep import job_dirs, sweep_table
     from fomoe_flwr.report.tables import comparison_table, run_table
 
@@ -32,6 +33,10 @@ def report(directory: Path, console: Console) -> None:
         run = load_run(directory)
         console.print(run_table(run))
         _print_whole(comparison_table(run), console)
+        if reality := compare(run):
+            _print_whole(reality_table(reality), console)
+            for note in notes(run, reality):
+                console.print(f"  {note}", soft_wrap=True, markup=False, highlight=False)
         console.print(f"picture: {draw(run)}", soft_wrap=True, markup=False)
     elif job_dirs(directory):
         _print_whole(sweep_table(directory), console)

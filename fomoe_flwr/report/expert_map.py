@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
+from fomoe_flwr.plan.planner import plan_placement
 from fomoe_flwr.report.load import Run
 from fomoe_flwr.report.panels import INK, dress, site_colors
 
@@ -21,12 +22,15 @@ def expert_map(axes: Axes, run: Run) -> None:
     config = run.config
     model, strategy, sites = config.model, config.strategy, config.federation.sites
     round_ = max(1, run.rounds[-1].round)  # before training, what the first round will use
-    draw = draw_for_round(strategy.placement, strategy.reshuffle_every, round_)
-    placement = draw_placement(
-        len(sites), model.num_experts, config.overlap, model.num_layers, config.seed, draw
-    )
+    if strategy.placement == "planned" and run.plan is not None:
+        placement = plan_placement(config, run.plan)
+    else:
+        draw = draw_for_round(strategy.placement, strategy.reshuffle_every, round_)
+        placement = draw_placement(
+            len(sites), model.num_experts, config.overlap, model.num_layers, config.seed, draw
+        )
     names = [site.name if len(site.name) <= 14 else f"{site.name[:13]}…" for site in sites]
-    when = "" if strategy.placement == "fixed" else f" in round {round_}"
+    when = f" in round {round_}" if strategy.placement == "random" else ""
     if len(sites) * model.num_layers <= MAX_ROWS and model.num_experts <= MAX_EXPERTS:
         dress(axes, f"Experts held by each site{when}", "")
         _grids(axes, placement, names)

@@ -17,6 +17,9 @@ from fomoe_flwr.compose import from_tree
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.hydra_errors import one_line
+from fomoe_flwr.plan.file import load_plan
+from fomoe_flwr.plan.planner import Plan
+from fomoe_flwr.plan.traffic import mean_residents
 
 CLASSES = ("dense", "expert", "other")  # of bytes; other is what is no tensor
 
@@ -32,6 +35,7 @@ class SiteRound:
     bytes_up: int
     tokens_per_second: float | None
     resident_share: float | None  # of the router's choices, those whose expert the site holds
+    memory_bytes: float | None = None  # the most that its state took
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Round:
     failures: dict[str, str]  # site -> why its reply is not part of the model
     refused: dict[str, str]  # site -> kind of bad reply; the others of `failures` never came
     sites: tuple[SiteRound, ...]
+    virtual: dict[str, Any] | None = None  # simulated sites: the round by their own devices and links
 
     @property
     def site_bytes(self) -> float | None:
@@ -66,6 +71,12 @@ class Run:
     directory: Path
     config: RunConfig
     rounds: tuple[Round, ...]
+    plan: Plan | None = None
+
+    @property
+    def held_share(self) -> float:
+        """Share of the experts that a site holds, mean over the sites."""
+        return mean_residents(self.config, self.plan) / self.config.model.num_experts
 
 
 def load_run(directory: Path) -> Run:
@@ -73,10 +84,10 @@ def load_run(directory: Path) -> Run:
 
     Raises:
         ConfigError: `config.yaml` is missing, empty or not a run's configuration.
-        RunError: `metrics.jsonl` is missing, damaged or without a complete round.
+        RunError: `metrics.jsonl` is missing, damaged or without a complete round; `plan.json` is damaged.
     """
     config = read_config(directory / "config.yaml")
-    return Run(directory, config, read_rounds(directory / "metrics.jsonl", config))
+    return Run(directory, config, read_rounds(directory / "metrics.jsonl", config), load_plan(directory))
 
 
 def read_config(path: Path) -> RunConfig:
@@ -146,4 +157,8 @@ def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass out of a line that may carry more."""
-    return {spec.name: values[spec.name] for spec in dataclasses.fields(kind)}
+    return {
+        spec.name: values[spec.name]
+        for spec in dataclasses.fields(kind)
+        if spec.name in values or spec.default is dataclasses.MISSING
+    }

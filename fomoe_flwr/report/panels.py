@@ -73,7 +73,7 @@ def traffic(axes: Axes, run: Run) -> None:
         _say(axes, "no training round yet")
         return
     ours = max(record.site_bytes or 0 for record in rounds)
-    rivals = compare_strategies(run.config)[1:]
+    rivals = compare_strategies(run.config, run.plan)[1:]
     on_chart = [row for row in rivals if row.site_bytes <= OFF_CHART * ours]
     highest = max([ours, *(row.site_bytes for row in on_chart)])
     factor, unit = byte_unit(highest)
@@ -112,7 +112,7 @@ def resident_share(axes: Axes, run: Run) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     by_site(axes, run, lambda site: site.resident_share)
     if axes.lines:
-        held = run.config.overlap / len(run.config.federation.sites)
+        held = run.held_share
         axes.set_title(f"dotted: share of experts held, {percent(held)}", loc="right", fontsize=10, color=INK)
         axes.axhline(held, color=INK, linestyle=":", linewidth=1.5)
 

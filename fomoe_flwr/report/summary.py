@@ -56,8 +56,11 @@ def setting(config: RunConfig) -> str:
     counts = parameter_counts(model)
     num_sites = len(config.federation.sites)
     steps = config.train.local_steps
-    full = config.overlap == num_sites
-    holders = "all experts at every site" if full else f"each expert at {config.overlap}"
+    if config.strategy.placement == "planned":
+        holders = "experts as planned"
+    else:
+        full = config.overlap == num_sites
+        holders = "all experts at every site" if full else f"each expert at {config.overlap}"
     parts = (
         f"{model.name}: {count(counts.total)} parameters, {100 * counts.experts / counts.total:.0f} % in experts",
         f"{num_sites} {'site' if num_sites == 1 else 'sites'}, {holders}",

@@ -43,7 +43,7 @@ def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what depends on the clock."""
     kept = []
     for line in lines:
-        line = {key: value for key, value in line.items() if key not in ("seconds", "deadline_s")}
+        line = {key: value for key, value in line.items() if key not in ("seconds", "deadline_s", "virtual")}
         line["sites"] = [
             {k: v for k, v in site.items() if k != "tokens_per_second"} for site in line["sites"]
         ]

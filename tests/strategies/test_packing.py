@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fomoe_flwr import residual
 from fomoe_flwr.model.names import MOMENTS, expert_of, moment_name
 from fomoe_flwr.outer import with_moments
 from fomoe_flwr.placement import draw_placement, full_residents
-from fomoe_flwr.wire import decode, encode, tensor_digest
+from fomoe_flwr.wire import decode, encode, from_blobs, tensor_digest
 from strategies.packing import Shards, group_names
 
 LAYERS = 2
@@ -135,3 +136,42 @@ def test_bundles_have_the_wires_dtype() -> None:
     state = {"model.norm.weight": torch.tensor([1.0, 2.0])}
     shards = Shards(state, [[]], [0], torch.bfloat16)
     assert shards.arrays(0)["dense"].data == encode(state, torch.bfloat16)
+
+
+def projections(num_experts: int) -> dict[str, Tensor]:
+    """As `state_of`, with tensors large enough for residuals."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(40, 50, generator=generator) for name in state_of(num_experts)}
+
+
+def test_a_moved_expert_is_a_residual_for_its_new_holder_and_whole_for_the_others() -> None:
+    state = projections(4)
+    residents = [[[0, 1], [2]], [[1, 2], [2, 3]]]
+    moved = [[[], []], [[1], [3]]]
+    shards = Shards(state, residents, [0, 1], torch.float32, moved, ratio=50)
+    plain = Shards(state, residents, [0, 1], torch.float32)
+    assert shards.digests[0] == plain.digests[0]  # a holder's own expert is never approximated
+    at_new = from_blobs(array.data for array in shards.arrays(1).values())
+    arrived = residual.unpack(at_new, {})
+    for name, tensor in arrived.items():
+        assert shards.digests[1][name] == tensor_digest(tensor, torch.float32)
+        changed = expert_of(name) in ((0, 1), (1, 3))
+        assert torch.equal(tensor, state[name]) != changed, name
+    assert set(arrived) == set(plain.digests[1])
+    assert shards.moves.experts == 2
+    assert shards.moves.tensors == 4
+    assert shards.moves.bytes_full == 4 * 2000 * 4
+    assert shards.moves.bytes_sent <= shards.moves.bytes_full / 50
+    assert shards.moves.bytes_shared == 4 * 2000 * 4  # two layers, two projections
+    assert 0.9 < shards.moves.error < 1  # noise has nothing in common with a mean
+
+
+def test_without_moves_nothing_changes() -> None:
+    state, residents = projections(4), [[[0, 1], [2]], [[1, 2], [2, 3]]]
+    nothing = [[[], []], [[], []]]
+    moved, plain = (
+        Shards(state, residents, [0, 1], torch.float32, nothing, 50),
+        Shards(state, residents, [0, 1], torch.float32),
+    )
+    assert moved.digests == plain.digests
+    assert [a.data for a in moved.arrays(0).values()] == [a.data for a in plain.arrays(0).values()]
