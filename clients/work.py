@@ -53,7 +53,7 @@ def _trained(task: SiteTask, outcome: Outcome) -> Answer:
         "new_experts": outcome.new_experts,
     }
     facts = _facts(task, outcome.start) | {
-        "expert-tokens": json.dumps(report.expert_tokens),
+        "router-load": json.dumps(report.load_LE),
         "bundle-digests": json.dumps(bundle_digests(blobs)),
     }
     return Answer(blobs, metrics, facts)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.names import expert_name
 from fomoe_flwr.model.scaling import lr_multiplier
 from fomoe_flwr.model.transformer import Losses, NamedView, Transformer, named_views
 
@@ -45,7 +44,7 @@ class TrainReport(NamedTuple):
     tokens: int
     seconds: float
     resident_share: float  # share of the router's assignments that hit a resident
-    expert_tokens: dict[str, int]  # assignments each resident expert got, by its up-projection's name
+    load_LE: list[list[int]]  # assignments of the router to each expert of each layer, ghosts too
 
 
 def resolve_device(device: str) -> str:
@@ -271,15 +270,16 @@ def _finish(module: Transformer, losses: _Losses, tokens: int) -> TrainReport:
     seconds = time.perf_counter() - losses.started
     if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
         raise FloatingPointError(f"training loss is {mean_loss} after {losses.steps} steps; lower train.lr")
-    expert_tokens, resident, assigned = {}, 0, 0
-    for layer, moe in enumerate(module.moe_layers):
-        load_C = moe.gate.load_C.tolist()
-        assigned += int(sum(load_C))
-        for slot, load in zip(moe.slots, load_C, strict=True):
-            if slot < len(moe.resident_experts):
-                expert_tokens[expert_name(layer, moe.resident_experts[slot], "up_proj")] = int(load)
-                resident += int(load)
-    return TrainReport(mean_loss, tokens, seconds, resident / assigned if assigned else 1.0, expert_tokens)
+    load_LE, resident, assigned = [], 0, 0
+    for moe in module.moe_layers:
+        load_C = [int(load) for load in moe.gate.load_C.tolist()]
+        load_E = [0] * moe.num_experts
+        for expert, load in zip(moe.candidates, load_C, strict=True):
+            load_E[expert] = load
+        load_LE.append(load_E)
+        assigned += sum(load_E)
+        resident += sum(load_E[expert] for expert in moe.resident_experts)
+    return TrainReport(mean_loss, tokens, seconds, resident / assigned if assigned else 1.0, load_LE)
 
 
 @torch.no_grad()

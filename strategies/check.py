@@ -11,16 +11,21 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Size, Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import blobs_of, bundle_digests, record_in
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.names import MOMENTS, expert_name, expert_of
+from fomoe_flwr.model.names import MOMENTS
 from strategies.round import SiteResult
+
+T = TypeVar("T")
 
 
 class Refused(WireError):
@@ -39,6 +44,7 @@ class Expected:
         digests: of each tensor it was sent (`wire.tensor_digest`), by name.
         tokens: that its round has at the most.
         top_k: experts a token chooses in a layer.
+        load_shape: layers, experts of a layer.
         dtype: of every tensor on the wire.
     """
 
@@ -50,6 +56,7 @@ class Expected:
     dtype: torch.dtype
     tokens: int
     top_k: int
+    load_shape: tuple[int, int]  # layers, experts of a layer
     pace: float = 1.0  # by which its update's norm is multiplied before it is held against the others'
 
     def start_digests(self) -> bytes:
@@ -109,7 +116,7 @@ def check_reply(
         raise Refused("damaged", f"the reply has no ArrayRecord {arrays_key!r}")
     try:
         blobs = blobs_of(arrays)
-        if _json(facts, "bundle-digests") != bundle_digests(blobs):
+        if _json(facts, "bundle-digests", dict) != bundle_digests(blobs):
             raise Refused("digest", "its bundles are not those whose SHA-256 it names")
         named = wire.from_blobs(blobs.values())
     except Refused:
@@ -135,7 +142,7 @@ def check_reply(
         resident_share=number(metrics, "resident_share"),
         seconds=seconds,
         memory_bytes=number(metrics, "memory_bytes"),
-        expert_tokens=_expert_tokens(facts, expected),
+        load_LE=_router_load(facts, expected),
     )
     return result, norms
 
@@ -234,23 +241,32 @@ def number(metrics: MetricRecord, key: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _expert_tokens(facts: ConfigRecord, expected: Expected) -> dict[str, int]:
-    tokens: dict[str, int] = {}
+def _router_load(facts: ConfigRecord, expected: Expected) -> NDArray[np.int64]:
+    """How often the site's router chose each expert; zeros where a ClientApp of another make does not say."""
+    reported = _json(facts, "router-load", list)
+    if not reported:
+        return np.zeros(expected.load_shape, dtype=np.int64)
     most = expected.tokens * expected.top_k
-    for name, count in _json(facts, "expert-tokens").items():
-        expert = expert_of(name)
-        known = expert is not None and expert_name(*expert, "up_proj") == name and name in expected.digests
-        if not known or not isinstance(count, int) or not 0 <= count <= most:
-            raise Refused("weight", f"expert-tokens {name[:100]}={count!r}: not an expert's tokens here")
-        tokens[name] = count
-    return tokens
-
-
-def _json(facts: ConfigRecord, key: str) -> dict[str, object]:
     try:
-        table = json.loads(str(facts.get(key, "{}")))
+        load_LE = np.array(reported)
+        good = load_LE.shape == expected.load_shape and load_LE.dtype.kind == "i"
+    except ValueError:  # rows of different lengths
+        good = False
+    if not good or load_LE.min() < 0 or load_LE.sum(axis=1).max() > most:
+        raise Refused(
+            "weight", f"router-load: not at most {most} choices in each of {expected.load_shape[0]} layers"
+        )
+    return load_LE.astype(np.int64)
+
+
+def _json(facts: ConfigRecord, key: str, kind: type[T]) -> T:
+    """What a fact holds, empty where it is missing."""
+    if key not in facts:
+        return kind()
+    try:
+        value = json.loads(str(facts[key]))
     except (ValueError, RecursionError) as error:
         raise Refused("damaged", f"{key}: not JSON") from error
-    if not isinstance(table, dict):
-        raise Refused("damaged", f"{key}: not a table")
-    return table
+    if not isinstance(value, kind):
+        raise Refused("damaged", f"{key}: not a {kind.__name__}")
+    return value

@@ -10,7 +10,7 @@ import numpy as np
 
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.names import expert_name, expert_of, is_moment
+from fomoe_flwr.model.names import expert_of, is_moment
 from fomoe_flwr.outer import OuterOptimizer, RunningMean
 from strategies.inbox import Inbox
 from strategies.round import Round, SiteResult
@@ -80,4 +80,4 @@ def _weight(result: SiteResult, weighting: str, nominal: int, name: str) -> floa
     expert = expert_of(name)
     if expert is None or weighting == "tokens":
         return result.tokens / nominal
-    return result.expert_tokens.get(expert_name(*expert, "up_proj"), 0) / nominal
+    return float(result.load_LE[expert]) / nominal

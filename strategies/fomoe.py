@@ -25,11 +25,12 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.model.names import is_moment
 from fomoe_flwr.outer import OuterOptimizer, with_moments
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, moves
 from fomoe_flwr.plan.planner import Plan, make_plan, plan_placement
+from fomoe_flwr.plan.replan import replan
 from fomoe_flwr.task import make_task
 from strategies.check import Expected, number
 from strategies.commit import commit, updated_experts
@@ -105,6 +106,8 @@ class FoMoE(Strategy):
         self.config, self.run, self.run_dir, self.site_names = config, run, run_dir, site_names
         self.observer = observer or RoundObserver()
         self.plan = plan or make_plan(config)
+        self._planned = plan_placement(config, self.plan)  # with strategy.placement=planned
+        self._others: list[int] = []  # sites of the round before, where they are not the plan's
         self.fraction_train = given(fraction_train, settings.fraction_train)
         self.fraction_evaluate = given(fraction_evaluate, settings.fraction_evaluate)
         self.min_train_nodes = int(given(min_train_nodes, settings.min_train_nodes))
@@ -162,6 +165,9 @@ class FoMoE(Strategy):
             self._norms.extend(memory["norms"])
             self.ledger.load(memory["experts"])
             self._discarded = int(memory["discarded"])
+            if memory["plan"] is not None:
+                self.plan = Plan.from_dict(memory["plan"])
+                self._planned = from_residents(memory["placement"], self.config.model.num_experts)
             self._before = from_residents(memory["placement"], self.config.model.num_experts)
 
     def memory(self) -> dict[str, Any]:
@@ -171,6 +177,7 @@ class FoMoE(Strategy):
             "norms": list(self._norms),
             "experts": self.ledger.table(self.round.number),
             "discarded": self._discarded,
+            "plan": self.plan.to_dict() if self.config.strategy.placement == "planned" else None,
             "placement": [self.round.placement.residents(site) for site in range(len(self.site_names))],
         }
 
@@ -191,7 +198,7 @@ class FoMoE(Strategy):
         """Which site holds what in a round (counted from 1), if all are there."""
         config, strategy = self.config, self.config.strategy
         if strategy.placement == "planned":
-            return plan_placement(config, self.plan)
+            return self._planned
         draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
         return draw_placement(
             len(self.site_names),
@@ -238,9 +245,14 @@ class FoMoE(Strategy):
             self.load(wire.named_from_flower(arrays))
         alive = self._connected(grid)
         placement = self.placement(server_round)
-        if self.ledger.look(placement, alive) and self.config.strategy.placement == "random":
+        orphans = self.ledger.look(placement, alive)
+        if orphans and self.config.strategy.placement == "random":
             placement = adopt(placement, alive)
             log.info("round %d: they are given to other sites while theirs are away", server_round)
+        if self.config.strategy.placement == "planned":
+            self._replan(server_round, alive, at_once=bool(orphans))
+            placement = self.placement(server_round)
+            alive = [site for site in alive if self.plan.sites[site].experts_per_layer]
         self._before = self.round.placement if self.round.number else self._before
         # The round's clock starts when there are sites to ask.
         self.round = Round(server_round, placement, deadline_s=self._deadline.seconds())
@@ -342,6 +354,25 @@ class FoMoE(Strategy):
         self._gathered = True
         return connected
 
+    def _replan(self, round_: int, alive: list[int], at_once: bool) -> None:
+        """A plan for the sites that are there, once the same ones are there for the second time.
+
+        A site that misses one round is no reason to move experts; experts that nobody holds are.
+        """
+        planned = [index for index, site in enumerate(self.plan.sites) if site.experts_per_layer]
+        again, self._others = alive == self._others, alive
+        if alive == planned or not (again or at_once):
+            return
+        rounds_left = max(self.config.train.rounds - round_ + 1, 1)
+        try:
+            new = replan(self.config, self.plan, self._planned, alive, rounds_left)
+        except ConfigError as error:
+            log.warning("round %d: the plan stays as it is: %s", round_, error)
+            return
+        if new is not None:
+            self.plan, self._planned = new.plan, new.placement
+            log.info("round %d: a new plan for %d sites, %d experts move", round_, len(alive), new.moved)
+
     @staticmethod
     def _sample_size(sites: int, fraction: float, minimum: int) -> int:
         return min(sites, max(int(sites * fraction), minimum))
@@ -377,6 +408,7 @@ class FoMoE(Strategy):
                 shapes=shapes,
                 dtype=dtype,
                 tokens=self.plan.sites[site].tokens,
+                load_shape=(self.config.model.num_layers, self.config.model.num_experts),
                 pace=self.config.train.local_steps / self.plan.sites[site].local_steps,
                 top_k=self.config.model.top_k,
             )
@@ -476,7 +508,8 @@ class FoMoE(Strategy):
         commit(current, self.outer, self._inbox, self.config, updated, steps)
         for site, result in current.results.items():
             self.counted[self.site_names[site]] = current.number
-            self.ledger.record(current.number, updated, result.expert_tokens)
+            held_LE = current.placement.holds_LEM[:, :, site]
+            self.ledger.record(current.number, updated, result.load_LE * held_LE)
             self._norms.append(current.norms[site])
 
     def _below_quorum(self) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_flwr.model.names import expert_of
 from fomoe_flwr.placement import Placement
 
 log = logging.getLogger("fomoe")
@@ -43,13 +42,11 @@ class ExpertLedger:
         self._orphans = set(orphans)
         return orphans
 
-    def record(self, round_: int, experts: Iterable[tuple[int, int]], tokens: Mapping[str, int]) -> None:
-        """These experts were updated in a round; tokens by the expert's up-projection's name."""
+    def record(self, round_: int, experts: Iterable[tuple[int, int]], tokens_LE: NDArray[np.int64]) -> None:
+        """These experts were updated in a round, and so many tokens came to them at a site."""
         for layer, expert in experts:
             self.updated_LE[layer, expert] = round_
-        for name, count in tokens.items():
-            if (found := expert_of(name)) is not None:
-                self.tokens_LE[found] += count
+        self.tokens_LE += tokens_LE
 
     def summary(self, round_: int) -> dict[str, Any]:
         """For a line of metrics: the extremes, and who is orphaned."""

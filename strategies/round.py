@@ -6,6 +6,9 @@ import logging
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fomoe_flwr import wire
 from fomoe_flwr.placement import Placement
 from strategies.packing import MoveFigures
@@ -24,7 +27,7 @@ class SiteResult:
     resident_share: float
     seconds: float
     memory_bytes: float  # the most that its state took; 0: not said
-    expert_tokens: dict[str, int]  # assignments by the expert's up-projection's name
+    load_LE: NDArray[np.int64] = field(compare=False)  # the router's choices, ghosts too
 
 
 @dataclass

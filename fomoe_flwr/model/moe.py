@@ -119,13 +119,13 @@ class MoE(nn.Module):
     def __init__(self, model: ModelConfig, residents: Sequence[int], routing: str) -> None:
         super().__init__()
         num_candidates = model.num_experts if routing == "skip" else len(residents)
-        self.resident_experts = list(residents)
+        self.num_experts, self.resident_experts = model.num_experts, list(residents)
         self.gate = Router(model, num_candidates)
         self.experts = Experts(model, len(residents))
         self.shared_experts = SharedExperts(model) if model.num_shared_experts else None
-        candidates = list(range(model.num_experts)) if routing == "skip" else self.resident_experts
+        self.candidates = list(range(model.num_experts)) if routing == "skip" else self.resident_experts
         slots = {expert: slot for slot, expert in enumerate(residents)}
-        self.slots = [slots.get(expert, len(residents)) for expert in candidates]
+        self.slots = [slots.get(expert, len(residents)) for expert in self.candidates]
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
 
     def reset_buffers(self) -> None:

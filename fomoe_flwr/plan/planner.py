@@ -70,7 +70,7 @@ def make_plan(config: RunConfig, policy: str | None = None) -> Plan:
     sites = plan_sites(config)
     options = site_options(config, sites, token_cost(config))
     if policy == "solver":
-        choice = solve(options, _target(config, options), config.plan.holders)
+        choice = solve(options, useful_target(config, options), config.plan.holders)
         residents_M, steps_M = choice.residents_M, choice.steps_M
     else:
         residents_M = _equal(config, options) if policy == "equal" else _by_memory(config, options, sites)
@@ -159,9 +159,9 @@ def describe(
     return Plan(policy, tuple(planned), round_s, tokens, tokens / round_s, useful / round_s)
 
 
-def _target(config: RunConfig, options: Options) -> float:
-    """The useful work of a round with local_steps at each site and each expert on `overlap` of them."""
-    share = config.overlap / len(options.step_tokens_M)
+def useful_target(config: RunConfig, options: Options) -> float:
+    """The useful work of a round with local_steps at each of these sites and each expert on `overlap` of all."""
+    share = config.overlap / len(config.federation.sites)
     worth = 1 - config.plan.skip_price * (1 - share)
     return float(config.train.local_steps * options.step_tokens_M.sum() * worth)
 

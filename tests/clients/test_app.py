@@ -14,7 +14,6 @@ from clients.app import app
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, WireError
-from fomoe_flwr.model.names import expert_of
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.task import make_task
 from strategies.fomoe import FoMoE
@@ -64,13 +63,13 @@ def test_train_answers_with_the_pseudo_gradient_of_what_the_site_holds(ask: Ask,
     train = config.train
     assert metrics["num-examples"] == train.local_steps * train.batch_size * train.seq_len
     assert 0 < metrics["resident_share"] < 1
-    tokens = json.loads(content["config"]["expert-tokens"])
-    held = {(layer, expert) for layer, experts in enumerate(residents) for expert in experts}
-    assert {expert_of(name) for name in tokens} == held
+    load_LE = json.loads(content["config"]["router-load"])
+    resident = sum(load_LE[layer][expert] for layer, experts in enumerate(residents) for expert in experts)
     assigned = (
         train.local_steps * train.batch_size * train.seq_len * config.model.top_k * config.model.num_layers
     )
-    assert sum(tokens.values()) == pytest.approx(metrics["resident_share"] * assigned)
+    assert sum(map(sum, load_LE)) == assigned
+    assert resident == pytest.approx(metrics["resident_share"] * assigned)
 
 
 def test_a_pseudo_gradient_is_a_descent_direction(ask: Ask, small: Compose) -> None:

@@ -43,7 +43,9 @@ def committed(
         inbox.put(
             site, ArrayRecord(to_arrays("all", reply(site), torch.float32)), MetricRecord(), ConfigRecord()
         )
-        current.results[site] = SiteResult(str(site), 100 + site, 0.0, 0.0, 1.0, 1.0, 0.0, {SHARED: site})
+        current.results[site] = SiteResult(
+            str(site), 100 + site, 0.0, 0.0, 1.0, 1.0, 0.0, np.array([[site, 0, 0]])
+        )
     state = {name: torch.zeros(40) for name in (DENSE, SHARED, FIRST, SECOND)}
     outer = OuterOptimizer(state, config.strategy, config.model, config.train)
     updated = updated_experts(current, 0.5) if updated is None else updated

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 
-from fomoe_flwr.model.names import expert_name
 from fomoe_flwr.placement import Placement
 from strategies.ledger import ExpertLedger
 
@@ -30,9 +29,9 @@ def test_an_orphan_is_said_when_it_becomes_one_and_when_it_is_over(caplog) -> No
 def test_ages_tokens_and_holders() -> None:
     ledger = ExpertLedger(1, 3)
     ledger.look(PLACEMENT, [0, 1])
-    ledger.record(1, [(0, 0), (0, 1), (0, 2)], {expert_name(0, 1, "up_proj"): 5})
+    ledger.record(1, [(0, 0), (0, 1), (0, 2)], np.array([[0, 5, 0]]))
     ledger.look(PLACEMENT, [0])
-    ledger.record(3, [(0, 0), (0, 1)], {expert_name(0, 1, "up_proj"): 2, expert_name(0, 0, "up_proj"): 1})
+    ledger.record(3, [(0, 0), (0, 1)], np.array([[1, 2, 0]]))
     assert ledger.table(4) == {
         "round": 4,
         "rounds_since_update": [[1, 1, 3]],
@@ -52,6 +51,6 @@ def test_ages_tokens_and_holders() -> None:
 def test_it_survives_a_checkpoint() -> None:
     ledger, loaded = ExpertLedger(1, 3), ExpertLedger(1, 3)
     ledger.look(PLACEMENT, [0])
-    ledger.record(2, [(0, 0)], {expert_name(0, 0, "up_proj"): 9})
+    ledger.record(2, [(0, 0)], np.array([[9, 0, 0]]))
     loaded.load(json.loads(json.dumps(ledger.table(2))))
     assert loaded.table(5) == ledger.table(5)

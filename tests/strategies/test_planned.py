@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fomoe_flwr.report.reality import compare, notes
 from fomoe_flwr.task import SiteTask
 from strategies.commit import step_scales
 from strategies.fomoe import FoMoE
+from strategies.local_grid import LocalGrid
 from strategies.round import SiteResult
 from tests.conftest import Compose
 from tests.strategies.helpers import answering, metrics, run, without_times
@@ -44,7 +46,7 @@ EXACT = ("strategy.outer=average", "strategy.wire_dtype=fp32", "strategy.norm_bo
 
 
 def result(tokens: int) -> SiteResult:
-    return SiteResult("x", tokens, 0.0, 0.0, 1.0, 1.0, 0.0, {})
+    return SiteResult("x", tokens, 0.0, 0.0, 1.0, 1.0, 0.0, np.zeros((1, 1), dtype=np.int64))
 
 
 def test_equal_steps_are_not_scaled_at_all() -> None:
@@ -224,3 +226,36 @@ def test_residual_moves_survive_a_resume(small: Compose, tmp_path: Path) -> None
     run(composed("parts-run", "train.rounds=3", f"resume={tmp_path / 'parts-run'}"))
     whole, parts = (without_times(metrics(tmp_path / name)) for name in ("whole-run", "parts-run"))
     assert whole[1:] == parts[1:]
+
+
+class BigLeaves(LocalGrid):
+    """The first node is gone once round 3 has begun."""
+
+    gone = False
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        self.gone = self.gone or any(message.metadata.group_id == "2" for message in messages)
+        return ids
+
+    def get_node_ids(self):
+        return [node for node in super().get_node_ids() if not (self.gone and node == 100)]
+
+
+def test_when_a_site_leaves_the_others_take_its_experts(small: Compose) -> None:
+    sites = SITES.replace("0.0007", "0.002").replace("0.0005", "0.002")
+    composed = small(*PLANNED, sites, "train.rounds=5", "plan.skip_price=0", "checkpoint.keep=5")
+    run(composed, grid_type=BigLeaves)
+    lines = metrics(composed.run_dir)
+    assert [len(line["sites"]) for line in lines[1:]] == [3, 3, 2, 2, 2]
+    assert lines[-1]["committed"]
+    assert lines[-1]["experts"]["num_orphaned"] == 0
+    ledger = json.loads((composed.run_dir / "experts.json").read_text())
+    assert np.array(ledger["rounds_since_update"]).max() == 0  # all experts learn again
+    before, after = (
+        read_checkpoint(checkpoint_path(composed.run_dir, number)).manifest["placement"] for number in (2, 5)
+    )
+    assert before["big"][0]
+    assert not any(after["big"])
+    assert {expert for name in ("lab", "desk") for expert in after[name][0]} == set(range(8))
