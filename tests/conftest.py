@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +51,15 @@ SMALL_TRAIN = (
     "train.rounds=2",
     "train.warmup_steps=4",
     "train.eval_batches=2",
+    "train.final_eval_batches=1",
     "train.device=cpu",
 )
+
+
+# Whoever starts the suite in the background has it inherit that Ctrl-C is ignored, and all processes that it starts;
+# some tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,3 +162,18 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     (tmp_path / "round_00001.safetensors").write_bytes(b"\x10garbage")
     with pytest.raises(CheckpointError, match=r"round_00001.safetensors is damaged"):
         load_state(tmp_path, after=1, position=0)
+
+
+def test_reading_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    """safetensors 0.8 keeps two objects for each tensor that its safe_open reads: 64 sites felt it in 300 rounds."""
+    moments = {f"{index}.weight": Moments(torch.ones(2), torch.ones(2), 1, 0) for index in range(50)}
+    save_state(tmp_path, SiteState(1, 10, moments, 5), after=0, checkpoint_every=1, keep=3)
+
+    def blocks_after(times: int) -> int:
+        for _ in range(times):
+            load_state(tmp_path, after=1, position=0)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks_after(5)
+    assert blocks_after(20) - before < 20 * len(moments)
