@@ -1,4 +1,4 @@
-"""The console command: `fomoe train [overrides]`, `fomoe report DIR`, and `fomoe server`, `site`, `submit`.
+"""The console command: `fomoe train [overrides]`, `fomoe plan`, `fomoe report DIR`, and `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
 """
@@ -31,11 +31,11 @@ from fomoe_flwr.compose import (
 from fomoe_flwr.console import setup_logging
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.report import report
-from fomoe_flwr.resume import resumed_overrides
 
 USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train model=tiny strategy.overlap=2
        fomoe train -m OVERRIDE ...    a run for each combination, e.g. strategy.overlap=1,2,4
        fomoe train --cfg job          show the configuration (Hydra's other flags work too)
+       fomoe plan [OVERRIDE ...]      what a run would cost each site, and advice (--help: pictures, JSON)
        fomoe report DIR               tables and picture of a run, or the table of a sweep
        fomoe server [OPTION ...]      Flower's SuperLink, with flower-superlink's options
        fomoe site --superlink HOST:PORT --name NAME ...    a site of a federation (--help: its options)
@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         match arguments:
             case ["train", *overrides]:
                 train(overrides)
+            case ["plan", *options]:
+                from fomoe_flwr.plan.command import plan
+
+                plan(options)
             case ["report", directory]:
                 report(Path(directory), Console())
             case ["server", *options]:
@@ -75,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FomoeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr, flush=True)
         # Not sys.exit: it would wait for a thread of Flower's engine that may wait for a site that is gone.
@@ -83,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(arguments: Sequence[str]) -> None:
     """Check the configuration (each job's of a multirun), then let Hydra run it."""
-    from strategies.server import check_unused  # Flower takes seconds to import: not for --help
+    # PyTorch and Flower take seconds to import: not for --help, not for a plan.
+    from fomoe_flwr.resume import resumed_overrides
+    from strategies.server import check_unused
 
     flags = [item for item in arguments if item.startswith("-")]
     overrides = rewrite_federation_file([item for item in arguments if not item.startswith("-")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 NONE = "-"  # a value that was not measured
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_BITS = ((1e12, "Tbit/s"), (1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s"), (1.0, "bit/s"))
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 # B for billion, as is usual for tokens and parameters.
 _COUNT = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 
@@ -53,6 +55,20 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def time_span(seconds: float) -> str:
+    """0.0129 -> `12.9 ms`, 3.7 -> `3.70 s`; from a minute on as `duration`."""
+    if seconds >= 59.95:
+        return duration(seconds)
+    size, name = next((unit for unit in _SECONDS if seconds >= unit[0]), _SECONDS[-1])
+    return f"{_digits(seconds / size)} {name}"
+
+
+def in_bits(bytes_per_s: float) -> str:
+    """6_250_000 bytes a second -> `50.0 Mbit/s`."""
+    size, name = next((unit for unit in _BITS if 8 * bytes_per_s >= unit[0]), _BITS[-1])
+    return f"{_digits(8 * bytes_per_s / size)} {name}"
 
 
 def _digits(value: float) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.plan.system import expert_work, token_flops
+
+if TYPE_CHECKING:
+    from fomoe_flwr.report.load import Run
 
 DISTINCT = 0.05  # spread in expert work from which on two unknowns can be told apart
 
@@ -58,10 +62,10 @@ def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     Raises:
         ConfigError: see `token_cost`.
     """
-    from fomoe_flwr.report.load import load_run  # the report reads plans, too
-
+    path = Path(directory).expanduser()
+    metrics = path / "metrics.jsonl"
     try:
-        run = load_run(Path(directory).expanduser())
+        run = _load(path, metrics.stat().st_mtime_ns if metrics.exists() else 0)
     except FomoeError as error:
         raise ConfigError(f"plan.measured={directory}: {error}") from error
     for key in ("d_model", "num_layers", "num_experts", "d_expert", "top_k", "vocab_size"):
@@ -91,6 +95,14 @@ def measured_cost(config: RunConfig, directory: str) -> TokenCost:
         ]
     )
     return _fit(seconds_M, work_M, modelled_cost(dataclasses.replace(config, model=model)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(directory: Path, written: int) -> Run:
+    """The run as it was `written`; a plan and its rivals ask for the same one a dozen times."""
+    from fomoe_flwr.report.load import load_run  # the report reads plans, too
+
+    return load_run(directory)
 
 
 def _fit(seconds_M: np.ndarray, work_M: np.ndarray, modelled: TokenCost) -> TokenCost:

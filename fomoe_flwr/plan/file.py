@@ -30,8 +30,9 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
         saved = _read(path)
         if saved["request"] == request:
             return Plan.from_dict(saved["plan"])
-    plan = make_plan(config)
-    content = {"plan": plan.to_dict(), "token_cost_s": token_cost(config)._asdict(), "request": request}
+    cost = token_cost(config)
+    plan = make_plan(config, cost=cost)
+    content = {"plan": plan.to_dict(), "token_cost_s": cost._asdict(), "request": request}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     return plan
 

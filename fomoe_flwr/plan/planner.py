@@ -56,11 +56,12 @@ class Plan:
         return cls(**{**values, "sites": sites})
 
 
-def make_plan(config: RunConfig, policy: str | None = None) -> Plan:
+def make_plan(config: RunConfig, policy: str | None = None, cost: TokenCost | None = None) -> Plan:
     """The plan of the run that this configuration describes.
 
     Args:
         policy: another one than the configuration's.
+        cost: `token_cost` of the configuration, for who has it already (it may have to read a run).
 
     Raises:
         ConfigError: a site on which no expert fits, or which constraint cannot be met.
@@ -68,7 +69,7 @@ def make_plan(config: RunConfig, policy: str | None = None) -> Plan:
     if policy is None:
         policy = config.plan.policy if config.strategy.placement == "planned" else "equal"
     sites = plan_sites(config)
-    options = site_options(config, sites, token_cost(config))
+    options = site_options(config, sites, cost or token_cost(config))
     if policy == "solver":
         choice = solve(options, useful_target(config, options), config.plan.holders)
         residents_M, steps_M = choice.residents_M, choice.steps_M

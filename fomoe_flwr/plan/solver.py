@@ -20,7 +20,7 @@ from fomoe_flwr.placement import Placement
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_HALVINGS = 80
+_PRECISION = 1e-12  # of the round time that is searched for; `finish_s` then says it exactly
 _SLACK = 1e-9  # of a step: so much rounding does not cost a site its last step
 
 
@@ -88,7 +88,7 @@ def solve(options: Options, target: float, holders: int) -> Choice:
             f"plan.max_steps_ratio: with {options.max_steps} local steps at each site a round does the work of "
             f"{reachable:.0f} tokens, {target:.0f} are wanted"
         )
-    for _ in range(_HALVINGS):
+    while enough - too_short > _PRECISION * enough:
         middle = (too_short + enough) / 2
         tried = _best(options, middle, needed)
         if tried is not None and useful_tokens(options, *tried) >= target * (1 - 1e-12):
@@ -119,22 +119,26 @@ def _best(options: Options, round_s: float, needed: int) -> tuple[Ints, Ints] | 
 
 def _best_covering(useful_MR: Floats, needed: int) -> Ints | None:
     """The columns of greatest sum with at least `needed` residents together: a knapsack, exact."""
-    num_sites, num_experts = useful_MR.shape
+    num_sites = len(useful_MR)
     # value_C[c]: the best of the sites so far with c residents together, c = needed meaning that or more.
     value_C = np.full(needed + 1, -np.inf)
     value_C[0] = 0.0
     came_from = np.zeros((num_sites, needed + 1), dtype=np.int64)
     chosen = np.zeros((num_sites, needed + 1), dtype=np.int64)
-    residents_R = np.arange(1, num_experts + 1)
+    at_C = np.arange(needed + 1)
     for site in range(num_sites):
-        reached_RC = np.minimum(np.arange(needed + 1)[None, :] + residents_R[:, None], needed)
-        sums_RC = useful_MR[site][:, None] + value_C[None, :]
-        order = np.argsort(sums_RC, axis=None, kind="stable")  # the last write of a cell is its greatest
         next_C = np.full(needed + 1, -np.inf)
-        cells = reached_RC.ravel()[order]
-        next_C[cells] = sums_RC.ravel()[order]
-        came_from[site, cells] = order % (needed + 1)
-        chosen[site, cells] = order // (needed + 1)
+        for column in np.flatnonzero(np.isfinite(useful_MR[site])):
+            step = min(int(column) + 1, needed)
+            # c - step residents before; for the last cell the best of all that reach it.
+            from_C = at_C - step
+            from_C[needed] = needed - step + int(value_C[needed - step :].argmax())
+            sums_C = np.full(needed + 1, -np.inf)
+            sums_C[step:] = value_C[from_C[step:]] + useful_MR[site, column]
+            better_C = sums_C > next_C
+            next_C[better_C] = sums_C[better_C]
+            came_from[site, better_C] = from_C[better_C]
+            chosen[site, better_C] = column
         value_C = next_C
     if np.isneginf(value_C[needed]):
         return None

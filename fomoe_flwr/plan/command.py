@@ -1,0 +1,183 @@
+"""`fomoe plan`: what a run would cost, before anything is trained, downloaded or asked over a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.plan.advice import advise
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.plan.show import Outlook, as_json, finite, show
+from fomoe_flwr.plan.sites import plan_sites
+from fomoe_flwr.plan.strategies import compare
+
+T = TypeVar("T")
+
+USAGE = """usage: fomoe plan [OVERRIDE ...] [--json] [--picture FILE.png]    what a run would cost, with advice
+       fomoe plan figure=8|9|10 [--json] [--picture FILE.png]    a figure of FoMoE's paper, by formula
+       fomoe plan sweep=sites [--json] [--picture FILE.png]      strategies against sites and bandwidth
+OVERRIDE: as for fomoe train. Sites and their links: federation=FILE.yaml; what is assumed: plan.*"""
+
+DRAWINGS = {"figure": ("8", "9", "10"), "sweep": ("sites",)}
+
+
+@dataclass(frozen=True)
+class _Request:
+    overrides: list[str]
+    as_json: bool
+    picture: Path | None
+    drawing: tuple[str, str] | None  # ("figure", "8") or ("sweep", "sites")
+
+
+def plan(arguments: Sequence[str], console: Console | None = None) -> None:
+    """The command.
+
+    Raises:
+        ConfigError: one line with what cannot be.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    request = _parse(arguments)
+    console = console or Console()
+    if request.drawing is not None:
+        _draw(*request.drawing, request, console)
+    else:
+        _plan(request, console)
+
+
+def look_ahead(config: RunConfig) -> Outlook:
+    """The plan of a configuration, its rivals and the advice.
+
+    Raises:
+        ConfigError: a site on which no expert fits, or which constraint cannot be met.
+    """
+    sites, made = plan_sites(config), make_plan(config)
+    return Outlook(config, sites, made, compare(config, made, sites), advise(config, made, sites))
+
+
+def _plan(request: _Request, console: Console) -> None:
+    config = _compose(request.overrides)
+    outlook = look_ahead(config)
+    if request.picture is not None:
+        from fomoe_flwr.plan.picture import draw  # matplotlib takes a second to import
+
+        _written(request.picture, lambda path: draw(path, outlook))
+    if request.as_json:
+        _print_json({**as_json(outlook), **_where(request.picture)})
+        return
+    show(outlook, console)
+    if request.picture is not None:
+        console.print(f"picture: {request.picture}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _compose(overrides: Sequence[str]) -> RunConfig:
+    if any(item.startswith("resume=") for item in overrides):
+        from fomoe_flwr.resume import resumed_overrides  # PyTorch
+
+        overrides = resumed_overrides(overrides)
+    return compose(overrides).config
+
+
+def _draw(kind: str, which: str, request: _Request, console: Console) -> None:
+    """A figure of the paper, or the sweep over sites; both come with their own models and links."""
+    from fomoe_flwr.plan import figures
+
+    if request.overrides:
+        raise ConfigError(
+            f"{request.overrides[0]}: {kind}={which} draws what it always draws, without overrides"
+        )
+    drawings: dict[str, Callable[[Path], Sequence[Any]]] = {
+        "8": figures.figure_8,
+        "9": figures.figure_9,
+        "10": figures.figure_10,
+        "sites": figures.figure_sites,
+    }
+    path = request.picture or Path(f"plan_{kind}_{which}.png")
+    _check_writable(path)
+    rows = _written(path, drawings[which])
+    if request.as_json:
+        _print_json({kind: which, "rows": [_plain(row) for row in rows], **_where(path)})
+    else:
+        console.print(f"picture: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+# ----- arguments
+
+
+def _parse(arguments: Sequence[str]) -> _Request:
+    overrides: list[str] = []
+    picture: Path | None = None
+    drawing: tuple[str, str] | None = None
+    as_json, rest = False, list(arguments)
+    while rest:
+        item = rest.pop(0)
+        key, equals, value = item.partition("=")
+        if item == "--json":
+            as_json = True
+        elif key == "--picture":
+            picture = _picture_path(value if equals else rest.pop(0) if rest else "")
+        elif item.startswith("-"):
+            raise ConfigError(
+                f"{item}: no option of fomoe plan; it has --json, --picture FILE.png and --help"
+            )
+        elif key in DRAWINGS:
+            if value not in DRAWINGS[key]:
+                raise ConfigError(f"{item}: allowed are {', '.join(DRAWINGS[key])}")
+            if drawing is not None:
+                raise ConfigError(f"{item}: one picture at a time, {'='.join(drawing)} is asked for already")
+            drawing = (key, value)
+        else:
+            overrides.append(item)
+    return _Request(overrides, as_json, picture, drawing)
+
+
+def _picture_path(text: str) -> Path:
+    if not text or text.startswith("-"):
+        raise ConfigError(f"--picture {text}".rstrip() + ": give the file to write, as in --picture plan.png")
+    path = Path(text).expanduser()
+    _check_writable(path)
+    return path
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work, not after it."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--picture {path}: the name must end in .png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--picture {path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"--picture {path}: is a directory")
+
+
+def _written(path: Path, draw: Callable[[Path], T]) -> T:
+    try:
+        return draw(path)
+    except (RunError, OSError) as error:
+        raise ConfigError(f"--picture {path}: cannot be written ({error})") from error
+
+
+# ----- output
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(finite(content), allow_nan=False, ensure_ascii=False))
+
+
+def _where(picture: Path | None) -> dict[str, str]:
+    return {} if picture is None else {"picture": str(picture)}
+
+
+def _plain(row: Any) -> Any:
+    """A named tuple, and those within it, as objects."""
+    if hasattr(row, "_asdict"):
+        return {key: _plain(value) for key, value in row._asdict().items()}
+    return row

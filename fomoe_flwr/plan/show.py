@@ -1,0 +1,313 @@
+"""A plan as tables for a terminal, or as one JSON object."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.plan.planner import Plan, SitePlan
+from fomoe_flwr.plan.sites import PlanSite
+from fomoe_flwr.plan.strategies import Row, some
+from fomoe_flwr.units import NONE, count, in_bits, in_bytes, percent, time_span
+
+MOST_ROWS = 20  # of the table of sites
+WIDEST = 200  # columns; a table is never cut to the terminal's
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All that is known before a run."""
+
+    config: RunConfig
+    sites: list[PlanSite]
+    plan: Plan
+    rows: list[Row]
+    advice: list[str]
+
+
+def show(outlook: Outlook, console: Console) -> None:
+    """Print everything."""
+    tables = (facts_table(outlook), site_table(outlook.plan, outlook.sites, outlook.config.model.num_experts))
+    for table in (*tables, strategy_table(outlook.rows, len(outlook.sites))):
+        _print_whole(table, console)
+    for title, lines in (("assumed", assumptions_in_words(outlook)), ("advice", outlook.advice)):
+        console.print(f" {title}:", markup=False, highlight=False)
+        for line in lines or [NONE]:
+            console.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def facts_table(outlook: Outlook) -> Table:
+    """The model, the setting and a round in a few lines."""
+    config, plan = outlook.config, outlook.plan
+    counts, strategy, rounds = parameter_counts(config.model), config.strategy, config.train.rounds
+    site_bytes = sum(site.bytes_down + site.bytes_up for site in plan.sites)
+    table = Table(title="plan", box=SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row(
+        "model",
+        f"{escape(config.model.name)}: {count(counts.total)} parameters, {count(counts.dense)} dense, "
+        f"{count(counts.experts)} in experts, {count(counts.router)} in routers",
+    )
+    table.add_row(
+        "setting",
+        f"{_sites(len(plan.sites))}, {strategy.routing} routing, {strategy.placement} placement "
+        f"({plan.policy} policy), {strategy.outer} outer, {strategy.wire_dtype} on the wire",
+    )
+    table.add_row(
+        "a round",
+        f"{time_span(plan.round_s)}, {count(plan.tokens)} tokens, {count(plan.tokens_per_second)} tokens/s, "
+        f"of which useful {count(plan.useful_tokens_per_second)}",
+    )
+    table.add_row(
+        "the run",
+        f"{rounds} rounds: {time_span(rounds * plan.round_s)}, {count(rounds * plan.tokens)} tokens, "
+        f"{in_bytes(rounds * site_bytes)} down and up, all sites",
+    )
+    return table
+
+
+# ----- sites
+
+
+def site_table(plan: Plan, sites: Sequence[PlanSite], num_experts: int) -> Table:
+    """A line a site, or, where they are many, a line for all that are alike."""
+    table = _table("a round at each site")
+    table.add_column("site", no_wrap=True)
+    headers = (
+        f"experts a layer\nof {num_experts}", "local\nsteps", "batch", "memory\nof what it has", "down", "up",
+        "compute", "commu-\nnication", "round", "waits for\nthe slowest", "expected\nresident share",
+    )  # fmt: skip
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    groups = group_sites(plan, sites)
+    for names, site, planned in groups[:MOST_ROWS]:
+        table.add_row(escape(alike(names)), *_site_cells(site, planned, plan.round_s))
+    if rest := [name for names, _, _ in groups[MOST_ROWS:] for name in names]:
+        table.caption, table.caption_justify = f"… and {len(rest)} more, faster than these", "left"
+    return table
+
+
+def group_sites(plan: Plan, sites: Sequence[PlanSite]) -> list[tuple[list[str], PlanSite, SitePlan]]:
+    """Sites that are alike, with one of them; each alone while they are few. The slowest group is among the first."""
+    if len(sites) <= MOST_ROWS:
+        return [([site.name], site, planned) for site, planned in zip(sites, plan.sites, strict=True)]
+    groups: dict[Any, tuple[list[str], PlanSite, SitePlan]] = {}
+    for site, planned in zip(sites, plan.sites, strict=True):
+        key = (dataclasses.replace(site, name=""), dataclasses.replace(planned, site=""))
+        groups.setdefault(key, ([], site, planned))[0].append(site.name)
+    ordered = list(groups.values())
+    if len(ordered) > MOST_ROWS:  # then the slowest ones are worth the most
+        ordered.sort(key=lambda group: -group[2].round_s)
+    return ordered
+
+
+def alike(names: Sequence[str]) -> str:
+    """`site-0`, or `site-0 and 999 more like it`."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more like it"
+
+
+def _site_cells(site: PlanSite, planned: SitePlan, round_s: float) -> tuple[str, ...]:
+    too_small = planned.memory_bytes > site.memory_bytes
+    memory = in_bytes(planned.memory_bytes)
+    if math.isfinite(site.memory_bytes):
+        memory += f" of {in_bytes(site.memory_bytes)}"
+    return (
+        str(planned.experts_per_layer),
+        str(planned.local_steps),
+        str(planned.batch_size),
+        f"[bold red]{memory}, too small[/]" if too_small else memory,
+        f"{in_bytes(planned.bytes_down)}",
+        f"{in_bytes(planned.bytes_up)}",
+        time_span(planned.compute_s),
+        time_span(planned.communication_s),
+        time_span(planned.round_s),
+        time_span(round_s - planned.round_s) if planned.round_s < round_s else "slowest",
+        percent(planned.resident_share),
+    )
+
+
+# ----- strategies
+
+
+def strategy_table(rows: Sequence[Row], num_sites: int) -> Table:
+    """Strategies side by side; what cannot be, with its reason below."""
+    table = _table("strategies for this federation (▸ this run)")
+    table.add_column("strategy", no_wrap=True)
+    headers = (
+        "overlap", "bytes per site\nand round", "round", "tokens/s", "useful\ntokens/s", "greatest\nmemory",
+        "sites too small",
+    )  # fmt: skip
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        name = escape(row.name)
+        table.add_row(f"▸ [bold]{name}[/]" if row.this_run else f"  {name}", *_strategy_cells(row, num_sites))
+    reasons = [f"{row.name}: {row.reason}" for row in rows if row.reason]
+    table.caption, table.caption_justify = escape("\n".join(reasons)) or None, "left"
+    return table
+
+
+def _strategy_cells(row: Row, num_sites: int) -> tuple[str, ...]:
+    if row.plan is None:
+        return (str(row.overlap), *(NONE for _ in range(5)), "cannot be")
+    return (
+        str(row.overlap),
+        in_bytes(row.bytes_per_round),
+        time_span(row.plan.round_s),
+        count(row.plan.tokens_per_second),
+        count(row.plan.useful_tokens_per_second),
+        in_bytes(row.memory_bytes),
+        escape(_which(row.too_small, num_sites)),
+    )
+
+
+def _which(names: Sequence[str], num_sites: int) -> str:
+    if not names:
+        return "none"
+    return "all" if len(names) == num_sites else some(names)
+
+
+# ----- assumptions
+
+
+def assumptions(outlook: Outlook) -> dict[str, Any]:
+    """What the numbers rest on, for a program to read."""
+    config, plan = outlook.config, outlook.config.plan
+    return {
+        "compute": "modelled" if plan.measured is None else "measured",
+        "measured": plan.measured,
+        "tflops": plan.tflops,
+        "mfu": plan.mfu,
+        "bytes_per_parameter": plan.bytes_per_parameter,
+        "assumed_mbps": plan.assumed_mbps,
+        "assumed_latency_ms": plan.assumed_latency_ms,
+        "server_mbps": plan.server_mbps,
+        "skip_price": plan.skip_price,
+        "holders": plan.holders,
+        "max_steps_ratio": plan.max_steps_ratio,
+        "wire_dtype": config.strategy.wire_dtype,
+        "sites_with_assumed_links": len(assumed_links(config)),
+        "sites_with_unknown_memory": sum(math.isinf(site.memory_bytes) for site in outlook.sites),
+        "balanced_routing": True,
+        "activations_counted": False,
+        "computing_hides_communication": False,
+    }
+
+
+def assumed_links(config: RunConfig) -> list[str]:
+    """The sites of which some number of the link is not given."""
+    return [
+        site.name
+        for site in config.federation.sites
+        if None in (site.up_mbps, site.down_mbps, site.latency_ms)
+    ]
+
+
+def assumptions_in_words(outlook: Outlook) -> list[str]:
+    """The same for a person."""
+    plan = outlook.config.plan
+    compute = (
+        f"{plan.tflops:g} Tflop/s x {plan.mfu:g} (plan.tflops, plan.mfu) at a site of speed 1"
+        if plan.measured is None
+        else f"as measured in {plan.measured}"
+    )
+    server = (
+        "without limit"
+        if plan.server_mbps is None
+        else f"{in_bits(plan.server_mbps * 1e6 / 8)} for all sites"
+    )
+    unlinked, total = len(assumed_links(outlook.config)), len(outlook.sites)
+    link = f"{in_bits(plan.assumed_mbps * 1e6 / 8)} and {plan.assumed_latency_ms:g} ms"
+    links = f"; {unlinked} of {_sites(total)} with an assumed link ({link})" if unlinked else ""
+    return [
+        f"compute: {compute}; routing is balanced; nothing hides communication",
+        f"memory: {plan.bytes_per_parameter:g} bytes a parameter, activations not counted",
+        f"network: all sites at once through one server, {server}{links}; tensors alone, without headers",
+        f"useful: a token counts up to {percent(plan.skip_price)} less where its experts are not held, whatever "
+        "the routing (plan.skip_price)",
+    ]
+
+
+# ----- JSON
+
+
+def as_json(outlook: Outlook) -> dict[str, Any]:
+    """One object, in which everything is finite or null."""
+    config, plan = outlook.config, outlook.plan
+    counts = parameter_counts(config.model)
+    content = {
+        "model": {
+            "name": config.model.name,
+            "params_total": counts.total,
+            "params_dense": counts.dense,
+            "params_expert": counts.experts,
+            "params_router": counts.router,
+        },
+        "sites": [
+            {**dataclasses.asdict(planned), "memory_available_bytes": site.memory_bytes}
+            for site, planned in zip(outlook.sites, plan.sites, strict=True)
+        ],
+        "strategies": [_row_as_json(row) for row in outlook.rows],
+        "plan": {
+            "policy": plan.policy,
+            "overlap": config.overlap,
+            "routing": config.strategy.routing,
+            "round_s": plan.round_s,
+            "tokens": plan.tokens,
+            "tokens_per_second": plan.tokens_per_second,
+            "useful_tokens_per_second": plan.useful_tokens_per_second,
+        },
+        "assumptions": assumptions(outlook),
+        "advice": outlook.advice,
+    }
+    return {key: finite(value) for key, value in content.items()}
+
+
+def finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for (memory that is not given is infinite)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    plan = row.plan
+    return {
+        "name": row.name,
+        "this_run": row.this_run,
+        "overlap": row.overlap,
+        "bytes_per_round": row.bytes_per_round,
+        "round_s": None if plan is None else plan.round_s,
+        "tokens_per_second": None if plan is None else plan.tokens_per_second,
+        "useful_tokens_per_second": None if plan is None else plan.useful_tokens_per_second,
+        "memory_bytes": row.memory_bytes,
+        "sites_too_small": row.too_small,
+        "impossible": row.reason or None,
+    }
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
+
+
+def _sites(number: int) -> str:
+    return "1 site" if number == 1 else f"{number} sites"
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    # In 80 columns, which is also what rich takes a file to have, numbers would be cut off; better a long line.
+    table.width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    console.print(table, crop=False)

@@ -1,0 +1,186 @@
+"""What each strategy would cost this very federation, side by side.
+
+Each is this run's configuration with other settings, planned by the same formulas: same model, sites, local steps
+and batch. DDP exchanges the whole gradient through the server at every one of those steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.placement import check_overlap
+from fomoe_flwr.plan.planner import Plan, SitePlan, make_plan
+from fomoe_flwr.plan.sites import PlanSite
+
+DDP, DILOCO, LOCAL_ADAMW = "DDP", "full-replica DiLoCo", "LocalAdamW"
+PARTITIONED, SKIP, PLANNED = "FoMoE, equal, partitioned", "FoMoE, equal, skip", "FoMoE, planned"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy. Without a plan it cannot be, and `reason` says why."""
+
+    name: str
+    this_run: bool
+    overlap: int
+    plan: Plan | None
+    too_small: tuple[str, ...] = ()  # sites whose memory does not hold it
+    reason: str = ""
+
+    @property
+    def bytes_per_round(self) -> float | None:
+        """Per site, down and up; mean over the sites."""
+        if self.plan is None:
+            return None
+        return sum(site.bytes_down + site.bytes_up for site in self.plan.sites) / len(self.plan.sites)
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Of the site that needs most."""
+        return None if self.plan is None else max(site.memory_bytes for site in self.plan.sites)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    config: RunConfig
+    policy: str
+    exchanges: int = 1  # rounds of this configuration in the time of one of this run's
+
+
+def compare(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> list[Row]:
+    """The rows of the table; a run that is none of the usual strategies comes first, with a row of its own.
+
+    Args:
+        plan: of this run.
+    """
+    candidates = _candidates(config)
+    this_run = _traits(_Candidate("", config, plan.policy))
+    mine = next((candidate for candidate in candidates if _traits(candidate) == this_run), None)
+    rows = [_row(candidate, plan if candidate is mine else None, sites) for candidate in candidates]
+    if mine is None:
+        kind = "" if plan.policy == "equal" else f", {plan.policy} policy"
+        name = f"this run: {config.strategy.name}{kind}"
+        rows.insert(0, Row(name, True, config.overlap, plan, too_small(plan, sites)))
+    return rows
+
+
+def dividing_overlaps(num_sites: int, num_experts: int) -> list[int]:
+    """Every overlap with which equal shares are whole numbers of experts, ascending; the last is a full replica."""
+    step = num_sites // math.gcd(num_experts, num_sites)
+    return list(range(step, num_sites + 1, step))
+
+
+def fomoe_overlap(config: RunConfig) -> int:
+    """The overlap of FoMoE with equal shares: this run's, or half of the sites where it is a full replica.
+
+    If that does not divide, the next smaller that does, else the smallest. Where full replicas alone divide it is what
+    was wanted, and cannot be.
+    """
+    num_sites = len(config.federation.sites)
+    wanted = config.overlap if config.overlap < num_sites else max(1, num_sites // 2)
+    shared = dividing_overlaps(num_sites, config.model.num_experts)[:-1]
+    return max((overlap for overlap in shared if overlap <= wanted), default=min(shared, default=wanted))
+
+
+def too_small(plan: Plan, sites: list[PlanSite]) -> tuple[str, ...]:
+    """The sites whose memory does not hold what the plan gives them."""
+    return tuple(
+        site.name
+        for site, planned in zip(sites, plan.sites, strict=True)
+        if planned.memory_bytes > site.memory_bytes
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a and 12 more`."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {names[1] if len(names) == 2 else f'{len(names) - 1} more'}"
+
+
+def with_strategy(config: RunConfig, **settings: object) -> RunConfig:
+    """The configuration with other settings of `strategy`."""
+    return dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, **settings))  # type: ignore[arg-type]
+
+
+def with_train(config: RunConfig, **settings: object) -> RunConfig:
+    """The configuration with other settings of `train`."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))  # type: ignore[arg-type]
+
+
+def _candidates(config: RunConfig) -> list[_Candidate]:
+    replica = with_strategy(config, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
+    ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw"), local_steps=1)
+    # FoMoE comes with this run's own outer step, if FoMoE is what this run is.
+    planned, overlap = config.strategy.placement == "planned", fomoe_overlap(config)
+    fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
+    equal = with_strategy(fomoe, overlap=overlap, placement="fixed")
+    solver = with_strategy(fomoe, overlap=config.overlap if planned else overlap, placement="planned")
+    suffix = ", LocalAdamW" if fomoe.strategy.outer == "local_adamw" else ""
+    return [
+        _Candidate(DDP, ddp, "equal", exchanges=config.train.local_steps),
+        _Candidate(DILOCO, replica, "equal"),
+        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw"), "equal"),
+        _Candidate(PARTITIONED + suffix, with_strategy(equal, routing="partitioned"), "equal"),
+        _Candidate(SKIP + suffix, with_strategy(equal, routing="skip"), "equal"),
+        _Candidate(f"{PLANNED}, {solver.strategy.routing}{suffix}", solver, "solver"),
+    ]
+
+
+def _traits(candidate: _Candidate) -> tuple[object, ...]:
+    """What a strategy is known by; how a full replica routes makes no difference."""
+    config, strategy = candidate.config, candidate.config.strategy
+    full = candidate.policy == "equal" and config.overlap == len(config.federation.sites)
+    return (
+        candidate.policy,
+        config.overlap,
+        None if full else strategy.routing,
+        strategy.inner,
+        strategy.outer,
+        config.train.local_steps,
+    )
+
+
+def _row(candidate: _Candidate, plan: Plan | None, sites: list[PlanSite]) -> Row:
+    """A candidate's plan, or why there is none.
+
+    Args:
+        plan: of this run, if this is it.
+    """
+    config, this_run = candidate.config, plan is not None
+    try:
+        if candidate.policy == "equal":
+            check_overlap(len(sites), config.model.num_experts, config.overlap)
+        plan = plan or _repeated(make_plan(config, candidate.policy), candidate.exchanges)
+    except ConfigError as error:  # one strategy that cannot be says nothing about the others
+        return Row(candidate.name, this_run, config.overlap, None, reason=str(error))
+    return Row(candidate.name, this_run, config.overlap, plan, too_small(plan, sites))
+
+
+def _repeated(plan: Plan, times: int) -> Plan:
+    """So many rounds as one. Every exchange waits for the slowest, so a step's round counts in full each time."""
+
+    def site(planned: SitePlan) -> SitePlan:
+        return dataclasses.replace(
+            planned,
+            local_steps=times * planned.local_steps,
+            tokens=times * planned.tokens,
+            bytes_down=times * planned.bytes_down,
+            bytes_up=times * planned.bytes_up,
+            compute_s=times * planned.compute_s,
+            communication_s=times * planned.communication_s,
+            round_s=times * planned.round_s,
+        )
+
+    return dataclasses.replace(
+        plan,
+        sites=tuple(site(planned) for planned in plan.sites),
+        round_s=times * plan.round_s,
+        tokens=times * plan.tokens,
+    )

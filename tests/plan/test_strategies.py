@@ -1,0 +1,175 @@
+"""The rows side by side: each against arithmetic by hand, and against planning that strategy as the run itself."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.placement import check_overlap
+from fomoe_flwr.plan.cost import modelled_cost
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.plan.sites import plan_sites
+from fomoe_flwr.plan.strategies import Row, compare, dividing_overlaps, fomoe_overlap, some, too_small
+
+HETERO = ("federation=hetero", "plan.tflops=0.05")
+NAMES = [
+    "DDP",
+    "full-replica DiLoCo",
+    "LocalAdamW",
+    "FoMoE, equal, partitioned",
+    "FoMoE, equal, skip",
+    "FoMoE, planned, skip",
+]
+
+
+@cache
+def config(*overrides: str) -> RunConfig:
+    return compose(overrides).config
+
+
+@cache
+def rows(*overrides: str) -> list[Row]:
+    run = config(*overrides)
+    return compare(run, make_plan(run), plan_sites(run))
+
+
+def row(name: str, *overrides: str) -> Row:
+    return next(row for row in rows(*overrides) if row.name == name)
+
+
+def test_ddp_is_k_exchanges_of_everything_each_waiting_for_the_slowest() -> None:
+    # tiny has 2,403,584 parameters, 4,807,168 bytes in bf16. The workstation's links are 100 and 50 Mbit/s with 50 ms
+    # each way, its speed is a half; 8 x 256 tokens a step.
+    exchange_s = 4_807_168 * 8 / 100e6 + 4_807_168 * 8 / 50e6 + 2 * 0.05
+    step_s = sum(modelled_cost(config(*HETERO))) * 8 * 256 / 0.5
+    ddp = row("DDP", *HETERO)
+    assert ddp.plan is not None
+    assert ddp.plan.round_s == pytest.approx(20 * (exchange_s + step_s))
+    assert ddp.bytes_per_round == 20 * 2 * 4_807_168
+    assert ddp.memory_bytes == 18 * 2_403_584
+    assert ddp.plan.tokens == 4 * 20 * 8 * 256
+    assert ddp.plan.tokens_per_second == pytest.approx(ddp.plan.tokens / ddp.plan.round_s)
+    assert [site.local_steps for site in ddp.plan.sites] == [20] * 4
+
+
+def test_a_replica_is_too_much_for_three_of_the_four() -> None:
+    # 43.3 MB of state; 0.06, 0.03, 0.03 and 0.023 GiB are 64.4, 32.2, 32.2 and 24.7 MB
+    assert row("full-replica DiLoCo", *HETERO).too_small == ("lab-0", "lab-1", "workstation")
+    assert row("FoMoE, equal, skip", *HETERO).too_small == ()
+
+
+def test_all_six_are_there_in_one_order() -> None:
+    assert [row.name for row in rows(*HETERO)] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (("strategy=ddp",), "DDP"),
+        (("strategy=diloco",), "full-replica DiLoCo"),
+        (("strategy=diloco", "strategy.routing=partitioned"), "full-replica DiLoCo"),
+        (("strategy=fomoe", "strategy.overlap=4"), "full-replica DiLoCo"),
+        (("strategy=local_adamw",), "LocalAdamW"),
+        (("strategy.routing=partitioned",), "FoMoE, equal, partitioned"),
+        ((), "FoMoE, equal, skip"),
+        (("strategy.placement=random",), "FoMoE, equal, skip"),
+        (("strategy.overlap=1",), "FoMoE, equal, skip"),
+        (("strategy.placement=planned",), "FoMoE, planned, skip"),
+        (("strategy.placement=planned", "strategy.routing=partitioned"), "FoMoE, planned, partitioned"),
+        (("strategy.outer=local_adamw",), "FoMoE, equal, skip, LocalAdamW"),
+        (("strategy=fedavg",), "this run: fedavg"),
+        (("strategy=ddp", "train.local_steps=3"), "this run: ddp"),
+        (("strategy.placement=planned", "plan.policy=memory"), "this run: fomoe, memory policy"),
+        (("strategy.placement=planned", "plan.policy=equal"), "FoMoE, equal, skip"),
+    ],
+)
+def test_this_run_is_marked_once_and_has_its_own_plan(overrides: tuple[str, ...], name: str) -> None:
+    marked = [row for row in rows(*HETERO, *overrides) if row.this_run]
+    assert [row.name for row in marked] == [name]
+    assert marked[0].plan == make_plan(config(*HETERO, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("full-replica DiLoCo", ("strategy=diloco",)),
+        ("LocalAdamW", ("strategy=local_adamw",)),
+        ("FoMoE, equal, partitioned", ("strategy.routing=partitioned",)),
+        ("FoMoE, planned, skip", ("strategy.placement=planned",)),
+    ],
+)
+def test_each_rival_costs_what_it_would_cost_as_the_run(name: str, overrides: tuple[str, ...]) -> None:
+    assert row(name, *HETERO).plan == make_plan(config(*HETERO, *overrides))
+
+
+def test_the_planned_round_does_as_much_useful_work_in_less_time() -> None:
+    equal, planned = row("FoMoE, equal, skip", *HETERO).plan, row("FoMoE, planned, skip", *HETERO).plan
+    assert equal is not None
+    assert planned is not None
+    assert planned.round_s < equal.round_s / 3
+    useful = [plan.useful_tokens_per_second * plan.round_s for plan in (equal, planned)]
+    assert useful[1] == pytest.approx(useful[0], rel=0.05)
+    assert useful[1] >= useful[0] * (1 - 1e-9)
+
+
+def test_overlaps_that_divide_are_those_that_placement_takes() -> None:
+    for num_sites in range(1, 13):
+        for num_experts in (1, 4, 6, 16):
+            possible = []
+            for overlap in range(1, num_sites + 1):
+                try:
+                    check_overlap(num_sites, num_experts, overlap)
+                except ConfigError:
+                    continue
+                possible.append(overlap)
+            assert dividing_overlaps(num_sites, num_experts) == possible
+
+
+@pytest.mark.parametrize(
+    ("overrides", "overlap"),
+    [
+        (("strategy.overlap=1",), 1),
+        (("strategy=diloco",), 2),  # half of the sites
+        (("strategy=diloco", "federation.num_sites=6"), 3),
+        (("strategy=diloco", "federation.num_sites=12"), 6),
+        (
+            ("strategy.placement=planned", "strategy.overlap=5", "federation.num_sites=12"),
+            3,
+        ),  # 3, 6, 9 divide
+        (("strategy.placement=planned", "strategy.overlap=2", "federation.num_sites=12"), 3),  # none below
+        (("federation.num_sites=1", "strategy.overlap=1"), 1),
+    ],
+)
+def test_the_overlap_of_equal_shares(overrides: tuple[str, ...], overlap: int) -> None:
+    assert fomoe_overlap(config(*overrides)) == overlap
+
+
+def test_what_cannot_be_keeps_its_row_and_says_why() -> None:
+    made = rows("strategy=diloco", "federation.num_sites=7")  # 16 experts and 7 sites
+    impossible = [row for row in made if row.plan is None]
+    assert [row.name for row in impossible] == ["FoMoE, equal, partitioned", "FoMoE, equal, skip"]
+    assert all("overlap must be a multiple of 7" in row.reason for row in impossible)
+    assert {(row.bytes_per_round, row.memory_bytes) for row in impossible} == {(None, None)}
+    assert made[-1].plan is not None
+
+
+def test_a_planned_run_with_an_overlap_that_does_not_divide() -> None:
+    overrides = ("strategy.placement=planned", "strategy.overlap=5", "federation.num_sites=12")
+    assert {row.name: row.overlap for row in rows(*overrides)} == dict(
+        zip(NAMES, (12, 12, 12, 3, 3, 5), strict=True)
+    )
+
+
+def test_a_planned_run_fits_everywhere() -> None:
+    run = config(*HETERO, "strategy.placement=planned")
+    assert too_small(make_plan(run), plan_sites(run)) == ()
+
+
+def test_names_in_a_sentence() -> None:
+    assert some(["a"]) == "a"
+    assert some(["a", "b"]) == "a and b"
+    assert some(["a", "b", "c"]) == "a and 2 more"
