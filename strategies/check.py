@@ -27,6 +27,8 @@ from strategies.round import SiteResult
 
 T = TypeVar("T")
 
+PIECE = 2**22  # numbers
+
 
 class Refused(WireError):
     """A reply that does not become part of the model. `kind` is one word for the metrics."""
@@ -170,8 +172,11 @@ def _norms(named: Mapping[str, Tensor]) -> dict[str, float]:
     if not named:
         raise Refused("damaged", "the reply has no tensors")
     names = list(named)
-    # One pass for size and finiteness: a norm is finite only if every value is.
-    each = [float(n) for n in torch._foreach_norm(list(named.values()), 2, dtype=torch.float32)]
+    # One pass for size and finiteness: a norm is finite only if every value is. In pieces, for PyTorch turns what it
+    # takes the norm of into fp32 first, and an embedding may be most of the model.
+    pieces = [tensor.reshape(-1).split(PIECE) for tensor in named.values()]
+    norms = iter(torch._foreach_norm([piece for own in pieces for piece in own], 2, dtype=torch.float32))
+    each = [math.hypot(*(float(next(norms)) for _ in own)) for own in pieces]
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     for name, norm in zip(names, each, strict=True):
