@@ -1,4 +1,4 @@
-"""The console command: `fomoe train [overrides]`, `fomoe plan`, `fomoe report DIR`, and `fomoe server`, `site`, `submit`.
+"""The console command: `fomoe train [overrides]`, `plan`, `report DIR`, and `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
 """
