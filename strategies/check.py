@@ -174,7 +174,8 @@ def _norms(named: Mapping[str, Tensor]) -> dict[str, float]:
     names = list(named)
     # One pass for size and finiteness: a norm is finite only if every value is. In pieces, for PyTorch turns what it
     # takes the norm of into fp32 first, and an embedding may be most of the model.
-    pieces = [tensor.reshape(-1).split(PIECE) for tensor in named.values()]
+    flat = [tensor.reshape(-1) for tensor in named.values()]
+    pieces = [[own[at : at + PIECE] for at in range(0, own.numel(), PIECE)] for own in flat]
     norms = iter(torch._foreach_norm([piece for own in pieces for piece in own], 2, dtype=torch.float32))
     each = [math.hypot(*(float(next(norms)) for _ in own)) for own in pieces]
     squares: dict[str, float] = {}
