@@ -26,6 +26,7 @@ from fomoe_flwr.data import (
     prepare,
     validation_batches,
 )
+from fomoe_flwr.load import averaged, difference
 from fomoe_flwr.model.names import MOMENTS, is_moment, moment_name
 from fomoe_flwr.model.transformer import Transformer, read_shard
 from fomoe_flwr.task import SiteTask
@@ -96,6 +97,7 @@ def train_round(
     )
     sent = {name: tensor for name, tensor in shard.items() if not is_moment(name)}
     module = memory.module(task, sent, device)
+    module.begin_round(state.bias, difference(task.global_load, state.load))
 
     def batches() -> Iterator[Tensor]:
         for step in range(steps):
@@ -141,7 +143,9 @@ def train_round(
     memory_bytes = _memory_bytes(device, module, moments, shard)
     shard.clear()
     sent.clear()
-    new_state = SiteState(task.round, state.position + steps * batch, kept, task.train.rounds)
+    position = state.position + steps * batch
+    load = averaged(state.load, report.load_LE) if task.model.balance == "global" else None
+    new_state = SiteState(task.round, position, kept, task.train.rounds, module.biases(), load)
     beat(WORK)  # the last chance to break off: from here on there is a state of this round
     save_state(folder, new_state, task.after, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)

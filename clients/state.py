@@ -1,4 +1,5 @@
-"""What a site keeps between rounds, on its own disk: AdamW's moments by name and its place in the data.
+"""What a site keeps between rounds, on its own disk: AdamW's moments by name, its place in the data, and what its
+routers go by besides their weights.
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.errors import CheckpointError, WireError
 from fomoe_flwr.files import write_atomically
+from fomoe_flwr.load import Shares
 from fomoe_flwr.training import Moments
 
 log = logging.getLogger("fomoe.site")
@@ -42,6 +44,8 @@ class SiteState:
     position: int = 0  # sequences of its stream that it has consumed
     moments: Mapping[str, Moments] = field(default_factory=dict)
     last_round: int = 0  # the last round of its run as it was planned then
+    bias: list[float] = field(default_factory=list)  # towards residents, by layer; empty where there is none
+    load: Shares | None = None  # its own, with balance=global
 
 
 def _files(folder: Path) -> dict[int, Path]:
@@ -80,7 +84,8 @@ def load_state(folder: Path, after: int, position: int) -> SiteState:
             name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, born)
             for name, (step, born) in facts["steps"].items()
         }
-        return SiteState(after, int(facts["position"]), moments, int(facts["last_round"]))
+        last_round, routers = int(facts["last_round"]), facts.get("routers", {})
+        return SiteState(after, int(facts["position"]), moments, last_round, **routers)
 
 
 def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int, keep: int) -> None:
@@ -96,7 +101,14 @@ def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int
         tensors[f"exp_avg/{name}"] = moment.exp_avg.contiguous()
         tensors[f"exp_avg_sq/{name}"] = moment.exp_avg_sq.contiguous()
     steps = {name: (moment.step, moment.born) for name, moment in state.moments.items()}
-    facts = json.dumps({"position": state.position, "steps": steps, "last_round": state.last_round})
+    facts = json.dumps(
+        {
+            "position": state.position,
+            "steps": steps,
+            "last_round": state.last_round,
+            "routers": {"bias": state.bias, "load": state.load},
+        }
+    )
     write_atomically(
         folder / f"round_{state.round:05d}.safetensors",
         lambda path: save_file(tensors, path, {"state": facts}),

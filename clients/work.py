@@ -47,6 +47,8 @@ def _trained(task: SiteTask, outcome: Outcome) -> Answer:
     metrics: dict[str, int | float] = {
         "num-examples": report.tokens,
         "train_loss": report.train_loss,
+        "first_loss": report.first_loss,
+        "last_loss": report.last_loss,
         "seconds": report.seconds,
         "resident_share": report.resident_share,
         "memory_bytes": outcome.memory_bytes,

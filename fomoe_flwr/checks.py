@@ -84,6 +84,7 @@ def check_combinations(config: RunConfig) -> None:
             )
     if model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
+    _check_routing(config)
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
@@ -111,3 +112,45 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(f"data.path=null: data={data.source} needs data.path=FILE_OR_FOLDER")
     if data.source == "huggingface" and data.name is None:
         raise ConfigError("data.name=null: data=huggingface needs data.name=NAME")
+
+
+def _check_routing(config: RunConfig) -> None:
+    """What the router, locality and the capacity floor need of each other and of the sizes."""
+    model, strategy = config.model, config.strategy
+    if strategy.routing != "skip":
+        for key, usual in (("router", "linear"), ("locality", "off"), ("balance", "local")):
+            if getattr(model, key) != usual:
+                raise ConfigError(
+                    f"model.{key}={getattr(model, key)}: needs strategy.routing=skip, where every site has the "
+                    "whole router"
+                )
+    if model.router == "orthogonal" and model.num_experts > model.d_model:
+        raise ConfigError(
+            f"model.router=orthogonal: model.num_experts={model.num_experts} rows cannot be orthogonal in "
+            f"model.d_model={model.d_model} dimensions; at most d_model are allowed"
+        )
+    if model.router == "grap" and model.d_model % model.num_experts:
+        raise ConfigError(
+            f"model.router=grap: model.num_experts={model.num_experts} must divide model.d_model={model.d_model}"
+        )
+    if model.locality == "bias":
+        _check_target(config)
+    for key, share in (
+        ("model.locality_epsilon", model.locality_epsilon),
+        ("strategy.capacity_floor", strategy.capacity_floor),
+        ("strategy.capacity_delta", strategy.capacity_delta),
+    ):
+        if share >= 1:
+            raise ConfigError(f"{key}={share}: must be below 1")
+
+
+def _check_target(config: RunConfig) -> None:
+    model, target = config.model, config.model.locality_target
+    if target is None:
+        raise ConfigError("model.locality_target=null: model.locality=bias needs the share to reach, up to 1")
+    most = 1.0
+    if config.strategy.placement != "planned":  # there a site may hold any number
+        held = model.num_experts * config.overlap // len(config.federation.sites)
+        most = min(1.0, held / model.top_k)
+    if target > most:
+        raise ConfigError(f"model.locality_target={target}: a share, here at most {most:g}")

@@ -49,7 +49,19 @@ class ModelConfig:
     base_d_model: int = at_least(256, 1)
     base_num_layers: int = at_least(4, 1)
     base_d_expert: int = at_least(128, 1)
+    # orthogonal: cosines with orthonormal rows; grap: means of slices of the token, no parameters. Skip mode only.
+    router: str = choice("linear", "linear", "orthogonal", "grap")
     load_balance: float = at_least(0.01, 0.0)  # coefficient of the load-balancing loss
+    # Whose load that loss evens out: the site's own batch's, or the federation's (skip mode only). Local needs no
+    # memory and no news from others; global lets sites with other data, or with locality, use other experts.
+    balance: str = choice("local", "local", "global")
+    # Prefer residents (skip mode only). bias: a number of the site's own, added to their logits when experts are
+    # chosen, such that they get a share locality_target of the assignments. loss: locality_coefficient times
+    # the divergence of the mean gate shares from 1 - locality_epsilon on the residents.
+    locality: str = choice("off", "off", "bias", "loss")
+    locality_target: float | None = above(None, 0.0)
+    locality_coefficient: float = at_least(0.01, 0.0)
+    locality_epsilon: float = above(0.1, 0.0)
     experts_impl: str = choice("grouped", "grouped", "loop")
 
 
@@ -101,6 +113,10 @@ class StrategyConfig:
     outer_lr: float = at_least(0.7, 0.0)  # nesterov
     outer_momentum: float = at_least(0.9, 0.0)  # nesterov
     expert_weighting: str = choice("tokens", "tokens", "routed")  # routed: by tokens the expert really got
+    # An expert that got too few tokens in a round, over all sites, is held back. Enough are so many that with this
+    # confidence one of them has a cosine above capacity_delta with its router row (LocMoE). 0: off.
+    capacity_floor: float = at_least(0.0, 0.0)
+    capacity_delta: float = above(0.03, 0.0)
     fraction_train: float = at_least(1.0, 0.0)  # share of the sites asked to train in a round
     fraction_evaluate: float = at_least(0.0, 0.0)  # share of the sites asked to evaluate their shard
     min_train_nodes: int = at_least(1, 1)
@@ -146,6 +162,8 @@ class TrainConfig:
     threads: int = at_least(1, 0)  # CPU threads a site; 0: PyTorch's default
     eval_batches: int = at_least(16, 0)  # validation batches on the server after a round; 0: off
     eval_every: int = at_least(1, 1)  # rounds
+    # Validation batches for the figures at the end of a run (evaluation.json); 0, or eval_batches=0: off.
+    final_eval_batches: int = at_least(4, 0)
 
 
 @dataclass(unsafe_hash=True)

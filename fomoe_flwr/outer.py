@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
-from fomoe_flwr.model.names import MOMENTS, is_moment, moment_name
+from fomoe_flwr.model.gates import orthonormal_rows
+from fomoe_flwr.model.names import MOMENTS, is_gate, is_moment, moment_name
 from fomoe_flwr.model.scaling import lr_multiplier
-from fomoe_flwr.training import warmup
+from fomoe_flwr.training import threads_for_a_while, warmup
 
 Reply = Mapping[str, Tensor]
 
@@ -143,6 +144,17 @@ class OuterOptimizer:
         for key, value in tensors.items():
             buffer, _, name = key.partition("/")
             self._optimizer.state[self._parameters[name]][buffer] = value.clone()
+
+
+def restore_orthogonality(state: Mapping[str, Tensor]) -> None:
+    """Make the rows of each layer's router orthonormal again, in place: the mean of such rotations is none.
+
+    By one thread, so that the bits do not depend on how many there are.
+    """
+    with threads_for_a_while(1):
+        for name, tensor in state.items():
+            if is_gate(name):
+                tensor.copy_(orthonormal_rows(tensor))
 
 
 def with_moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fomoe_flwr.config import (
     from_dict,
 )
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.load import Shares
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SiteTask:
     checkpoint_every: int
     keep: int  # states of earlier rounds that the server may come back to
     seed: int
+    global_load: Shares | None = None  # of the federation in the rounds before, with balance=global
 
     @property
     def name(self) -> str:
@@ -79,12 +81,14 @@ def make_task(
     residents: list[list[int]],
     after: int,
     local_steps: int | None = None,
+    global_load: Shares | None = None,
 ) -> SiteTask:
     """The part of the configuration that a site needs in a round.
 
     Args:
         local_steps: of this site, if not the configuration's; the schedule of the learning rate is the run's all
             the same, so a site that takes fewer steps goes through it faster.
+        global_load: of the federation, if it is known.
     """
     nominal, steps = config.train.local_steps, local_steps or config.train.local_steps
     batch_size = config.federation.sites[site].batch_size or config.train.batch_size
@@ -106,4 +110,5 @@ def make_task(
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         seed=config.seed,
+        global_load=global_load if config.model.balance == "global" else None,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fomoe_flwr.model.transformer import Losses, NamedView, Transformer, named_v
 log = logging.getLogger("fomoe.site")
 
 STEPS_A_LOG_LINE = 10
+EDGE_STEPS = 3  # of either end of a round: one batch's loss says little, and a jump is over after a few steps
 
 
 @dataclass
@@ -45,6 +47,8 @@ class TrainReport(NamedTuple):
     seconds: float
     resident_share: float  # share of the router's assignments that hit a resident
     load_LE: list[list[int]]  # assignments of the router to each expert of each layer, ghosts too
+    first_loss: float  # mean of the first EDGE_STEPS steps: the model nearly as it was sent
+    last_loss: float  # and of the last ones
 
 
 def resolve_device(device: str) -> str:
@@ -188,6 +192,8 @@ class _Losses:
 
     total: Tensor
     steps: int = 0
+    first: list[Tensor] = field(default_factory=list)
+    last: deque[Tensor] = field(default_factory=lambda: deque(maxlen=EDGE_STEPS))
     started: float = field(default_factory=time.perf_counter)
 
     def mean(self) -> float:
@@ -200,8 +206,12 @@ def _backward(
     with autocast(device, dtype):
         loss = module(tokens_BT.to(device, non_blocking=True))
     torch.autograd.backward(loss.cross_entropy + loss.balance)
-    losses.total += loss.cross_entropy.detach()
+    step_loss = loss.cross_entropy.detach()
+    losses.total += step_loss
     losses.steps += 1
+    losses.last.append(step_loss)
+    if losses.steps <= EDGE_STEPS:
+        losses.first.append(step_loss)
 
 
 def train_adamw(
@@ -279,7 +289,9 @@ def _finish(module: Transformer, losses: _Losses, tokens: int) -> TrainReport:
         load_LE.append(load_E)
         assigned += sum(load_E)
         resident += sum(load_E[expert] for expert in moe.resident_experts)
-    return TrainReport(mean_loss, tokens, seconds, resident / assigned if assigned else 1.0, load_LE)
+    share = resident / assigned if assigned else 1.0
+    first, last = (sum(map(float, edge)) / max(len(edge), 1) for edge in (losses.first, losses.last))
+    return TrainReport(mean_loss, tokens, seconds, share, load_LE, first, last)
 
 
 @torch.no_grad()

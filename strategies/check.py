@@ -145,6 +145,8 @@ def check_reply(
         seconds=seconds,
         memory_bytes=number(metrics, "memory_bytes"),
         load_LE=_router_load(facts, expected),
+        first_loss=number(metrics, "first_loss") if "first_loss" in metrics else None,
+        last_loss=number(metrics, "last_loss") if "last_loss" in metrics else None,
     )
     return result, norms
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.model.capacity import least_tokens
 from fomoe_flwr.model.names import expert_of, is_moment
-from fomoe_flwr.outer import OuterOptimizer, RunningMean
+from fomoe_flwr.outer import OuterOptimizer, RunningMean, restore_orthogonality
 from strategies.inbox import Inbox
 from strategies.round import Round, SiteResult
 
@@ -24,6 +25,21 @@ def updated_experts(current: Round, share: float) -> set[tuple[int, int]]:
     good_LE = holds_LEM[:, :, sorted(current.results)].sum(axis=2)
     enough_LE = good_LE >= np.maximum(np.ceil(share * holds_LEM.sum(axis=2)), 1)
     return {(layer, expert) for layer, expert in np.argwhere(enough_LE).tolist()}
+
+
+def starved_experts(current: Round, config: RunConfig) -> tuple[set[tuple[int, int]], int]:
+    """(layer, expert) of those that got too few tokens at their holders to learn from them; and the least number.
+
+    A site that does not say where its tokens went may have given them all to any expert it holds.
+    """
+    strategy, results = config.strategy, current.results
+    tokens = sum(result.tokens for result in results.values())
+    least = least_tokens(strategy.capacity_floor, strategy.capacity_delta, config.model.d_model, tokens)
+    tokens_LE = np.zeros(current.placement.holds_LEM.shape[:2], dtype=np.int64)
+    for site, result in results.items():
+        got_LE = result.load_LE if result.load_LE.any() else np.full_like(tokens_LE, result.tokens)
+        tokens_LE += got_LE * current.placement.holds_LEM[:, :, site]
+    return {(layer, expert) for layer, expert in np.argwhere(tokens_LE < least).tolist()}, least
 
 
 def commit(
@@ -57,6 +73,8 @@ def commit(
             mean.add(inbox.tensors(site, chunk), weight, partial(_scale, scales.get(site, 1.0)))
             inbox.release(site)
         outer.step(mean.finish(), (current.number - 1) * train.local_steps, config.warmup_steps)
+    if config.model.router == "orthogonal":
+        restore_orthogonality(state)
 
 
 def step_scales(results: Mapping[int, SiteResult], steps: Sequence[int]) -> dict[int, float]:

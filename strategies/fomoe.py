@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.load import Shares, averaged
 from fomoe_flwr.model.names import is_moment
 from fomoe_flwr.outer import OuterOptimizer, with_moments
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, moves
@@ -33,7 +34,7 @@ from fomoe_flwr.plan.planner import Plan, make_plan, plan_placement
 from fomoe_flwr.plan.replan import replan
 from fomoe_flwr.task import make_task
 from strategies.check import Expected, number
-from strategies.commit import commit, updated_experts
+from strategies.commit import commit, starved_experts, updated_experts
 from strategies.deadline import Deadline
 from strategies.directory import SiteDirectory
 from strategies.exchange import exchange
@@ -60,6 +61,9 @@ class RoundObserver:
 
     def answered(self, current: Round) -> None:
         """One more good reply is in."""
+
+    def collected(self, strategy: FoMoE) -> None:
+        """All good replies are in and can be read (`strategy.reply`); the model is still the one that was sent."""
 
     def finished(self, strategy: FoMoE) -> None:
         """`strategy.round` is over and the model updated; round 0 is the start."""
@@ -125,7 +129,9 @@ class FoMoE(Strategy):
         self.first_round = 1
         # What the server remembers besides the model; a checkpoint keeps it.
         self.counted: dict[str, int] = {}  # the last round of each site whose reply became part of the model
+        self.last_losses: dict[str, float] = {}  # of each site's last steps in that round
         self.ledger = ExpertLedger(config.model.num_layers, config.model.num_experts)
+        self.global_load: Shares | None = None  # of the routers of all sites together
         self._norms: deque[dict[str, float]] = deque(maxlen=NORMS_KEPT)
 
         self._before: Placement | None = None  # that of the round before
@@ -162,8 +168,10 @@ class FoMoE(Strategy):
         self.first_round = rounds_done + 1
         if memory is not None:
             self.counted = dict(memory["counted"])
+            self.last_losses = dict(memory.get("last_losses", {}))
             self._norms.extend(memory["norms"])
             self.ledger.load(memory["experts"])
+            self.global_load = memory.get("load")
             self._discarded = int(memory["discarded"])
             if memory["plan"] is not None:
                 self.plan = Plan.from_dict(memory["plan"])
@@ -174,12 +182,18 @@ class FoMoE(Strategy):
         """What the server must remember besides the model to go on as if nothing had happened; JSON values."""
         return {
             "counted": self.counted,
+            "last_losses": self.last_losses,
             "norms": list(self._norms),
             "experts": self.ledger.table(self.round.number),
+            "load": self.global_load,
             "discarded": self._discarded,
             "plan": self.plan.to_dict() if self.config.strategy.placement == "planned" else None,
             "placement": [self.round.placement.residents(site) for site in range(len(self.site_names))],
         }
+
+    def reply(self, site: int, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of the tensors that a site's good reply of this round has, read-only; until the round is over."""
+        return self._inbox.tensors(site, names)
 
     @property
     def simulated(self) -> bool:
@@ -421,6 +435,7 @@ class FoMoE(Strategy):
                 residents[site],
                 self.counted.get(name, 0),
                 self.plan.sites[site].local_steps,
+                self.global_load,
             )
             # A ConfigRecord of its own for each message: Flower fails when one is shared.
             record = ConfigRecord({**config, "server-round": current.number, "task": task.to_json()})
@@ -485,6 +500,9 @@ class FoMoE(Strategy):
                 self._directory.lost(site)
         reception.refuse_outliers(list(self._norms), settings.norm_bound)
         current.committed = len(current.results) >= self._needed()
+        looked = time.perf_counter()
+        self.observer.collected(self)
+        started += time.perf_counter() - looked  # looking is not aggregation
         if current.committed:
             self._commit()
             self._deadline.took(last_good)
@@ -504,13 +522,20 @@ class FoMoE(Strategy):
         current = self.round
         updated = updated_experts(current, self.config.strategy.expert_quorum * self.fraction_train)
         current.held_back = self.ledger.updated_LE.size - len(updated)
+        starved, least = starved_experts(current, self.config)
+        self.ledger.starve(current.number, starved & updated, least)
+        updated -= starved
         steps = [site.local_steps for site in self.plan.sites]
         commit(current, self.outer, self._inbox, self.config, updated, steps)
         for site, result in current.results.items():
             self.counted[self.site_names[site]] = current.number
+            if result.last_loss is not None:
+                self.last_losses[result.site] = result.last_loss
             held_LE = current.placement.holds_LEM[:, :, site]
             self.ledger.record(current.number, updated, result.load_LE * held_LE)
             self._norms.append(current.norms[site])
+        load_LE = np.sum([result.load_LE for result in current.results.values()], axis=0)
+        self.global_load = averaged(self.global_load, load_LE)
 
     def _below_quorum(self) -> str:
         reasons = [f"{name}: {reason}" for name, reason in list(self.round.failures.items())[:2]]

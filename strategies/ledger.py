@@ -26,6 +26,7 @@ class ExpertLedger:
         self.tokens_LE: NDArray[np.int64] = np.zeros((num_layers, num_experts), dtype=np.int64)
         self.alive_LE: NDArray[np.int64] = np.zeros((num_layers, num_experts), dtype=np.int64)
         self._orphans: set[tuple[int, int]] = set()
+        self._starved: list[tuple[int, int]] = []  # of this round
 
     def look(self, placement: Placement, alive: Collection[int]) -> list[tuple[int, int]]:
         """Who has lost its last holder; said in the log when it happens and when it is over.
@@ -39,8 +40,20 @@ class ExpertLedger:
             log.warning("no site with %s is connected: %s", _count(new), _names(new))
         if back := sorted(self._orphans - set(orphans)):
             log.info("%s held again: %s", _count(back), _names(back))
-        self._orphans = set(orphans)
+        self._orphans, self._starved = set(orphans), []
         return orphans
+
+    def starve(self, round_: int, experts: Iterable[tuple[int, int]], least: int) -> None:
+        """These got fewer than the least number of tokens in this round, and are held back."""
+        self._starved = sorted(experts)
+        if self._starved:
+            log.warning(
+                "round %d: %s starved, with fewer than %d tokens over all sites, and held back: %s",
+                round_,
+                _count(self._starved),
+                least,
+                _names(self._starved),
+            )
 
     def record(self, round_: int, experts: Iterable[tuple[int, int]], tokens_LE: NDArray[np.int64]) -> None:
         """These experts were updated in a round, and so many tokens came to them at a site."""
@@ -54,6 +67,8 @@ class ExpertLedger:
         return {
             "orphaned": [list(expert) for expert in sorted(self._orphans)[:_NAMED]],
             "num_orphaned": len(self._orphans),
+            "starved": [list(expert) for expert in self._starved[:_NAMED]],
+            "num_starved": len(self._starved),
             "fewest_holders": int(self.alive_LE.min()),
             "rounds_since_update_max": int(age_LE.max()),
             "tokens_min": int(self.tokens_LE.min()),

@@ -28,6 +28,8 @@ class SiteResult:
     seconds: float
     memory_bytes: float  # the most that its state took; 0: not said
     load_LE: NDArray[np.int64] = field(compare=False)  # the router's choices, ghosts too
+    first_loss: float | None = None  # of its first few local steps; None: not said
+    last_loss: float | None = None  # of its last few
 
 
 @dataclass

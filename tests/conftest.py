@@ -51,6 +51,7 @@ SMALL_TRAIN = (
     "train.rounds=2",
     "train.warmup_steps=4",
     "train.eval_batches=2",
+    "train.final_eval_batches=1",
     "train.device=cpu",
 )
 

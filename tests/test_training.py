@@ -310,6 +310,8 @@ def test_a_round_is_the_plain_loop(routing: str, grad_clip: float) -> None:
     report = train_adamw(module, optimizer_of(module, train), tokens, train, "cpu")
     losses = plain_round(reference, tokens, train)
     assert report.train_loss == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert report.first_loss == pytest.approx(sum(losses[:3]) / 3, rel=1e-5)
+    assert report.last_loss == pytest.approx(sum(losses[1:]) / 3, rel=1e-5)
     assert report.tokens == 4 * 2 * 8  # predictions: one less than the tokens of each sequence
     assert report.seconds > 0
     wanted = read_shard(reference)

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.experts import IMPLEMENTATIONS
+from fomoe_flwr.model.gates import cosine_logits, grap_logits, linear_logits
+from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
+
+# By how much of the way the bias goes, after each batch, to what that batch would have needed. Most of it: what is
+# needed drifts within a round, by more than batches differ, and the share lags behind by about 1/_BIAS_STEP batches.
+_BIAS_STEP = 0.8
 
 
 class Routing(NamedTuple):
@@ -23,6 +29,7 @@ class Routing(NamedTuple):
     weights_TK: Tensor  # sigmoid scores of the chosen, not renormalised
     chosen_TK: Tensor  # indices into the candidates
     balance_loss: Tensor  # scalar, 1 when balanced
+    locality_loss: Tensor  # scalar, 0 when as local as wished, or not asked for
 
 
 class Router(nn.Module):
@@ -34,29 +41,93 @@ class Router(nn.Module):
     f_c the share of assignments and P_c the mean share of the score. The paper states none. A loss was chosen over
     DeepSeek's bias update because its effect is a gradient: it is averaged between sites with the rest of
     the router, and there is no second state that could drift apart between two synchronisations.
+
+    f_c is the batch's own; with balance=global `offset_C` is added, by which the federation's load differs from the
+    site's. The mean over the sites of the gradients is then that of one site with all their tokens.
+
+    Args:
+        residents: where some candidates may be ghosts, those that are not; they are what locality prefers.
     """
 
     load_C: Tensor
+    offset_C: Tensor | None  # the federation's shares of the assignments minus the site's own
+    resident_C: Tensor
+    bias: Tensor  # of this site and layer; never sent, and only there with locality=bias
 
-    def __init__(self, model: ModelConfig, num_candidates: int) -> None:
+    def __init__(
+        self, model: ModelConfig, num_candidates: int, residents: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_candidates, model.d_model))
+        self.config, self.num_candidates = model, num_candidates
+        if model.router != "grap":
+            self.weight = nn.Parameter(torch.empty(num_candidates, model.d_model))
         self.top_k = min(model.top_k, num_candidates)
         # Assignments since the trainer last set it to zero.
         self.register_buffer("load_C", torch.zeros(num_candidates, dtype=torch.float64), persistent=False)
+        self.register_buffer("offset_C", None, persistent=False)
+        self.locality, self.is_resident = "off", [True] * num_candidates
+        if residents is not None and model.locality != "off":
+            self.is_resident = [candidate in residents for candidate in range(num_candidates)]
+            if len(set(self.is_resident)) == 2:  # without ghosts, or without residents, there is no choice
+                self.locality = model.locality
+            self.register_buffer("resident_C", torch.tensor(self.is_resident), persistent=False)
+            self.register_buffer("bias", torch.zeros(()), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers of a module that was built without memory, and forget the load and the bias."""
+        self.load_C.zero_()
+        self.offset_C = None
+        if self.config.locality != "off":
+            self.resident_C.copy_(torch.tensor(self.is_resident, device="cpu"))
+            self.bias.zero_()
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """What each candidate's output is weighted by if it is chosen: scores_TC, fp32."""
+        return torch.sigmoid(self._logits(x_TD))
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):  # a rounded score would flip choices
+            x_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+            if self.config.router == "grap":
+                return grap_logits(x_TD, self.num_candidates)
+            logits = cosine_logits if self.config.router == "orthogonal" else linear_logits
+            return logits(x_TD, self.weight.to(x_TD.dtype))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):  # a rounded score would flip choices
-            scores_TC = torch.sigmoid(x_TD.float() @ self.weight.float().T)
-            weights_TK, chosen_TK = scores_TC.topk(self.top_k, dim=-1)
+        logits_TC = self._logits(x_TD)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TC = torch.sigmoid(logits_TC)
+            if self.training and self.locality == "bias":
+                chosen_TK = self._choose_with_bias(logits_TC.detach())
+                weights_TK = scores_TC.gather(1, chosen_TK)
+            else:
+                weights_TK, chosen_TK = scores_TC.topk(self.top_k, dim=-1)
             load_C = torch.zeros_like(scores_TC[0]).scatter_add(
                 0, chosen_TK.flatten(), torch.ones_like(weights_TK).flatten()
             )
             share_C = (scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0)
-            balance_loss = scores_TC.shape[1] * (load_C / chosen_TK.numel() * share_C).sum()
+            assigned_C = load_C / chosen_TK.numel()
+            if self.offset_C is not None:
+                assigned_C = assigned_C + self.offset_C.to(scores_TC.dtype)
+            balance_loss = scores_TC.shape[1] * (assigned_C * share_C).sum()
+            local_loss = balance_loss.new_zeros(())
+            if self.locality == "loss":
+                local_loss = locality_loss(share_C, self.resident_C, self.config.locality_epsilon)
         if self.training:
             self.load_C += load_C.detach()
-        return Routing(weights_TK, chosen_TK, balance_loss)
+        return Routing(weights_TK, chosen_TK, balance_loss, local_loss)
+
+    def _choose_with_bias(self, logits_TC: Tensor) -> Tensor:
+        """Choices with the residents preferred, chosen_TK; and the bias moves on, for the next batch.
+
+        Not for this one: what a later token needs must not decide where an earlier one goes.
+        """
+        target = self.config.locality_target
+        assert target is not None
+        chosen_TK = (logits_TC + self.bias * self.resident_C).topk(self.top_k, dim=-1).indices
+        wanted = bias_for(entry_biases(logits_TC, self.resident_C, self.top_k), target)
+        self.bias.lerp_(wanted.to(self.bias.dtype), _BIAS_STEP)
+        return chosen_TK
 
 
 class Dispatch(NamedTuple):
@@ -120,7 +191,7 @@ class MoE(nn.Module):
         super().__init__()
         num_candidates = model.num_experts if routing == "skip" else len(residents)
         self.num_experts, self.resident_experts = model.num_experts, list(residents)
-        self.gate = Router(model, num_candidates)
+        self.gate = Router(model, num_candidates, residents if routing == "skip" else None)
         self.experts = Experts(model, len(residents))
         self.shared_experts = SharedExperts(model) if model.num_shared_experts else None
         self.candidates = list(range(model.num_experts)) if routing == "skip" else self.resident_experts
@@ -131,15 +202,15 @@ class MoE(nn.Module):
     def reset_buffers(self) -> None:
         """Fill the buffers of a module that was built without memory, and forget the load."""
         self.slot_C.copy_(torch.tensor(self.slots, device="cpu"))
-        self.gate.load_C.zero_()
+        self.gate.reset_buffers()
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y_TD and the load-balancing loss."""
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns y_TD, the load-balancing loss and the locality loss."""
         routing = self.gate(x_TD)
         y_TD = self._routed(x_TD, routing.weights_TK, routing.chosen_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        return y_TD, routing.balance_loss
+        return y_TD, routing.balance_loss, routing.locality_loss
 
     # The number of pairs that stay depends on the data, so torch.compile steps aside here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

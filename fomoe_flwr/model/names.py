@@ -29,6 +29,11 @@ def gate_name(layer: int) -> str:
     return f"model.layers.{layer}.mlp.gate.weight"
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter is a layer's whole router."""
+    return name.endswith(".mlp.gate.weight") and not is_moment(name)
+
+
 def expert_of(name: str) -> tuple[int, int] | None:
     """(layer, expert) of an expert's tensor or moment, None for a dense one."""
     match = _EXPERT.search(name)
@@ -65,7 +70,7 @@ def parameter_shapes(
             width = model.num_shared_experts * h
             shapes[f"{prefix}mlp.shared_experts.up_proj.weight"] = (width, d)
             shapes[f"{prefix}mlp.shared_experts.down_proj.weight"] = (d, width)
-        if routing == "skip":
+        if routing == "skip" and model.router != "grap":
             shapes[gate_name(layer)] = (model.num_experts, d)
         for expert in residents[layer]:
             shapes[expert_name(layer, expert, "up_proj")] = (h, d)

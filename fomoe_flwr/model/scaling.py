@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.names import expert_name, parameter_shapes
+from fomoe_flwr.model.gates import orthonormal_rows
+from fomoe_flwr.model.names import expert_name, is_gate, parameter_shapes
 
 
 def depth_multiplier(model: ModelConfig) -> float:
@@ -56,10 +57,11 @@ def initial_state(
             state[name] = torch.ones(shape)
         elif name == "model.embed_tokens.weight":
             state[name] = _draw(name, shape, model.init_std, seed)
-        elif name.endswith("mlp.gate.weight"):
+        elif is_gate(name):
             layer = int(name.split(".")[2])
             row_names = [expert_name(layer, expert, "gate") for expert in range(model.num_experts)]
-            state[name] = torch.stack([_draw(row, shape[1:], model.d_model**-0.5, seed) for row in row_names])
+            rows_CD = torch.stack([_draw(row, shape[1:], model.d_model**-0.5, seed) for row in row_names])
+            state[name] = orthonormal_rows(rows_CD) if model.router == "orthogonal" else rows_CD
         else:
             state[name] = _draw(name, shape, shape[-1] ** -0.5, seed)
     return state

@@ -30,5 +30,5 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     norms = 4 * model.d_model  # Peri-LN: one before and one after each of the two branches
     shared = model.num_shared_experts * expert_parameters(model)
     dense = model.num_layers * (attention + norms + shared) + (model.vocab_size + 2) * model.d_model
-    router = model.num_layers * model.num_experts * model.d_model
+    router = 0 if model.router == "grap" else model.num_layers * model.num_experts * model.d_model
     return ParameterCounts(dense, router, model.num_layers * model.num_experts * expert_parameters(model))

@@ -80,12 +80,13 @@ class Block(nn.Module):
         self.mlp = MoE(model, residents, routing)
         self.post_feedforward_layernorm = _layer_norm(model)
 
-    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns x_BSD after the block, and the MoE's two losses."""
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
         x_BSD = torch.add(x_BSD, self.post_attention_layernorm(y_BSD), alpha=self.multiplier)
-        y_TD, balance_loss = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
+        y_TD, balance_loss, locality_loss = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
         y_BSD = self.post_feedforward_layernorm(y_TD.view_as(x_BSD))
-        return torch.add(x_BSD, y_BSD, alpha=self.multiplier), balance_loss
+        return torch.add(x_BSD, y_BSD, alpha=self.multiplier), balance_loss, locality_loss
 
 
 class Backbone(nn.Module):
@@ -102,10 +103,10 @@ class Backbone(nn.Module):
 
 
 class Losses(NamedTuple):
-    """Scalars of a batch: cross-entropy in nats a token, and the load-balancing loss to be added to it."""
+    """Scalars of a batch: cross-entropy in nats a token, and the routers' own losses to be added to it."""
 
     cross_entropy: Tensor
-    balance: Tensor
+    balance: Tensor  # of the load; with locality=loss, that loss too
 
 
 class Transformer(nn.Module):
@@ -125,18 +126,43 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.model.layers]  # type: ignore[misc]
 
+    def begin_round(self, bias_L: Sequence[float], offset_LE: Sequence[Sequence[float]] | None) -> None:
+        """Set what the routers go by besides their weights.
+
+        Args:
+            bias_L: this site's own, as `biases()` gave it; empty: as at the start.
+            offset_LE: by which the federation's shares of each layer's assignments differ from the site's own.
+        """
+        for layer, moe in enumerate(self.moe_layers):
+            gate = moe.gate
+            gate.reset_buffers()
+            if bias_L and self.config.locality == "bias":
+                gate.bias.fill_(bias_L[layer])
+            if offset_LE is not None:
+                gate.offset_C = gate.load_C.new_tensor(offset_LE[layer])
+
+    def biases(self) -> list[float]:
+        """The site's own bias towards its residents in each layer; empty where there is none."""
+        if self.config.locality != "bias":
+            return []
+        return [float(moe.gate.bias) for moe in self.moe_layers]
+
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Last hidden state x_BSD after its norm, and the load-balancing loss."""
+        """Last hidden state x_BSD after its norm, and the routers' losses times their coefficients."""
         config = self.config
         x_BSD = self.model.embed_norm(self.model.embed_tokens(tokens_BS))
         head_width = config.d_model // config.num_heads
         cos_SF, sin_SF = rope_tables(tokens_BS.shape[1], head_width, config.rope_theta, tokens_BS.device)
-        balance_losses = []
+        balance_losses, locality_losses = [], []
         for block in self.model.layers:
-            x_BSD, balance_loss = block(x_BSD, cos_SF, sin_SF)
+            x_BSD, balance_loss, locality_loss = block(x_BSD, cos_SF, sin_SF)
             balance_losses.append(balance_loss)
+            locality_losses.append(locality_loss)
         # A branch's gradient shrinks with depth by CompleteP; the balancing of each router shrinks alike.
         balance = config.load_balance * config.base_num_layers * torch.stack(balance_losses).mean()
+        if config.locality == "loss":
+            local = torch.stack(locality_losses).mean()
+            balance = balance + config.locality_coefficient * config.base_num_layers * local
         return self.model.norm(x_BSD), balance
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

@@ -95,14 +95,15 @@ def test_a_run_leaves_what_it_promises_and_resumes(arguments: list[str], tmp_pat
     assert "full-replica DiLoCo" in done.stdout
     assert "by formula" in done.stdout
     present = {path.name for path in (tmp_path / "run").iterdir()}
-    assert present >= {"config.yaml", "metrics.jsonl", "checkpoints", "wandb", "report.png"}
+    assert present >= {"config.yaml", "metrics.jsonl", "checkpoints", "wandb", "report.png", "routing.png"}
     lines = metrics(tmp_path / "run")
     assert [line["round"] for line in lines] == [0, 1, 2]
     assert set(lines[-1]) >= {
         "round", "tokens", "train_loss", "val_loss", "val_bpb", "bytes_down", "bytes_up", "bytes_by_class",
-        "resident_share", "seconds", "sites",
+        "resident_share", "routing", "seconds", "sites",
     }  # fmt: skip
-    assert set(lines[-1]["seconds"]) == {"round", "train", "wire", "aggregate", "evaluate", "checkpoint"}
+    phases = {"round", "train", "wire", "aggregate", "evaluate", "routing", "checkpoint"}
+    assert set(lines[-1]["seconds"]) == phases
     resumed = fomoe("train", f"resume={tmp_path}/run", "train.rounds=3")
     assert resumed.returncode == 0, resumed.stderr
     after = metrics(tmp_path / "run")

@@ -12,17 +12,18 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
 import strategies.commit
-from fomoe_flwr.config import RunConfig, StrategyConfig
+from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
+from fomoe_flwr.model.gates import orthonormal_rows
 from fomoe_flwr.model.names import expert_name
 from fomoe_flwr.outer import OuterOptimizer
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.wire import to_arrays
-from strategies.commit import commit, updated_experts
+from strategies.commit import commit, starved_experts, updated_experts
 from strategies.inbox import Inbox
 from strategies.round import Round, SiteResult
 
 SHARED, FIRST, SECOND = (expert_name(0, expert, "up_proj") for expert in range(3))
-DENSE = "model.norm.weight"
+DENSE, GATE = "model.norm.weight", "model.layers.0.mlp.gate.weight"
 # One layer, three experts: 0 at both sites, 1 at site 0, 2 at site 1.
 PLACEMENT = Placement(np.array([[[True, True, True], [True, False, False], [False, True, False]]]))
 SENT = {0: (DENSE, SHARED, FIRST), 1: (DENSE, SHARED, SECOND), 2: (DENSE, SHARED)}
@@ -104,3 +105,47 @@ def test_which_experts_have_enough_holders(good: list[int], share: float, expect
     current = Round(1, PLACEMENT)
     current.results = dict.fromkeys(good)  # type: ignore[assignment]
     assert updated_experts(current, share) == expected
+
+
+# With a confidence of 0.95 eight tokens are the least in 256 dimensions (tests/model/test_capacity.py).
+FLOOR = RunConfig(model=ModelConfig(d_model=256), strategy=StrategyConfig(capacity_floor=0.95))
+
+
+def with_loads(*loads: list[int]) -> Round:
+    current = Round(1, PLACEMENT)
+    for site, load in enumerate(loads):
+        current.results[site] = SiteResult(str(site), 100, 0.0, 0.0, 1.0, 1.0, 0.0, np.array([load]))
+    return current
+
+
+@pytest.mark.parametrize(
+    ("loads", "expected"),
+    [
+        (([3, 8, 0], [3, 0, 8], [2, 0, 0]), set()),  # expert 0 gets 8 tokens from its three holders together
+        (([3, 8, 0], [3, 0, 8], [1, 0, 0]), {(0, 0)}),
+        (([9, 7, 0], [9, 90, 8], [9, 90, 0]), {(0, 1)}),  # a ghost's tokens reach nobody
+        (([0, 0, 0], [9, 0, 8], [9, 0, 0]), set()),  # site 0 does not say; expert 1 is only there
+    ],
+)
+def test_starved_is_who_got_too_few_tokens_at_its_holders_together(loads: tuple, expected: set) -> None:
+    assert starved_experts(with_loads(*loads), FLOOR) == (expected, 8)
+
+
+def test_without_a_floor_nobody_starves() -> None:
+    assert starved_experts(with_loads([1, 0, 0]), RunConfig()) == (set(), 0)
+
+
+def test_orthogonal_routers_are_projected_after_the_step(tmp_path: Path) -> None:
+    config = RunConfig(
+        model=ModelConfig(router="orthogonal", d_model=8), strategy=StrategyConfig(outer="nesterov")
+    )
+    inbox = Inbox(tmp_path)
+    inbox.begin(1)
+    rows = {name: torch.randn(3, 8, generator=torch.Generator().manual_seed(1)) for name in (GATE, DENSE)}
+    inbox.put(0, ArrayRecord(to_arrays("all", rows, torch.float32)), MetricRecord(), ConfigRecord())
+    state = {name: torch.eye(3, 8) for name in rows}
+    commit(with_loads([1, 0, 0]), OuterOptimizer(state, config.strategy, config.model, config.train), inbox, config,
+           set(), [20])  # fmt: skip
+    stepped = state[DENSE]  # the same start and the same update
+    torch.testing.assert_close(state[GATE], orthonormal_rows(stepped))
+    assert not torch.allclose(state[GATE], stepped)

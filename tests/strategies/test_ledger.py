@@ -41,11 +41,29 @@ def test_ages_tokens_and_holders() -> None:
     assert ledger.summary(4) == {
         "orphaned": [[0, 2]],
         "num_orphaned": 1,
+        "starved": [],
+        "num_starved": 0,
         "fewest_holders": 0,
         "rounds_since_update_max": 3,
         "tokens_min": 0,
         "tokens_max": 7,
     }
+
+
+def test_the_starved_are_named_in_their_round_and_only_then(caplog) -> None:
+    ledger = ExpertLedger(1, 12)
+    ledger.starve(3, [(0, 2), (0, 1)], least=7)
+    assert caplog.messages == [
+        "round 3: 2 experts starved, with fewer than 7 tokens over all sites, and held back: "
+        "layer 0 expert 1, layer 0 expert 2"
+    ]
+    assert ledger.summary(3)["starved"] == [[0, 1], [0, 2]]
+    ledger.starve(4, [(0, expert) for expert in range(10)], least=7)
+    assert len(ledger.summary(4)["starved"]) == 8  # a line names no more
+    assert ledger.summary(4)["num_starved"] == 10
+    ledger.starve(5, [], least=7)
+    assert ledger.summary(5)["starved"] == []
+    assert len(caplog.messages) == 2
 
 
 def test_it_survives_a_checkpoint() -> None:

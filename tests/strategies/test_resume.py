@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,8 @@ SETTINGS = [
 
 def assert_same_run(resumed: Path, uninterrupted: Path, rounds: int) -> None:
     assert without_times(metrics(resumed)) == without_times(metrics(uninterrupted))
+    a, b = (json.loads((folder / "evaluation.json").read_text()) for folder in (resumed, uninterrupted))
+    assert a | {"checkpoint": ""} == b | {"checkpoint": ""}
     ours, theirs = (read_checkpoint(checkpoint_path(folder, rounds)) for folder in (resumed, uninterrupted))
     for kind in ("parameters", "outer"):
         a, b = getattr(ours, kind), getattr(theirs, kind)
