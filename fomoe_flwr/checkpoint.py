@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -123,7 +124,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)"
             )
-        tensors[name] = load_file(file)
+        try:
+            tensors[name] = load_file(file)
+        except SafetensorError as error:  # as it was written, but not by this program
+            raise CheckpointError(f"checkpoint {path}: {file.name} holds no tensors ({error})") from error
     return Checkpoint(path, manifest, tensors["parameters"], tensors["outer"])
 
 
@@ -153,21 +157,34 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def resume_from(where: str) -> tuple[Path, Checkpoint]:
-    """The run directory and the newest whole checkpoint of `resume=RUN_DIR`, or just that of `resume=CHECKPOINT`.
+    """What `resume=` names; see `find_checkpoint`."""
+    return find_checkpoint(where, f"resume={where}")
+
+
+def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
+    """The run directory and its newest whole checkpoint, or just the checkpoint that is named.
 
     A damaged checkpoint of a run directory is named in the log and the one before it is used.
+
+    Args:
+        where: a run directory, its `checkpoints` folder, or one checkpoint.
+        asked: what the user wrote, for the error lines.
 
     Raises:
         CheckpointError: there is none, or the one that was named is damaged.
     """
     path = Path(where).expanduser().absolute()
+    if path.is_file():
+        raise CheckpointError(f"{asked}: is a file; give a run directory or one of its checkpoints")
     if not path.is_dir():
-        raise CheckpointError(f"resume={where}: no such directory")
+        raise CheckpointError(f"{asked}: no such directory")
+    if path.name == "checkpoints" and not (path / "checkpoints").is_dir():
+        path = path.parent
     if _PATTERN.fullmatch(path.name):
         return path.parent.parent, read_checkpoint(path)
     candidates = list_checkpoints(path)
     if not candidates:
-        raise CheckpointError(f"resume={where}: no checkpoint in {path / 'checkpoints'}")
+        raise CheckpointError(f"{asked}: no checkpoint in {path / 'checkpoints'}")
     problems = []
     for candidate in reversed(candidates):
         try:
@@ -175,7 +192,7 @@ def resume_from(where: str) -> tuple[Path, Checkpoint]:
         except CheckpointError as error:
             log.warning("%s; trying the one before it", error)
             problems.append(str(error))
-    raise CheckpointError(f"resume={where}: no checkpoint is whole; newest: {problems[0]}")
+    raise CheckpointError(f"{asked}: no checkpoint is whole; newest: {problems[0]}")
 
 
 def forget_later(checkpoint: Checkpoint) -> None:

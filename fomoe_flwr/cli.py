@@ -1,4 +1,4 @@
-"""The console command: `fomoe train [overrides]`, `plan`, `report DIR`, and `fomoe server`, `site`, `submit`.
+"""The console command: `fomoe train [overrides]`, `plan`, `eval`, `report DIR`, and `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
 """
@@ -36,6 +36,7 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe train -m OVERRIDE ...    a run for each combination, e.g. strategy.overlap=1,2,4
        fomoe train --cfg job          show the configuration (Hydra's other flags work too)
        fomoe plan [OVERRIDE ...]      what a run would cost each site, and advice (--help: pictures, JSON)
+       fomoe eval CHECKPOINT [OVERRIDE ...]   a checkpoint judged on any text (--help: reference, JSON)
        fomoe report DIR               tables and picture of a run, or the table of a sweep
        fomoe server [OPTION ...]      Flower's SuperLink, with flower-superlink's options
        fomoe site --superlink HOST:PORT --name NAME ...    a site of a federation (--help: its options)
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from fomoe_flwr.plan.command import plan
 
                 plan(options)
+            case ["eval", *options]:
+                from fomoe_flwr.eval_command import evaluate_command
+
+                evaluate_command(options)
             case ["report", directory]:
                 report(Path(directory), Console())
             case ["server", *options]:

@@ -240,6 +240,16 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
     assert "trying the one before it" in record.getMessage()
 
 
+def test_a_file_that_its_digest_calls_whole_but_holds_no_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda _, file: file.write_bytes(b"something else"))
+        path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"parameters\.safetensors holds no tensors"):
+        read_checkpoint(path)
+
+
 def test_every_flipped_byte_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     for file in sorted(path.iterdir()):
@@ -273,6 +283,15 @@ def test_a_checkpoint_named_directly_is_used_though_there_are_newer_ones(tmp_pat
     assert_is_round(loaded, 1)
 
 
+def test_the_folder_of_the_checkpoints_may_be_named(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    run_dir, loaded = resume_from(str(tmp_path / "checkpoints"))
+    assert run_dir == tmp_path
+    assert_is_round(loaded, 1)
+    save(tmp_path / "checkpoints", 2)  # a run directory of that name
+    assert_is_round(resume_from(str(tmp_path / "checkpoints"))[1], 2)
+
+
 def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "run", 1)
     monkeypatch.chdir(tmp_path)
@@ -291,6 +310,9 @@ def test_a_run_that_was_moved_resumes_where_it_is(tmp_path: Path) -> None:
 def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         resume_from(str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file; give a run directory"):
+        resume_from(str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         resume_from(str(tmp_path))
     for round_ in (1, 2):

@@ -3,16 +3,18 @@
 from fomoe_flwr.data.corpus import Document, read_documents
 from fomoe_flwr.data.partition import deal_documents
 from fomoe_flwr.data.shards import TokenCorpus, prepare
-from fomoe_flwr.data.stream import TokenStream, validation_batches
+from fomoe_flwr.data.stream import LabelledBatch, TokenStream, labelled_batches, validation_batches
 from fomoe_flwr.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
     "Document",
+    "LabelledBatch",
     "TokenCorpus",
     "TokenStream",
     "Tokenizer",
     "check_vocabulary",
     "deal_documents",
+    "labelled_batches",
     "load_tokenizer",
     "prepare",
     "read_documents",

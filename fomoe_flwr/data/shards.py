@@ -292,11 +292,14 @@ def _split(hashes: NDArray[np.uint64], val_fraction: float) -> NDArray[np.bool_]
     """Which documents are kept for validation: those whose hash, as a fraction of its range, is low.
 
     By content, so equal texts are never on both sides, and a document stays on its side as the corpus grows.
-    A side left empty gets the document nearest to it.
+    A side left empty gets the document nearest to it; with `val_fraction` 1, for a text that nobody trains on, all
+    are kept.
 
     Raises:
         DataError: all texts are equal, so that one side must stay empty.
     """
+    if val_fraction >= 1:
+        return np.ones(len(hashes), dtype=np.bool_)
     is_val = hashes / 2.0**64 < val_fraction
     if not is_val.any():
         is_val = hashes == hashes.min()

@@ -93,8 +93,35 @@ def validation_batches(
         )
     size = min(batch_size, num_windows)
     num_batches = min(num_batches, num_windows // size)
-    window_NB = (np.arange(num_batches * size) * num_windows // max(num_batches * size, 1)).reshape(-1, size)
+    window_NB = _spread(num_batches * size, num_windows).reshape(-1, size)
     return (_read_windows(corpus, concatenation, window_B, seq_len) for window_B in window_NB)
+
+
+class LabelledBatch(NamedTuple):
+    """Sequences, and of each token the domain of its document."""
+
+    tokens_BT: torch.Tensor
+    domain_BT: torch.Tensor  # index into the corpus's domains
+
+
+def labelled_batches(
+    corpus: TokenCorpus, documents: NDArray[np.int64], seq_len: int, batch_size: int, num_batches: int | None
+) -> Iterator[LabelledBatch]:
+    """Yield the documents in batches, the same at every call.
+
+    With more windows than `num_batches` batches hold, those of `validation_batches`. Else, and with None, the
+    documents whole: every token but the first is predicted once, the last batches being smaller or shorter.
+    """
+    concatenation = _concatenate(corpus, documents)
+    num_windows = _count_windows(concatenation, seq_len)
+    whole = num_batches is None or num_windows <= num_batches * batch_size
+    window_N = np.arange(num_windows) if whole else _spread((num_batches or 0) * batch_size, num_windows)
+    for first in range(0, len(window_N), batch_size):
+        position_BT = _positions(window_N[first : first + batch_size], seq_len)
+        yield _read_labelled(corpus, documents, concatenation, position_BT)
+    rest = np.arange(num_windows * seq_len, concatenation.num_tokens)
+    if whole and len(rest) > 1:
+        yield _read_labelled(corpus, documents, concatenation, rest[None])
 
 
 def _concatenate(corpus: TokenCorpus, documents: NDArray[np.int64]) -> _Concatenation:
@@ -108,9 +135,35 @@ def _count_windows(concatenation: _Concatenation, seq_len: int) -> int:
     return max(concatenation.num_tokens - 1, 0) // seq_len
 
 
+def _spread(number: int, num_windows: int) -> NDArray[np.int64]:
+    """So many windows, evenly spread over all."""
+    return np.arange(number) * num_windows // max(number, 1)
+
+
+def _positions(window_B: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    return window_B[:, None] * seq_len + np.arange(seq_len + 1)
+
+
+def _document_at(concatenation: _Concatenation, position_BT: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which of the concatenated documents a position lies in."""
+    return np.searchsorted(concatenation.starts, position_BT, side="right") - 1
+
+
 def _read_windows(
     corpus: TokenCorpus, concatenation: _Concatenation, window_B: NDArray[np.int64], seq_len: int
 ) -> torch.Tensor:
-    position_BT = window_B[:, None] * seq_len + np.arange(seq_len + 1)
-    document_BT = np.searchsorted(concatenation.starts, position_BT, side="right") - 1
+    position_BT = _positions(window_B, seq_len)
+    document_BT = _document_at(concatenation, position_BT)
     return torch.from_numpy(corpus.take(position_BT + concatenation.shifts[document_BT]))
+
+
+def _read_labelled(
+    corpus: TokenCorpus,
+    documents: NDArray[np.int64],
+    concatenation: _Concatenation,
+    position_BT: NDArray[np.int64],
+) -> LabelledBatch:
+    document_BT = _document_at(concatenation, position_BT)
+    tokens_BT = corpus.take(position_BT + concatenation.shifts[document_BT])
+    domain_BT = corpus.doc_domain[documents[document_BT]].astype(np.int64)
+    return LabelledBatch(torch.from_numpy(tokens_BT), torch.from_numpy(domain_BT))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fomoe_flwr.console import print_whole
 from fomoe_flwr.errors import RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 def report(directory: Path, console: Console) -> None:
@@ -20,6 +20,7 @@ def report(directory: Path, console: Console) -> None:
         ConfigError: its configuration cannot be read.
     """
     # Imported here: `fomoe --help` must not wait for matplotlib.
+    from fomoe_flwr.report.evaluation import show_saved
     from fomoe_flwr.report.load import load_run
     from fomoe_flwr.report.reality import compare, notes, reality_table
     from fomoe_flwr.report.sweep import job_dirs, sweep_table
@@ -29,22 +30,20 @@ def report(directory: Path, console: Console) -> None:
         raise RunError(f"{directory}: no such directory")
     if (directory / "config.yaml").is_file() or (directory / "metrics.jsonl").is_file():
         from fomoe_flwr.report.picture import draw
+        from fomoe_flwr.report.routing import draw_routing
 
         run = load_run(directory)
         console.print(run_table(run))
-        _print_whole(comparison_table(run), console)
+        print_whole(comparison_table(run), console)
         if reality := compare(run):
-            _print_whole(reality_table(reality), console)
+            print_whole(reality_table(reality), console)
             for note in notes(run, reality):
                 console.print(f"  {note}", soft_wrap=True, markup=False, highlight=False)
+        show_saved(directory, console)
         console.print(f"picture: {draw(run)}", soft_wrap=True, markup=False)
+        if routing := draw_routing(run):
+            console.print(f"routing: {routing}", soft_wrap=True, markup=False)
     elif job_dirs(directory):
-        _print_whole(sweep_table(directory), console)
+        print_whole(sweep_table(directory), console)
     else:
         raise RunError(f"{directory}: neither a run (config.yaml, metrics.jsonl) nor a sweep (0/, 1/, …)")
-
-
-def _print_whole(table: Table, console: Console) -> None:
-    # In 80 columns, which is also what rich takes a file to have, it would cut numbers off; better a long line.
-    table.width = console.measure(table, options=console.options.update(max_width=200)).maximum
-    console.print(table, crop=False)

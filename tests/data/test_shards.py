@@ -158,6 +158,11 @@ def test_both_sides_have_a_document_whenever_two_differ(hashes: np.ndarray, val_
     assert hashes[is_val].max() < hashes[~is_val].min()
 
 
+def test_a_text_that_nobody_trains_on_is_kept_whole(config: DataConfig) -> None:
+    corpus = prepare(replace(config, val_fraction=1.0, max_documents=1))
+    assert corpus.is_val.tolist() == [True]
+
+
 def test_one_document_is_too_few(config: DataConfig) -> None:
     with pytest.raises(
         DataError, match=r"data\.val_fraction=0\.2: the corpus is too small .* has 1 of one text"

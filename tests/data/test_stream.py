@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fomoe_flwr.config import DataConfig, SiteConfig
-from fomoe_flwr.data import TokenCorpus, TokenStream, deal_documents, validation_batches
+from fomoe_flwr.data import TokenCorpus, TokenStream, deal_documents, labelled_batches, validation_batches
 from fomoe_flwr.errors import DataError
 
 CorpusOf = Callable[..., TokenCorpus]
@@ -193,3 +193,43 @@ def test_validation_without_a_window_fails_at_once(corpus_of: CorpusOf) -> None:
         DataError, match=r"^train\.seq_len=10: the 1 validation documents have only 10 tokens"
     ):
         validation_batches(corpus, None, 10, 4, 2)
+
+
+# --- whole texts, and the domain of each token
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(2, 20), st.integers(1, 5))
+def test_a_whole_text_is_predicted_once(
+    corpus_of: CorpusOf, shape: dict, seq_len: int, batch_size: int
+) -> None:
+    """But for its first token; also where it is shorter than one sequence."""
+    corpus = corpus_of(**shape)
+    documents = np.arange(1, len(shape["lengths"]), 2)  # every other one
+    tokens = np.flatnonzero(np.repeat(np.arange(len(corpus.doc_lengths)) % 2, corpus.doc_lengths)).tolist()
+    predicted = []
+    for tokens_BT, domain_BT in labelled_batches(corpus, documents, seq_len, batch_size, None):
+        assert tokens_BT.shape == domain_BT.shape
+        assert len(tokens_BT) <= batch_size
+        assert 1 < tokens_BT.shape[1] <= seq_len + 1
+        predicted += tokens_BT[:, 1:].flatten().tolist()
+    assert predicted == tokens[1:]
+
+
+def test_a_sample_is_that_of_a_validation(corpus_of: CorpusOf) -> None:
+    corpus = corpus_of([100] * 50, is_val=[i % 2 == 1 for i in range(50)])
+    sample = list(labelled_batches(corpus, corpus.val_documents, 10, 4, 5))
+    for (tokens_BT, _), wanted_BT in zip(sample, validation_batches(corpus, None, 10, 4, 5), strict=True):
+        assert torch.equal(tokens_BT, wanted_BT)
+    everything = list(labelled_batches(corpus, corpus.val_documents, 10, 4, None))
+    as_many = list(labelled_batches(corpus, corpus.val_documents, 10, 4, 63))  # all 249 windows
+    assert [len(batch.tokens_BT) for batch in as_many] == [len(batch.tokens_BT) for batch in everything]
+
+
+def test_each_token_has_the_domain_of_its_document(corpus_of: CorpusOf) -> None:
+    lengths, domain = [7, 30, 12, 9], [2, 0, 1, 2]
+    corpus = corpus_of(lengths, domain)
+    wanted = np.repeat(domain, lengths)
+    for tokens_BT, domain_BT in labelled_batches(corpus, np.array([0, 2, 3]), 5, 2, None):
+        assert domain_BT.dtype == torch.int64
+        assert np.array_equal(domain_BT, wanted[tokens_BT])

@@ -1,0 +1,456 @@
+"""`fomoe eval` on runs of every strategy, on texts of any kind, and on what is not a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
+from fomoe_flwr.cli import main
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import DataConfig
+from fomoe_flwr.data import load_tokenizer
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.eval_command import choose_part
+from fomoe_flwr.report.evaluation import show_evaluation
+from tests.conftest import SMALL_MODEL, SMALL_TRAIN, WORDS, Compose
+from tests.data.test_tokenizer import train_bpe
+from tests.strategies.helpers import run
+
+STRATEGIES = {
+    "fomoe, skip": ("strategy=fomoe",),
+    "fomoe, partitioned": ("strategy=fomoe", "strategy.routing=partitioned", "strategy.placement=random"),
+    "diloco": ("strategy=diloco",),
+    "local_adamw": ("strategy=local_adamw", "strategy.overlap=2"),
+    "fedavg": ("strategy=fedavg",),
+    "ddp": ("strategy=ddp", "train.rounds=2"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs, and are looked at elsewhere."""
+    monkeypatch.setattr("fomoe_flwr.report.picture.draw", lambda run: run.directory / "report.png")
+    monkeypatch.setattr("fomoe_flwr.report.routing.draw_routing", lambda run: None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> Path:
+    """The directory of a small run, of two rounds. Not to be changed."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    data = ("data=text", f"data.path={corpus_dir}", f"data.cache_dir={cache_dir}")
+    place = ("runtime=local", "wandb.mode=disabled", f"hydra.run.dir={run_dir}")
+    return run(compose([*SMALL_MODEL, *SMALL_TRAIN, *data, *place]))
+
+
+@pytest.fixture
+def mine(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be."""
+    return shutil.copytree(trained, tmp_path / "mine")
+
+
+@pytest.fixture
+def unseen(tmp_path: Path) -> Path:
+    """A text of no corpus, of 3000 bytes or so."""
+    file = tmp_path / "unseen.txt"
+    file.write_text(" ".join(random.Random(1).choices(WORDS, k=500)))
+    return file
+
+
+Evaluate = Callable[..., dict[str, Any]]
+
+LARGE = "train.batch_size=64"  # fewer and larger batches are faster, and give the same figures
+
+
+def on(place: Path, source: str = "text") -> tuple[str, str, str]:
+    return f"data={source}", f"data.path={place}", LARGE
+
+
+@pytest.fixture
+def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """`evaluate(CHECKPOINT, …)` is what the command prints with --json, which is a line and nothing else."""
+
+    def call(*arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        main(["eval", *map(str, arguments), "--json"])
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        (line,) = printed.out.splitlines()
+        content = json.loads(line)
+        assert isinstance(content, dict)
+        return content
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, int]]:
+    """The one line with which the command refuses, and its exit code."""
+
+    def call(*arguments: object) -> tuple[str, int]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["eval", *map(str, arguments)])
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        (line,) = printed.err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: "), int(str(stop.value.code))
+
+    return call
+
+
+# ----- strategies and the end of a run
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_leaves_what_eval_finds_in_its_checkpoint(
+    name: str, small: Compose, unseen: Path, evaluate: Evaluate, capsys
+) -> None:
+    run_dir = run(small(*STRATEGIES[name]))
+    assert "routing necessity" in capsys.readouterr().out
+    left = json.loads((run_dir / "evaluation.json").read_text())
+    found = evaluate(run_dir, "--batches=1", "--draws=1")
+    assert left == found
+    assert found["text"]["part"] == "validation"
+    assert set(found["residents"]) == {"site-0", "site-1", "site-2", "site-3"}
+    everything = found["all_experts"]
+    replicas = "fomoe" not in name and name != "local_adamw"
+    assert all((site == everything) == replicas for site in found["residents"].values())
+    assert isinstance(found["routing"]["necessity"], float)
+    assert len(found["routing"]["necessity_by_layer"]) == 2
+
+    whole = evaluate(run_dir, *on(unseen))
+    assert whole["text"] | {"name": ""} == {
+        "name": "",
+        "part": "whole",
+        "documents": 1,
+        "tokens": unseen.stat().st_size,
+    }
+    assert whole["all_experts"]["tokens"] == unseen.stat().st_size  # with the end token, without the first
+    assert 1 < whole["all_experts"]["loss"] < 6
+
+
+def test_the_loss_is_the_one_of_the_last_round(trained: Path, evaluate: Evaluate) -> None:
+    line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    found = evaluate(trained, "--batches=2")["all_experts"]
+    assert found["loss"] == pytest.approx(line["val_loss"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(line["val_bpb"], rel=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["train.final_eval_batches=0", "train.eval_batches=0", "train.rounds=0"])
+def test_the_figures_at_the_end_can_be_switched_off(small: Compose, switch: str, capsys) -> None:
+    run_dir = run(small("train.rounds=1", switch) if "rounds" not in switch else small(switch))
+    assert not (run_dir / "evaluation.json").exists()
+    assert "routing necessity" not in capsys.readouterr().out
+
+
+# ----- which checkpoint, which text
+
+
+def test_a_run_its_folder_and_a_checkpoint_may_be_named(trained: Path, evaluate: Evaluate) -> None:
+    newest = evaluate(trained, "--batches", 1)
+    assert newest["checkpoint"] == str(checkpoint_path(trained, 2))
+    assert evaluate(trained / "checkpoints", "--batches", 1) == newest
+    assert evaluate(checkpoint_path(trained, 2), "--batches", 1) == newest
+    first = evaluate(checkpoint_path(trained, 1), "--batches", 1)
+    assert first["round"] == 1
+    assert first["all_experts"]["loss"] != newest["all_experts"]["loss"]
+
+
+def test_a_checkpoint_needs_nothing_of_the_run_but_itself(
+    trained: Path, tmp_path: Path, unseen: Path, evaluate: Evaluate
+) -> None:
+    moved = tmp_path / "elsewhere" / "round_00002"
+    shutil.copytree(checkpoint_path(trained, 2), moved)
+    text = on(unseen)
+    ours, theirs = evaluate(moved, *text), evaluate(trained, *text)
+    assert ours["all_experts"] == theirs["all_experts"]
+
+
+def test_the_figures_are_the_same_every_time(trained: Path, unseen: Path, evaluate: Evaluate) -> None:
+    arguments = (trained, *on(unseen), "--draws=2")
+    assert evaluate(*arguments) == evaluate(*arguments)
+
+
+def test_the_runs_own_corpus_gives_its_validation_part_wherever_it_lies(
+    trained: Path, corpus_dir: Path, tmp_path: Path, evaluate: Evaluate
+) -> None:
+    own = evaluate(trained, LARGE)
+    assert own["text"]["part"] == "validation"
+    assert own["all_experts"]["tokens"] == own["text"]["tokens"]  # all of it
+    shutil.copytree(corpus_dir, tmp_path / "copy")
+    copy = evaluate(trained, *on(tmp_path / "copy"))
+    assert copy["all_experts"] == own["all_experts"]
+    assert copy["routing"] == own["routing"]
+
+
+def test_part_of_another_text(trained: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    for index in range(20):
+        (tmp_path / "other" / f"topic{index % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / f"topic{index % 2}" / f"{index}.txt").write_text(f"{index} " * 60)
+    text = on(tmp_path / "other")
+    whole, half = evaluate(trained, *text), evaluate(trained, *text, "data.val_fraction=0.5")
+    assert (whole["text"]["part"], whole["text"]["documents"]) == ("whole", 20)
+    assert half["text"]["part"] == "validation"
+    assert 0 < half["text"]["documents"] < 20
+    domains = whole["all_experts"]["by_domain"]
+    assert set(domains) == {"topic0", "topic1"}
+    assert sum(domain["tokens"] for domain in domains.values()) == whole["all_experts"]["tokens"]
+
+
+def test_a_larger_part_of_the_runs_own_corpus_is_refused(trained: Path, refused) -> None:
+    line, code = refused(trained, "data.val_fraction=0.5")
+    assert line.startswith("data.val_fraction=0.5: the run kept 0.05 of this corpus from training")
+    assert code == 2
+
+
+def test_without_the_runs_own_corpus_a_text_is_another(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    here = DataConfig(source="text", path=str(tmp_path))
+    gone = DataConfig(source="text", path=str(tmp_path / "gone"))
+    assert choose_part(gone, here, share_given=False)[1] == "whole"
+    assert choose_part(here, here, share_given=False) == (here, "validation")
+    assert choose_part(DataConfig(), here, share_given=False)[0].val_fraction == 1.0
+    on_hub = DataConfig(source="huggingface", name="a/b")  # not downloaded for a comparison
+    assert choose_part(on_hub, on_hub, share_given=False)[1] == "validation"
+    assert choose_part(on_hub, DataConfig(source="huggingface", name="a/c"), share_given=False)[1] == "whole"
+    with pytest.raises(ConfigError):
+        choose_part(here, DataConfig(source="text", path=str(tmp_path), val_fraction=0.9), share_given=True)
+
+
+def test_a_very_short_text_and_json_lines(trained: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    (tmp_path / "short.txt").write_text("ab")
+    short = evaluate(trained, *on(tmp_path / "short.txt"))
+    assert short["all_experts"]["tokens"] == 2
+    rows = [{"body": f"a line of {word}", "kind": word} for word in WORDS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = ("data.text_key=body", "data.domain_key=kind")
+    found = evaluate(trained, *on(tmp_path / "rows.jsonl", "jsonl"), *keys)
+    assert set(found["all_experts"]["by_domain"]) == set(WORDS)
+
+
+def test_another_tokenizer_and_other_settings_of_the_computation(
+    small: Compose, unseen: Path, tmp_path: Path, evaluate: Evaluate
+) -> None:
+    train_bpe(tmp_path / "tokenizer.json")
+    size = load_tokenizer(str(tmp_path / "tokenizer.json")).vocab_size
+    trained = run(small("train.rounds=1", f"model.vocab_size={size}"))
+    text = on(unseen)
+    as_bytes = evaluate(trained, *text)
+    other = evaluate(trained, *text, f"data.tokenizer={tmp_path}/tokenizer.json")
+    assert other["all_experts"]["tokens"] < as_bytes["all_experts"]["tokens"]
+    loop = evaluate(trained, *text[:2], "model.experts_impl=loop", "train.batch_size=50", "train.threads=1")
+    assert loop["all_experts"]["loss"] == pytest.approx(as_bytes["all_experts"]["loss"], rel=1e-5)
+    assert evaluate(trained, *text, "train.seq_len=8")["all_experts"] != as_bytes["all_experts"]
+    rough = evaluate(trained, *text, "train.dtype=bf16")["all_experts"]["loss"]
+    assert rough == pytest.approx(as_bytes["all_experts"]["loss"], rel=0.02)
+
+
+def test_necessity_as_a_share_of_a_reference(
+    trained: Path, small: Compose, unseen: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    central = run(small("strategy=ddp", run_dir=tmp_path / "central"))
+    text = on(unseen)
+    routing = evaluate(trained, *text, "--reference", central)["routing"]
+    alone = evaluate(central, *text)["routing"]["necessity"]
+    assert routing["reference_necessity"] == alone
+    assert routing["necessity_share"] == (pytest.approx(routing["necessity"] / alone) if alone > 0 else None)
+    assert len(routing["reference_necessity_by_layer"]) == 2
+
+
+def test_the_table_says_it_all(trained: Path, unseen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(["eval", str(trained), *on(unseen), f"--reference={trained}"])
+    printed = capsys.readouterr().out
+    for part in (
+        "loss, nats",
+        "perplexity",
+        "bits per byte",
+        "residents of site-3",
+        "layer 1 alone",
+        "share",
+    ):
+        assert part in printed
+    main(["report", str(trained)])
+    assert "routing necessity" in capsys.readouterr().out
+
+
+def test_many_domains_are_not_all_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"loss": 1.0, "perplexity": None, "bits_per_byte": None, "tokens": 10}
+    domains = {f"topic{index}": figures | {"tokens": index + 1} for index in range(20)}
+    content = {
+        "checkpoint": "run", "text": {"name": "text", "part": "whole", "documents": 1, "tokens": 20},
+        "all_experts": figures | {"by_domain": domains}, "residents": {"a": figures, "b": None},
+        "routing": {"necessity": 0.1, "necessity_by_layer": [0.1], "necessity_by_draw": [0.1], "tokens": 10},
+    }  # fmt: skip
+    show_evaluation(content, Console())
+    printed = capsys.readouterr().out
+    assert "topic19" in printed
+    assert "topic8" in printed
+    assert "topic7" not in printed
+    assert "8 smaller ones are in the JSON" in printed
+    assert "no experts" in printed
+    assert "10 of 20 tokens" in printed
+
+
+# ----- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line", "code"),
+    [
+        ([], "fomoe eval: which checkpoint?", 2),
+        (["data=text"], "fomoe eval: which checkpoint?", 2),
+        (["/no/run"], "fomoe eval /no/run: no such directory", 1),
+        (["RUN", "--nope"], "--nope: no option of fomoe eval; it has --json, --reference", 2),
+        (["RUN", "--batches"], "--batches: needs a whole number of at least 1", 2),
+        (["RUN", "--draws=0"], "--draws 0: needs a whole number of at least 1", 2),
+        (["RUN", "--reference"], "--reference: needs the checkpoint of another run", 2),
+        (["RUN", "--reference=/no/run"], "--reference /no/run: no such directory", 1),
+        (["RUN", "strategy.overlap=1"], "strategy.overlap=1: not for fomoe eval, which takes the rest", 2),
+        (["RUN", "model.d_model=64"], "model.d_model=64: not for fomoe eval", 2),
+        (["RUN", "another"], "another: not for fomoe eval", 2),
+        (["RUN", "data=txt"], "data=txt: no such option; allowed are", 2),
+        (["RUN", "data.pth=x"], "data.pth: unknown key; did you mean data.path?", 2),
+        (["RUN", "data=text"], "data.path=null: data=text needs data.path=FILE_OR_FOLDER", 2),
+        (["RUN", "data=text", "data.path=/no/text"], "data.path=/no/text: no such file or folder", 1),
+        (["RUN", "data.tokenizer=/no/file"], "data.tokenizer=/no/file: no such file", 1),
+        (["RUN", "train.batch_size=0"], "train.batch_size=0: must be at least 1", 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], line: str, code: int, trained: Path, refused
+) -> None:
+    said = refused(*(item.replace("RUN", str(trained)) for item in arguments))
+    assert said[0].startswith(line)
+    assert said[1] == code
+
+
+def test_a_text_that_is_none_is_one_clear_line(trained: Path, tmp_path: Path, refused) -> None:
+    (tmp_path / "binary").write_bytes(b"\0\xff")
+    (tmp_path / "empty").write_text("\n")
+    assert "is not UTF-8 text" in refused(trained, "data=text", f"data.path={tmp_path}/binary")[0]
+    assert "no document with text" in refused(trained, "data=text", f"data.path={tmp_path}/empty")[0]
+
+
+def test_a_vocabulary_too_small_is_one_clear_line(trained: Path, tmp_path: Path, refused) -> None:
+    train_bpe(tmp_path / "tokenizer.json")
+    line, code = refused(trained, f"data.tokenizer={tmp_path}/tokenizer.json")
+    assert line.startswith("model.vocab_size=264: too small for tokenizer")
+    assert code == 2
+
+
+def test_a_reference_with_other_tokens_is_one_clear_line(
+    trained: Path, small: Compose, tmp_path: Path, refused
+) -> None:
+    train_bpe(tmp_path / "tokenizer.json")
+    other = ("train.rounds=1", "model.vocab_size=300", f"data.tokenizer={tmp_path}/tokenizer.json")
+    run_dir = run(small(*other, run_dir=tmp_path / "other"))
+    line, code = refused(trained, "--reference", run_dir)
+    assert "nats a token cannot be compared" in line
+    assert code == 1
+
+
+def _flip(folder: Path) -> None:
+    content = bytearray((folder / "parameters.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "parameters.safetensors").write_bytes(content)
+
+
+def _truncate(folder: Path) -> None:
+    content = (folder / "parameters.safetensors").read_bytes()
+    (folder / "parameters.safetensors").write_bytes(content[:-100])
+
+
+def _garble(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+def _of_another_format(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+
+
+def _of_another_program(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / "config.json").write_text("{}")
+
+
+def _saved_again(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Whole by all digests, but with other contents."""
+
+    def apply(folder: Path) -> None:
+        checkpoint = read_checkpoint(folder)
+        facts = {
+            key: value
+            for key, value in checkpoint.manifest.items()
+            if key not in ("format", "round", "sha256")
+        }
+        parameters = dict(checkpoint.parameters)
+        change(facts, parameters)
+        save_checkpoint(folder.parent.parent, checkpoint.round, parameters, checkpoint.outer, facts, keep=9)
+
+    return apply
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a flipped bit": (_flip, "parameters.safetensors is damaged"),
+    "truncated tensors": (_truncate, "parameters.safetensors is damaged"),
+    "a garbled manifest": (_garble, "manifest.json is damaged"),
+    "another format": (_of_another_format, "format 1, this version reads 2"),
+    "another program": (_of_another_program, "manifest.json is missing"),
+    "no configuration": (
+        _saved_again(lambda facts, _: facts.pop("config")),
+        "manifest.json is not that of a run of this version ('config')",
+    ),
+    "a key of another version": (
+        _saved_again(lambda facts, _: facts["config"]["model"].update(unheard_of=1)),
+        "unexpected keyword argument 'unheard_of'",
+    ),
+    "a tensor missing": (
+        _saved_again(lambda _, parameters: parameters.pop("model.norm.weight")),
+        "not of the model it names: shard lacks model.norm.weight",
+    ),
+    "another shape": (
+        _saved_again(lambda _, parameters: parameters.update({"model.norm.weight": torch.ones(7)})),
+        "not of the model it names: model.norm.weight: shape (7,), expected (32,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_damaged_or_foreign_is_one_clear_line(name: str, mine: Path, refused) -> None:
+    damage, said = DAMAGE[name]
+    folder = checkpoint_path(mine, 2)
+    damage(folder)
+    line, code = refused(folder)
+    assert said in line
+    assert str(folder) in line
+    assert code == 1
+
+
+def test_other_directories_and_files_are_one_clear_line(trained: Path, tmp_path: Path, refused) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert "no checkpoint in" in refused(tmp_path / "nothing")[0]
+    assert "is a file; give a run directory" in refused(trained / "metrics.jsonl")[0]
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used_and_said(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _flip(checkpoint_path(mine, 2))
+    capsys.readouterr()
+    main(["eval", str(mine), "--json", "--batches=1"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["round"] == 1
+    assert "trying the one before it" in printed.err
