@@ -23,6 +23,8 @@ from fomoe_flwr.units import duration, in_bytes
 
 log = logging.getLogger("fomoe")
 
+CURVES = 64  # a figure has a curve for each layer in wandb, but not for more layers than this
+
 
 class Telemetry:
     """Writes the figures of each round as they come.
@@ -103,6 +105,11 @@ class Telemetry:
                 parts.append("DISCARDED")
         return "  ".join(parts)
 
+    def end_run(self, evaluation: Mapping[str, Any]) -> None:
+        """Show the figures of the finished model among wandb's of the run."""
+        if self._wandb is not None:
+            self._wandb.summary.update(figures(evaluation, "final/"))
+
     def close(self, failed: bool = False) -> None:
         """Finish wandb's run, as failed if the run did."""
         if self._bar is not None:
@@ -112,15 +119,17 @@ class Telemetry:
 
 
 def figures(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested figures under slash-joined names, as wandb groups them."""
+    """Nested figures under slash-joined names, as wandb groups them; a list's by their place (layer) in it."""
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
             flat |= figures(value, f"{prefix}{key}/")
         elif isinstance(value, list):
-            for item in value:
+            for index, item in enumerate(value):
                 if isinstance(item, Mapping):
                     flat |= figures(item, f"{prefix}{key}/{item.get('site', '')}/")
+                elif isinstance(item, int | float) and len(value) <= CURVES:
+                    flat[f"{prefix}{key}/{index}"] = item
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat

@@ -8,17 +8,20 @@ import math
 import time
 from typing import Any
 
-from fomoe_flwr.checkpoint import save_checkpoint
+from fomoe_flwr.checkpoint import checkpoint_path, save_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.data import TokenCorpus, validation_batches
+from fomoe_flwr.evaluation import FINAL_DRAWS, Judged, as_json, describe_text, evaluate_model, text_of
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.transformer import build
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.plan.clock import Measured, virtual_round
 from fomoe_flwr.plan.sites import plan_sites
+from fomoe_flwr.report.evaluation import FILE
 from fomoe_flwr.telemetry import Telemetry
 from fomoe_flwr.training import evaluate, resolve_device, threads_for_a_while
 from strategies.fomoe import FoMoE, RoundObserver
+from strategies.health import RoutingHealth, probe_batch
 from strategies.round import Round
 
 
@@ -30,12 +33,19 @@ class RoundBook(RoundObserver):
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
+        self._health = RoutingHealth(composed.config, probe_batch(corpus, composed.config.train.seq_len))
+        self._collected_s = 0.0
 
     def asked(self, current: Round) -> None:
         self._telemetry.begin_round(current.number, len(current.asked))
 
     def answered(self, current: Round) -> None:
         self._telemetry.site_answered()
+
+    def collected(self, strategy: FoMoE) -> None:
+        started = time.perf_counter()
+        self._health.collected(strategy)
+        self._collected_s = time.perf_counter() - started
 
     def finished(self, strategy: FoMoE) -> None:
         current = strategy.round
@@ -44,16 +54,20 @@ class RoundBook(RoundObserver):
         started = time.perf_counter()
         val_loss = self._evaluate(strategy)
         evaluated = time.perf_counter()
+        routing = self._health.finished(strategy)
+        looked = time.perf_counter()
         seconds = {
-            "round": evaluated - current.began,
+            "round": looked - current.began,
             "train": max((result.seconds for result in current.results.values()), default=0.0),
             "wire": current.wire_s,
             "aggregate": current.aggregate_s,
             "evaluate": evaluated - started,
+            "routing": self._collected_s + looked - evaluated,
             "checkpoint": 0.0,
         }
         bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
         line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
+        line["routing"] = routing
         if strategy.simulated and current.results:
             line["virtual"] = self._virtual(current)
         if current.number:
@@ -62,9 +76,32 @@ class RoundBook(RoundObserver):
             write_atomically(self._composed.run_dir / "experts.json", lambda path: path.write_text(table))
         if current.number and self._is_checkpoint_round(current.number):
             self._save(strategy, line)
-            seconds["checkpoint"] = time.perf_counter() - evaluated
+            seconds["checkpoint"] = time.perf_counter() - looked
             seconds["round"] += seconds["checkpoint"]
         self._telemetry.end_round(line)
+
+    def conclude(self, strategy: FoMoE) -> None:
+        """The figures that `fomoe eval` prints, of the model as the last round left it, into `evaluation.json`."""
+        config, current, corpus = self._composed.config, strategy.round, self._corpus
+        train = config.train
+        if corpus is None or not train.final_eval_batches or not current.number:
+            return
+        documents = corpus.val_documents
+        placement = {name: current.placement.residents(i) for i, name in enumerate(strategy.site_names)}
+        judged = Judged(config.model, config.strategy.routing, strategy.parameters(), placement)
+        text = text_of(corpus, documents, train.seq_len, train.batch_size, train.final_eval_batches)
+        with threads_for_a_while(train.threads):
+            device = resolve_device(train.device)
+            evaluation = evaluate_model(judged, text, train.dtype, device, FINAL_DRAWS)
+        content = {
+            "checkpoint": str(checkpoint_path(self._composed.run_dir, current.number)),
+            "round": current.number,
+            "text": describe_text(config.data, "validation", corpus, documents),
+            **as_json(evaluation),
+        }
+        as_text = json.dumps(content, indent=1)
+        write_atomically(self._composed.run_dir / FILE, lambda path: path.write_text(as_text))
+        self._telemetry.end_run(content)
 
     def _virtual(self, current: Round) -> dict[str, Any]:
         """What the round would have taken with the federation's own devices and links."""

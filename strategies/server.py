@@ -65,6 +65,7 @@ def run_server(grid: Grid, composed: Composed) -> None:
     failed = True
     try:
         strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)
+        book.conclude(strategy)
         failed = False
     finally:
         telemetry.close(failed)

@@ -91,3 +91,20 @@ def test_nested_figures_are_flat_for_wandb() -> None:
     assert flat["seconds/round"] == 2.0
     assert flat["sites/a/train_loss"] == 2.0
     assert "sites/a/site" not in flat
+
+
+def test_figures_by_layer_are_curves_in_wandb_and_large_tables_are_not() -> None:
+    routing = {
+        "load_entropy": 0.9,
+        "drift": None,
+        "by_layer": {"load_entropy": [0.95, None, 0.85], "drift": [0.1] * 65},
+        "load": [[1, 2], [3, 4]],
+        "residents": {"a": [0.5, 0.25]},
+    }
+    assert figures({"routing": routing}) == {
+        "routing/load_entropy": 0.9,
+        "routing/by_layer/load_entropy/0": 0.95,
+        "routing/by_layer/load_entropy/2": 0.85,
+        "routing/residents/a/0": 0.5,
+        "routing/residents/a/1": 0.25,
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -29,7 +31,7 @@ def expert_map(axes: Axes, run: Run) -> None:
         placement = draw_placement(
             len(sites), model.num_experts, config.overlap, model.num_layers, config.seed, draw
         )
-    names = [site.name if len(site.name) <= 14 else f"{site.name[:13]}…" for site in sites]
+    names = short_names([site.name for site in sites])
     when = f" in round {round_}" if strategy.placement == "random" else ""
     if len(sites) * model.num_layers <= MAX_ROWS and model.num_experts <= MAX_EXPERTS:
         dress(axes, f"Experts held by each site{when}", "")
@@ -37,6 +39,11 @@ def expert_map(axes: Axes, run: Run) -> None:
     else:
         dress(axes, f"Experts held by each site{when}, all {model.num_layers} layers", "experts")
         _counts(axes, placement, names)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of sites that fit beside a panel."""
+    return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
 
 
 def _grids(axes: Axes, placement: Placement, names: list[str]) -> None:

@@ -38,6 +38,29 @@ class SiteRound:
     memory_bytes: float | None = None  # the most that its state took
 
 
+ByLayer = list[float | None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How healthy routing was in one round; what each figure means stands in `fomoe_flwr/health.py`.
+
+    Means over the layers, and `by_layer` under the same names; None is what was not defined.
+    """
+
+    by_layer: dict[str, ByLayer]
+    load_entropy: float | None = None
+    dead_experts: int | None = None  # in all layers
+    agreement: float | None = None
+    js_distance: float | None = None
+    drift: float | None = None
+    expert_similarity: float | None = None
+    spike: float | None = None
+    resident_share_by_layer: ByLayer | None = None
+    load: list[list[int]] | None = None  # assignments, layers x experts
+    residents: dict[str, ByLayer] | None = None  # site -> share of its assignments resident, by layer
+
+
 @dataclass(frozen=True)
 class Round:
     """A line of `metrics.jsonl`. Round 0 is the evaluation before training."""
@@ -57,6 +80,7 @@ class Round:
     refused: dict[str, str]  # site -> kind of bad reply; the others of `failures` never came
     sites: tuple[SiteRound, ...]
     virtual: dict[str, Any] | None = None  # simulated sites: the round by their own devices and links
+    routing: Routing | None = None  # runs of older versions have none
 
     @property
     def site_bytes(self) -> float | None:
@@ -147,8 +171,10 @@ def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
     for site in sites:
         if site.site not in site_names:
             raise ValueError(f"site {site.site!r} is not in config.yaml")
+    routing = values.get("routing")
     parsed = {
         "sites": sites,
+        "routing": None if routing is None else Routing(**_known(Routing, routing)),
         "seconds": float(values["seconds"]["round"]),
         "bytes_by_class": {name: int(values["bytes_by_class"][name]) for name in CLASSES},
     }

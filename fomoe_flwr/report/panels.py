@@ -41,16 +41,16 @@ def site_colors(num_sites: int) -> Sequence[str]:
 def losses(axes: Axes, run: Run) -> None:
     """Training and validation loss; bits per byte as the right-hand scale."""
     dress(axes, "Loss", "nats per token")
-    _by_round(axes, run)
+    round_axis(axes, run)
     for label, color, points in (
         ("training, mean over the round", TRAIN, [(r.round, r.train_loss) for r in run.rounds]),
         ("validation, after the round", VALIDATION, [(r.round, r.val_loss) for r in run.rounds]),
     ):
         measured = [(round_, loss) for round_, loss in points if loss is not None]
         if measured:
-            _line(axes, run, measured, color, label)
+            draw_line(axes, run, measured, color, label)
     if not axes.lines:
-        _say(axes, "no loss measured")
+        say(axes, "no loss measured")
         return
     axes.legend(frameon=False, loc="best")
     # Bits per byte is the validation loss in another unit (the factor is that text's tokens per byte): a second
@@ -67,10 +67,10 @@ def losses(axes: Axes, run: Run) -> None:
 def traffic(axes: Axes, run: Run) -> None:
     """Measured bytes, stacked by class, and the rivals' by formula; linear, as a stack on a log scale misleads."""
     dress(axes, "Traffic per site, down + up (bars: measured)", "bytes per round")
-    _by_round(axes, run)
+    round_axis(axes, run)
     rounds = [record for record in run.rounds if record.sites]
     if not rounds:
-        _say(axes, "no training round yet")
+        say(axes, "no training round yet")
         return
     ours = max(record.site_bytes or 0 for record in rounds)
     rivals = compare_strategies(run.config, run.plan)[1:]
@@ -129,7 +129,7 @@ def speed(axes: Axes, run: Run) -> None:
 
 def by_site(axes: Axes, run: Run, value: Callable[[SiteRound], float | None]) -> None:
     """A line a site while they can be told apart, else mean and range over the sites."""
-    _by_round(axes, run)
+    round_axis(axes, run)
     points = [
         (site.site, record.round, measured)
         for record in run.rounds
@@ -137,21 +137,21 @@ def by_site(axes: Axes, run: Run, value: Callable[[SiteRound], float | None]) ->
         if (measured := value(site)) is not None
     ]
     if not points:
-        _say(axes, "not measured")
+        say(axes, "not measured")
         return
     names = [site.name for site in run.config.federation.sites]
     if len(names) <= len(SITE_COLORS):
         for name, color in zip(names, SITE_COLORS, strict=False):
             mine = [(round_, measured) for site, round_, measured in points if site == name]
             if mine:
-                _line(axes, run, mine, color, name)
+                draw_line(axes, run, mine, color, name)
         return
     rounds = sorted({round_ for _, round_, _ in points})
     values = [[measured for _, here, measured in points if here == round_] for round_ in rounds]
     low, high = [min(here) for here in values], [max(here) for here in values]
     axes.fill_between(rounds, low, high, color=TRAIN, alpha=0.4, label="lowest to highest site")
     means = [(round_, sum(here) / len(here)) for round_, here in zip(rounds, values, strict=True)]
-    _line(axes, run, means, VALIDATION, "mean of the sites")
+    draw_line(axes, run, means, VALIDATION, "mean of the sites")
 
 
 def _off_chart(rows: list[Traffic], ours: float) -> str:
@@ -161,7 +161,8 @@ def _off_chart(rows: list[Traffic], ours: float) -> str:
     )
 
 
-def _by_round(axes: Axes, run: Run) -> None:
+def round_axis(axes: Axes, run: Run) -> None:
+    """Rounds from left to right."""
     axes.set_xlabel("round", color=INK)
     axes.set_xlim(run.rounds[0].round - 0.5, run.rounds[-1].round + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -169,12 +170,14 @@ def _by_round(axes: Axes, run: Run) -> None:
     axes.set_axisbelow(True)
 
 
-def _line(axes: Axes, run: Run, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
+def draw_line(axes: Axes, run: Run, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
+    """A quantity by round."""
     rounds, values = zip(*points, strict=True)
     marker = "o" if len(run.rounds) < MANY_ROUNDS else ""
     axes.plot(rounds, values, color=color, label=label, linewidth=1.8, marker=marker, markersize=5)
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
+    """Words where there is nothing to draw."""
     axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=12)

@@ -79,6 +79,40 @@ def metrics(config: RunConfig, rounds: int, val: bool = True) -> list[dict[str, 
     return lines
 
 
+def with_routing(lines: list[dict[str, Any]], config: RunConfig, dead: bool = False) -> list[dict[str, Any]]:
+    """The lines with routing figures as a run writes them.
+
+    Every expert has 100 assignments more than the one before it; with `dead`, expert 0 of the last layer has none
+    in the last round, and expert 1 a few.
+    """
+    layers, experts = config.model.num_layers, config.model.num_experts
+    for line in lines:
+        number = line["round"]
+        load = [[100 * (expert + 1) for expert in range(experts)] for _ in range(layers)]
+        if dead and number == lines[-1]["round"]:
+            load[-1][:2] = [0, 5]
+        by_layer = {
+            "load_entropy": [0.9 - 0.01 * layer for layer in range(layers)] if number else [None] * layers,
+            "expert_similarity": [0.01 * number] * layers,
+            "dead_experts": [0] * (layers - 1) + [int(dead and number == lines[-1]["round"])],
+        }
+        line["routing"] = {
+            "load_entropy": 0.9 if number else None,
+            "load_cv": 0.4 if number else None,
+            "dead_experts": int(dead and number == lines[-1]["round"]) if number else None,
+            "agreement": 0.8 - 0.1 / number if number else None,
+            "js_distance": 0.1 if number else None,
+            "drift": 0.3 / number if number else None,
+            "expert_similarity": 0.01 * number,
+            "spike": 0.1 if number > 1 else None,
+            "resident_share_by_layer": [line["resident_share"]] * layers,
+            "by_layer": by_layer,
+            "load": load if number and layers * experts <= 4096 else None,
+            "residents": {site["site"]: [site["resident_share"]] * layers for site in line["sites"]},
+        }
+    return lines
+
+
 def write_run(
     directory: Path,
     *overrides: str,
