@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +70,13 @@ def ratio(numerator: list[float], denominator: list[float]) -> str:
     """Median of the pairwise ratios, with their range."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def train(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """A whole `fomoe train` in a process of its own; the lines of its metrics, from round 0 on."""
+    command = [str(Path(sys.executable).parent / "fomoe"), "train", *overrides, f"hydra.run.dir={folder}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def write_result(name: str, title: str, body: str, not_measured: str) -> Path:

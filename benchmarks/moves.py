@@ -7,29 +7,14 @@ experts sent whole, and as residuals from the mean expert (strategy.moves=residu
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import write_result
+from benchmarks.harness import train, write_result
 
 SETTINGS = (
     "runtime=local", "federation.num_sites=4", "strategy.placement=random", "wandb.mode=disabled", "checkpoint.every=0",
 )  # fmt: skip
-
-
-def curve(folder: Path, *overrides: str) -> list[dict[str, object]]:
-    command = [
-        Path(sys.executable).parent / "fomoe",
-        "train",
-        *SETTINGS,
-        *overrides,
-        f"hydra.run.dir={folder}",
-    ]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
@@ -44,10 +29,12 @@ def main() -> None:
         curves = {}
         with tempfile.TemporaryDirectory(prefix="fomoe-moves-") as temporary:
             root = Path(temporary)
-            curves["whole"] = curve(root / "full", *common)
+            curves["whole"] = train(root / "full", *SETTINGS, *common)
             for ratio in chosen.ratios:
                 settings = ("strategy.moves=residual", f"strategy.move_ratio={ratio:g}")
-                curves[f"residual, {ratio:g}x"] = curve(root / f"residual-{ratio:g}", *common, *settings)
+                curves[f"residual, {ratio:g}x"] = train(
+                    root / f"residual-{ratio:g}", *SETTINGS, *common, *settings
+                )
         header = " | ".join(f"{number}" for number in range(chosen.rounds + 1))
         rows = [
             f"| {name} | " + " | ".join(f"{line['val_loss']:.3f}" for line in lines) + " |"

@@ -69,7 +69,7 @@ def check_combinations(config: RunConfig) -> None:
     """
     model, strategy, train, data = config.model, config.strategy, config.train, config.data
     num_sites = len(config.federation.sites)
-    if strategy.placement != "planned" or config.plan.policy == "equal":
+    if strategy.placement != "planned" or config.plan.policy in ("equal", "affine"):
         check_overlap(num_sites, model.num_experts, config.overlap)
     elif config.overlap > num_sites:
         raise ConfigError(f"strategy.overlap={config.overlap}: at most the number of sites, {num_sites}")
@@ -91,6 +91,10 @@ def check_combinations(config: RunConfig) -> None:
     for key in ("skip_price", "mfu"):
         if getattr(config.plan, key) > 1:
             raise ConfigError(f"plan.{key}={getattr(config.plan, key)}: a share, at most 1")
+    if config.plan.policy == "affine" and strategy.routing != "skip":
+        raise ConfigError(
+            "plan.policy=affine: needs strategy.routing=skip, where a router can ask for any expert"
+        )
     if config.plan.holders > num_sites:
         raise ConfigError(f"plan.holders={config.plan.holders}: at most the number of sites, {num_sites}")
     if not 0 < data.val_fraction < 1:

@@ -190,9 +190,12 @@ class PlanConfig:
     """What `fomoe plan` and strategy.placement=planned go by, beside the federation's sites."""
 
     # solver: how many experts and local steps for each site; equal: the paper's equal shares and steps; memory:
-    # shares by memory, equal steps. strategy.overlap says how many copies equal and memory make, and how much
-    # work solver's round does.
-    policy: str = choice("solver", "solver", "equal", "memory")
+    # shares by memory, equal steps; affine: equal shares and steps, the experts that a site's own tokens ask for.
+    # strategy.overlap says how many copies the last three make, and how much work solver's round does.
+    policy: str = choice("solver", "solver", "equal", "memory", "affine")
+    # solver and affine: after so many rounds look which experts the sites' tokens ask for (skip mode), and move
+    # what pays for itself; 0: never.
+    demand_every: int = at_least(10, 0)
     holders: int = at_least(1, 1)  # sites that hold each expert, at least
     skip_price: float = at_least(0.5, 0.0)  # what a token is worth less if all of its assignments are skipped
     max_steps_ratio: float = at_least(

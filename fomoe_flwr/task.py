@@ -82,6 +82,7 @@ def make_task(
     after: int,
     local_steps: int | None = None,
     global_load: Shares | None = None,
+    model: ModelConfig | None = None,
 ) -> SiteTask:
     """The part of the configuration that a site needs in a round.
 
@@ -89,6 +90,7 @@ def make_task(
         local_steps: of this site, if not the configuration's; the schedule of the learning rate is the run's all
             the same, so a site that takes fewer steps goes through it faster.
         global_load: of the federation, if it is known.
+        model: as this site is told of it, if not the configuration's.
     """
     nominal, steps = config.train.local_steps, local_steps or config.train.local_steps
     batch_size = config.federation.sites[site].batch_size or config.train.batch_size
@@ -101,7 +103,7 @@ def make_task(
         residents=residents,
         first_step=(round_ - 1) * nominal,
         pace=nominal / steps,
-        model=config.model,
+        model=model or config.model,
         train=dataclasses.replace(config.train, local_steps=steps, batch_size=batch_size),
         strategy=config.strategy,
         data=config.data,

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.errors import RunError
 from fomoe_flwr.load import Shares, averaged
 from fomoe_flwr.model.names import is_moment
 from fomoe_flwr.outer import OuterOptimizer, with_moments
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, moves
-from fomoe_flwr.plan.planner import Plan, make_plan, plan_placement
-from fomoe_flwr.plan.replan import replan
+from fomoe_flwr.plan.planner import Plan
 from fomoe_flwr.task import make_task
 from strategies.check import Expected, number
 from strategies.commit import commit, starved_experts, updated_experts
@@ -41,6 +40,7 @@ from strategies.exchange import exchange
 from strategies.inbox import Inbox
 from strategies.ledger import ExpertLedger
 from strategies.packing import Shards
+from strategies.planning import LivingPlan
 from strategies.reception import Reception
 from strategies.round import Round
 
@@ -109,9 +109,7 @@ class FoMoE(Strategy):
 
         self.config, self.run, self.run_dir, self.site_names = config, run, run_dir, site_names
         self.observer = observer or RoundObserver()
-        self.plan = plan or make_plan(config)
-        self._planned = plan_placement(config, self.plan)  # with strategy.placement=planned
-        self._others: list[int] = []  # sites of the round before, where they are not the plan's
+        self._living = LivingPlan(config, plan)
         self.fraction_train = given(fraction_train, settings.fraction_train)
         self.fraction_evaluate = given(fraction_evaluate, settings.fraction_evaluate)
         self.min_train_nodes = int(given(min_train_nodes, settings.min_train_nodes))
@@ -174,8 +172,7 @@ class FoMoE(Strategy):
             self.global_load = memory.get("load")
             self._discarded = int(memory["discarded"])
             if memory["plan"] is not None:
-                self.plan = Plan.from_dict(memory["plan"])
-                self._planned = from_residents(memory["placement"], self.config.model.num_experts)
+                self._living.load(memory["plan"], memory["placement"])
             self._before = from_residents(memory["placement"], self.config.model.num_experts)
 
     def memory(self) -> dict[str, Any]:
@@ -187,7 +184,7 @@ class FoMoE(Strategy):
             "experts": self.ledger.table(self.round.number),
             "load": self.global_load,
             "discarded": self._discarded,
-            "plan": self.plan.to_dict() if self.config.strategy.placement == "planned" else None,
+            "plan": self._living.memory() if self.config.strategy.placement == "planned" else None,
             "placement": [self.round.placement.residents(site) for site in range(len(self.site_names))],
         }
 
@@ -199,6 +196,11 @@ class FoMoE(Strategy):
     def simulated(self) -> bool:
         """Whether the sites are a simulation's, with links and devices that are not their own."""
         return self._directory.simulated
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._living.plan
 
     def parameters(self) -> dict[str, Tensor]:
         """The global model without LocalAdamW's moments."""
@@ -212,7 +214,7 @@ class FoMoE(Strategy):
         """Which site holds what in a round (counted from 1), if all are there."""
         config, strategy = self.config, self.config.strategy
         if strategy.placement == "planned":
-            return self._planned
+            return self._living.placement
         draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
         return draw_placement(
             len(self.site_names),
@@ -264,7 +266,7 @@ class FoMoE(Strategy):
             placement = adopt(placement, alive)
             log.info("round %d: they are given to other sites while theirs are away", server_round)
         if self.config.strategy.placement == "planned":
-            self._replan(server_round, alive, at_once=bool(orphans))
+            self._living.follow(server_round, alive, at_once=bool(orphans))
             placement = self.placement(server_round)
             alive = [site for site in alive if self.plan.sites[site].experts_per_layer]
         self._before = self.round.placement if self.round.number else self._before
@@ -368,25 +370,6 @@ class FoMoE(Strategy):
         self._gathered = True
         return connected
 
-    def _replan(self, round_: int, alive: list[int], at_once: bool) -> None:
-        """A plan for the sites that are there, once the same ones are there for the second time.
-
-        A site that misses one round is no reason to move experts; experts that nobody holds are.
-        """
-        planned = [index for index, site in enumerate(self.plan.sites) if site.experts_per_layer]
-        again, self._others = alive == self._others, alive
-        if alive == planned or not (again or at_once):
-            return
-        rounds_left = max(self.config.train.rounds - round_ + 1, 1)
-        try:
-            new = replan(self.config, self.plan, self._planned, alive, rounds_left)
-        except ConfigError as error:
-            log.warning("round %d: the plan stays as it is: %s", round_, error)
-            return
-        if new is not None:
-            self.plan, self._planned = new.plan, new.placement
-            log.info("round %d: a new plan for %d sites, %d experts move", round_, len(alive), new.moved)
-
     @staticmethod
     def _sample_size(sites: int, fraction: float, minimum: int) -> int:
         return min(sites, max(int(sites * fraction), minimum))
@@ -436,6 +419,7 @@ class FoMoE(Strategy):
                 self.counted.get(name, 0),
                 self.plan.sites[site].local_steps,
                 self.global_load,
+                self._living.model(site),
             )
             # A ConfigRecord of its own for each message: Flower fails when one is shared.
             record = ConfigRecord({**config, "server-round": current.number, "task": task.to_json()})
@@ -536,6 +520,8 @@ class FoMoE(Strategy):
             self._norms.append(current.norms[site])
         load_LE = np.sum([result.load_LE for result in current.results.values()], axis=0)
         self.global_load = averaged(self.global_load, load_LE)
+        if self.config.strategy.placement == "planned":
+            self._living.heard(current.results.values())
 
     def _below_quorum(self) -> str:
         reasons = [f"{name}: {reason}" for name, reason in list(self.round.failures.items())[:2]]

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from fomoe_flwr.checkpoint import Checkpoint, forget_later, resume_from
 from fomoe_flwr.compose import Composed
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.file import load_plan, plan_for_run
 from fomoe_flwr.plan.planner import Plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.report import report
@@ -49,16 +49,17 @@ def run_server(grid: Grid, composed: Composed) -> None:
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
     log.info("run directory: %s", run_dir)
 
-    plan = plan_for_run(run_dir, config)
+    planned, plan = load_plan(run_dir), plan_for_run(run_dir, config)
     warn_of_memory(plan, config)
     telemetry = Telemetry(config, run_dir, run, checkpoint.manifest["metrics"] if checkpoint else None)
     book = RoundBook(composed, run, corpus, telemetry, checkpoint.manifest["tokens"] if checkpoint else 0)
     strategy = FoMoE(config, run=run, run_dir=str(run_dir), observer=book, plan=plan)
     if checkpoint is not None:
         log.info("resuming run %s after round %d", run, checkpoint.round)
-        strategy.load(
-            checkpoint.parameters, checkpoint.outer, checkpoint.round, checkpoint.manifest["memory"]
-        )
+        memory = checkpoint.manifest["memory"]
+        if plan != planned:  # what was asked of the planner has changed since
+            memory = {**memory, "plan": None}
+        strategy.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
     else:
         everything = full_residents(config.model.num_layers, config.model.num_experts)
         strategy.load(initial_state(config.model, everything, config.strategy.routing, config.seed))
@@ -106,10 +107,12 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     """
     saved = checkpoint.manifest["config"]
     current = dataclasses.asdict(config)
+    default = {"model": ModelConfig(), "strategy": StrategyConfig()}
     fixed = [("model", key) for key in current["model"] if key not in ("experts_impl", "load_balance")]
     fixed += [("strategy", key) for key in ("routing", "outer", "overlap", "placement", "reshuffle_every")]
     for section, key in fixed:
-        before, now = saved[section].get(key), current[section][key]
+        # A key that is newer than the checkpoint had what is now its default.
+        before, now = saved[section].get(key, getattr(default[section], key)), current[section][key]
         if before != now:
             raise CheckpointError(
                 f"resume={config.resume}: {section}.{key}={now}, but the checkpoint was made with {before}"

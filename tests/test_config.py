@@ -156,6 +156,7 @@ SET = [
     ("data.val_fraction", 0.1, []),
     ("data.cache_dir", "cache", []),
     ("plan.policy", "memory", []),
+    ("plan.demand_every", 3, []),
     ("plan.holders", 2, []),
     ("plan.skip_price", 0.0, []),
     ("plan.max_steps_ratio", 2.0, []),

@@ -13,7 +13,7 @@ from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import Placement, draw_placement
 from fomoe_flwr.plan.cost import TokenCost, token_cost
 from fomoe_flwr.plan.sites import BYTES_A_GIB, PlanSite, plan_sites
-from fomoe_flwr.plan.solver import Ints, Options, finish_s, place_in_circle, solve, useful_tokens
+from fomoe_flwr.plan.solver import Floats, Ints, Options, finish_s, place_in_circle, solve, useful_tokens
 from fomoe_flwr.plan.system import Split, split_parameters, star_bytes, state_bytes, transfer_s
 from fomoe_flwr.plan.traffic import BYTES_PER_NUMBER, copies_sent
 
@@ -70,19 +70,41 @@ def make_plan(config: RunConfig, policy: str | None = None, cost: TokenCost | No
         policy = config.plan.policy if config.strategy.placement == "planned" else "equal"
     sites = plan_sites(config)
     options = site_options(config, sites, cost or token_cost(config))
+    return describe(config, policy, sites, options, *choose(config, policy, options))
+
+
+def choose(config: RunConfig, policy: str, options: Options) -> tuple[Ints, Ints]:
+    """How many experts a layer each site holds and how many local steps it takes: residents_M, steps_M.
+
+    Raises:
+        ConfigError: which constraint cannot be met.
+    """
     if policy == "solver":
         choice = solve(options, useful_target(config, options), config.plan.holders)
-        residents_M, steps_M = choice.residents_M, choice.steps_M
-    else:
-        residents_M = _equal(config, options) if policy == "equal" else _by_memory(config, options, sites)
-        steps_M = np.full(len(sites), config.train.local_steps, dtype=np.int64)
-    return describe(config, policy, sites, options, residents_M, steps_M)
+        return choice.residents_M, choice.steps_M
+    residents_M = _by_memory(config, options) if policy == "memory" else _equal(config, options)
+    return residents_M, np.full_like(residents_M, config.train.local_steps)
+
+
+def held_share(config: RunConfig, residents: float) -> float:
+    """Share of the router's choices that so many residents a layer are expected to be.
+
+    Without locality the share of the experts that they are. model.locality_target is what a site with equal shares
+    comes to, `1 - target = κ (1 - O_e/M)`; at one that holds more or less, the same part κ of what would go to ghosts
+    still does (ours). More than it can choose a site cannot have.
+    """
+    model = config.model
+    share, equal = residents / model.num_experts, config.overlap / len(config.federation.sites)
+    if model.locality != "bias" or model.locality_target is None or equal == 1:
+        return share
+    local = 1 - (1 - share) * (1 - model.locality_target) / (1 - equal)
+    return max(0.0, min(local, 1.0, residents / model.top_k))
 
 
 def plan_placement(config: RunConfig, plan: Plan) -> Placement:
-    """Which experts the sites of a plan hold."""
+    """Which experts the sites of a plan hold, as long as nobody knows what their tokens ask for."""
     model = config.model
-    if plan.policy == "equal":
+    if plan.policy in ("equal", "affine"):
         return draw_placement(
             len(plan.sites), model.num_experts, config.overlap, model.num_layers, config.seed
         )
@@ -103,7 +125,8 @@ def site_options(config: RunConfig, sites: list[PlanSite], cost: TokenCost) -> O
     held_R = np.array([split.held(model.num_layers * count) for count in counts])
     memory_R = state_bytes(held_R, plan.bytes_per_parameter)  # type: ignore[arg-type]
     token_s_R = np.array([cost.seconds(model, strategy.routing, count) for count in counts])
-    worth_R = 1 - plan.skip_price * (1 - np.array(counts) / model.num_experts)
+    share_R = np.array([held_share(config, count) for count in counts])
+    worth_R = 1 - plan.skip_price * (1 - share_R)
     shape = (len(sites), model.num_experts)
     fits, step_s, communication_s = np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
     for row, site in enumerate(sites):
@@ -126,9 +149,21 @@ def site_options(config: RunConfig, sites: list[PlanSite], cost: TokenCost) -> O
 
 
 def describe(
-    config: RunConfig, policy: str, sites: list[PlanSite], options: Options, residents_M: Ints, steps_M: Ints
+    config: RunConfig,
+    policy: str,
+    sites: list[PlanSite],
+    options: Options,
+    residents_M: Ints,
+    steps_M: Ints,
+    hit_M: Floats | None = None,
 ) -> Plan:
-    """A choice in numbers."""
+    """A choice in numbers.
+
+    Args:
+        hit_M: share of each site's choices that its residents get; None: `held_share`.
+    """
+    if hit_M is None:
+        hit_M = np.array([held_share(config, residents) for residents in residents_M.tolist()])
     model, strategy = config.model, config.strategy
     split = split_parameters(model, strategy.routing)
     width, copies = BYTES_PER_NUMBER[strategy.wire_dtype], copies_sent(strategy)
@@ -152,7 +187,7 @@ def describe(
                 compute_s=float(done_s[row]) - communication_s,
                 communication_s=communication_s,
                 round_s=float(done_s[row]),
-                resident_share=residents / model.num_experts if strategy.routing == "skip" else 1.0,
+                resident_share=float(hit_M[row]) if config.strategy.routing == "skip" else 1.0,
             )
         )
     round_s, tokens = float(done_s.max()), sum(site.tokens for site in planned)
@@ -162,18 +197,19 @@ def describe(
 
 def useful_target(config: RunConfig, options: Options) -> float:
     """The useful work of a round with local_steps at each of these sites and each expert on `overlap` of all."""
-    share = config.overlap / len(config.federation.sites)
+    share = held_share(config, config.model.num_experts * config.overlap / len(config.federation.sites))
     worth = 1 - config.plan.skip_price * (1 - share)
     return float(config.train.local_steps * options.step_tokens_M.sum() * worth)
 
 
 def _equal(config: RunConfig, options: Options) -> Ints:
     """The paper's: the same number of experts at every site, whatever it costs in memory there."""
-    num_sites = len(options.step_tokens_M)
-    return np.full(num_sites, config.model.num_experts * config.overlap // num_sites, dtype=np.int64)
+    num_sites, num_experts = len(options.step_tokens_M), config.model.num_experts
+    share = -(-num_experts * config.overlap // num_sites)  # where sites have left, it may not divide
+    return np.full(num_sites, min(share, num_experts), dtype=np.int64)
 
 
-def _by_memory(config: RunConfig, options: Options, sites: list[PlanSite]) -> Ints:
+def _by_memory(config: RunConfig, options: Options) -> Ints:
     """As many copies as equal shares would make, in proportion to what fits at each site.
 
     Raises:

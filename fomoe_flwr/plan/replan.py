@@ -11,9 +11,9 @@ import numpy as np
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.cost import token_cost
-from fomoe_flwr.plan.planner import Plan, SitePlan, describe, site_options, useful_target
+from fomoe_flwr.plan.planner import Plan, SitePlan, choose, describe, site_options
 from fomoe_flwr.plan.sites import plan_sites
-from fomoe_flwr.plan.solver import Floats, Ints, Options, finish_s, place_by_demand, solve, useful_tokens
+from fomoe_flwr.plan.solver import Floats, Ints, Options, finish_s, place_by_demand, useful_tokens
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def replan(
     held = Placement(placement.holds_LEM[:, :, list(present)])
     covered = held.holds_LEM.sum(axis=2).min() >= config.plan.holders
     before_M = np.array([plan.sites[site].experts_per_layer for site in present])
-    choice = solve(options, useful_target(config, options), config.plan.holders)
-    residents_M, steps_M = choice.residents_M, choice.steps_M
+    residents_M, steps_M = choose(config, plan.policy, options)
     if demand_MLE is None:
         asked, stay = np.zeros((len(present), *placement.holds_LEM.shape[:2])), 1.0
     else:
@@ -63,11 +62,12 @@ def replan(
         known = None if demand_MLE is None else asked
         gain = _rate(config, options, residents_M, steps_M, new, known)
         gain -= _rate(config, options, before_M, steps_before_M, held, known)
-        if gain * choice.round_s * rounds_left <= _moving(config, options, moved_M):
+        round_s = float(finish_s(options, residents_M, steps_M).max())
+        if gain * round_s * rounds_left <= _moving(config, options, moved_M):
             return None
-    described = describe(
-        config, plan.policy, [sites[site] for site in present], options, residents_M, steps_M
-    )
+    hit_M = None if demand_MLE is None else _hits(asked, new)
+    rows = [sites[site] for site in present]
+    described = describe(config, plan.policy, rows, options, residents_M, steps_M, hit_M)
     holds_LEM = np.zeros_like(placement.holds_LEM)
     holds_LEM[:, :, list(present)] = new.holds_LEM
     by_index = dict(zip(present, described.sites, strict=True))
@@ -99,9 +99,14 @@ def _rate(
     round_s = float(finish_s(options, residents_M, steps_M).max())
     if demand_MLE is None:
         return useful_tokens(options, residents_M, steps_M) / round_s
-    hit_M = np.einsum("mle,lem->m", demand_MLE, placement.holds_LEM.astype(float)) / demand_MLE.shape[1]
-    worth_M = 1 - config.plan.skip_price * (1 - hit_M)
+    worth_M = 1 - config.plan.skip_price * (1 - _hits(demand_MLE, placement))
     return float((steps_M * options.step_tokens_M * worth_M).sum()) / round_s
+
+
+def _hits(demand_MLE: Floats, placement: Placement) -> Floats:
+    """Share of each site's assignments whose expert it holds."""
+    hit_M: Floats = np.einsum("mle,lem->m", demand_MLE, placement.holds_LEM / demand_MLE.shape[1])
+    return hit_M
 
 
 def _stay(config: RunConfig, rounds_left: int) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.plan.planner import Plan, make_plan, plan_placement
+from fomoe_flwr.plan.planner import Plan, held_share, make_plan, plan_placement
 from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.plan.system import split_parameters
 
@@ -122,6 +122,33 @@ def test_memory_policy_gives_more_to_those_with_more() -> None:
     assert sum(held) >= 16 * made.overlap
 
 
+def test_the_affine_policy_begins_with_equal_shares() -> None:
+    equal, affine = (config(*PLANNED[1:], f"plan.policy={policy}") for policy in ("equal", "affine"))
+    plans = [make_plan(made) for made in (equal, affine)]
+    assert plans[0].sites == plans[1].sites
+    np.testing.assert_array_equal(
+        plan_placement(equal, plans[0]).holds_LEM, plan_placement(affine, plans[1]).holds_LEM
+    )
+
+
+def test_locality_sends_the_same_part_less_to_ghosts_at_every_site() -> None:
+    made = config("federation.num_sites=4", "strategy.overlap=2")
+    assert [held_share(made, residents) for residents in (4, 8, 16)] == [0.25, 0.5, 1.0]
+    made = config(
+        "federation.num_sites=4", "strategy.overlap=2", "model.locality=bias", "model.locality_target=0.8"
+    )
+    # half of the choices would go to ghosts, with the target a fifth: two fifths of them are left
+    assert held_share(made, 8) == pytest.approx(0.8)
+    assert held_share(made, 12) == pytest.approx(1 - 0.4 * 0.25)
+    assert held_share(made, 16) == 1.0
+    assert held_share(made, 1) == pytest.approx(
+        1 / made.model.top_k
+    )  # one resident is no more than one choice
+    assert make_plan(made).sites[0].resident_share == pytest.approx(0.8)
+    made = config("model.locality=bias", "model.locality_target=1", "strategy.overlap=null")
+    assert held_share(made, 16) == 1.0  # full replicas have no ghosts
+
+
 def test_a_price_for_skipping_gives_more_experts() -> None:
     few, many = (
         sum(site.experts_per_layer for site in make_plan(config(*PLANNED, f"plan.skip_price={price}")).sites)
@@ -158,6 +185,10 @@ def test_batch_sizes_may_differ() -> None:
         ((*PLANNED, "strategy.overlap=5"), r"strategy\.overlap=5: at most the number of sites, 4"),
         ((*PLANNED, "plan.holders=5"), r"plan\.holders=5: at most the number of sites, 4"),
         ((*PLANNED, "plan.holders=4"), r"plan\.holders=4: 64 experts a layer .* room for"),
+        (
+            (*PLANNED, "plan.policy=affine", "strategy.routing=partitioned"),
+            r"plan\.policy=affine: needs strategy\.routing=skip",
+        ),
         ((*PLANNED, "plan.assumed_mbps=0"), r"plan\.assumed_mbps=0.*: must be above 0"),
         ((*PLANNED, "plan.skip_price=1.5"), r"plan\.skip_price=1\.5: a share, at most 1"),
         ((*PLANNED, "model=medium"), r"site datacentre has memory_gib=0\.06, .* need"),

@@ -95,3 +95,33 @@ def test_demand_is_followed_only_if_there_is_time_for_it_to_pay() -> None:
 
     assert (hits(new.placement.holds_LEM) >= hits(before.holds_LEM) - 1e-9).all()
     assert hits(new.placement.holds_LEM).sum() > hits(before.holds_LEM).sum() + 0.1
+
+
+@pytest.mark.parametrize("policy", ["equal", "affine"])
+def test_equal_shares_stay_equal_when_a_site_leaves(policy: str) -> None:
+    made = config("strategy.overlap=2", f"plan.policy={policy}")
+    plan = make_plan(made)
+    new = replan(made, plan, plan_placement(made, plan), [0, 1, 2], rounds_left=50)
+    assert new is not None
+    assert [site.experts_per_layer for site in new.plan.sites] == [
+        11,
+        11,
+        11,
+        0,
+    ]  # two copies of 16, rounded up
+    assert {site.local_steps for site in new.plan.sites[:3]} == {made.train.local_steps}
+    assert new.placement.holds_LEM[:, :, :3].sum(axis=2).min() >= 1
+
+
+def test_the_affine_policy_gives_each_site_what_its_tokens_ask_for() -> None:
+    made = config("strategy.overlap=2", "plan.policy=affine", "train.expert_warmup_steps=0")
+    plan = make_plan(made)
+    demand = demand_for([0, 4, 8, 12], made.model.num_layers, made.model.num_experts)
+    new = replan(made, plan, plan_placement(made, plan), [0, 1, 2, 3], 100, demand)
+    assert new is not None
+    for site, first in enumerate([0, 4, 8, 12]):
+        wanted = sorted((first + expert) % 16 for expert in range(8))
+        assert new.placement.residents(site) == [wanted] * made.model.num_layers
+        assert new.plan.sites[site].resident_share == pytest.approx(1, abs=1e-4)
+    # And once they have it, they keep it.
+    assert replan(made, new.plan, new.placement, [0, 1, 2, 3], 100, demand) is None
