@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import write_result
+from benchmarks.harness import train, write_result
 from fomoe_flwr.plan.file import load_plan
 
 SETTINGS = ("federation=hetero", "wandb.mode=disabled", "checkpoint.every=0")
@@ -38,22 +37,7 @@ class Outcome(NamedTuple):
     above_memory: list[str]  # sites that needed more than they have
 
 
-def train(folder: Path, *overrides: str) -> Path:
-    command = [
-        Path(sys.executable).parent / "fomoe",
-        "train",
-        *SETTINGS,
-        *overrides,
-        f"hydra.run.dir={folder}",
-    ]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-def outcome(folder: Path) -> Outcome:
-    lines: list[dict[str, Any]] = [
-        json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+def outcome(folder: Path, lines: Sequence[dict[str, Any]]) -> Outcome:
     plan = load_plan(folder)
     assert plan is not None
     assert not any(line["failures"] for line in lines)
@@ -91,15 +75,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fomoe-planned-") as temporary:
         root = Path(temporary)
         runtime = f"runtime={chosen.runtime}"
-        measured = train(
-            root / "measured", runtime, "strategy.placement=planned", "plan.tflops=0.05", "train.rounds=4"
-        )
-        common = (runtime, f"plan.measured={measured}", f"train.rounds={chosen.rounds}")
+        probing = ("strategy.placement=planned", "plan.tflops=0.05", "train.rounds=4")
+        train(measured := root / "measured", *SETTINGS, runtime, *probing)
+        common = (*SETTINGS, runtime, f"plan.measured={measured}", f"train.rounds={chosen.rounds}")
         for seed in SEEDS:
-            planned = outcome(
-                train(root / f"planned-{seed}", *common, f"seed={seed}", "strategy.placement=planned")
+            planned, equal = (
+                outcome(folder, train(folder, *common, f"seed={seed}", f"strategy.placement={placement}"))
+                for placement in ("planned", "fixed")
+                for folder in [root / f"{placement}-{seed}"]
             )
-            equal = outcome(train(root / f"equal-{seed}", *common, f"seed={seed}"))
             same = min(planned.tokens[-1], equal.tokens[-1])
             ratios.append(planned.tokens_per_second / equal.tokens_per_second)
             differences.append(loss_at(planned, same) - loss_at(equal, same))
