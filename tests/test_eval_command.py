@@ -35,13 +35,6 @@ STRATEGIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these runs, and are looked at elsewhere."""
-    monkeypatch.setattr("fomoe_flwr.report.picture.draw", lambda run: run.directory / "report.png")
-    monkeypatch.setattr("fomoe_flwr.report.routing.draw_routing", lambda run: None)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> Path:
     """The directory of a small run, of two rounds. Not to be changed."""

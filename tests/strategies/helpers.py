@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -26,10 +27,11 @@ Answer = Callable[[SiteTask, dict[str, Tensor]], dict[str, Tensor]]
 def run(
     composed: Composed, client_app: ClientApp = real_client_app, grid_type: type[LocalGrid] = LocalGrid
 ) -> Path:
-    """A whole run over an in-process Grid; returns its directory."""
+    """A whole run over an in-process Grid; returns its directory. Without pictures, which take longer than the run."""
     grid = grid_type(client_app, len(composed.config.federation.sites), workers=2)
     try:
-        run_server(grid, composed)
+        with patch("fomoe_flwr.report.picture.draw"), patch("fomoe_flwr.report.routing.draw_routing"):
+            run_server(grid, composed)
     finally:
         grid.close()
     return composed.run_dir
