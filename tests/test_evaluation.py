@@ -302,6 +302,16 @@ def test_necessity_of_a_planted_router_is_what_it_is_by_hand(shift: int) -> None
     assert len(set(needed.by_draw)) == 3
 
 
+def test_necessity_of_a_router_made_random_is_zero() -> None:
+    """The planted model, whose learned router is worth more than 5 nats, and other draws in its place."""
+    walsh_VD = planted_state(torch.zeros(4, 8))["model.embed_tokens.weight"]
+    module = whole(Judged(PLANTED, "skip", planted_state(walsh_VD / 4), {}))
+    with random_routing(module, seed=100):
+        needed = necessity(module, planted_text(), "fp32")
+    noise = planted_losses().std().item() * math.sqrt((1 + 1 / 3) / needed.tokens)
+    assert needed.overall == pytest.approx(0, abs=4 * noise)
+
+
 def test_the_same_figures_every_time_whatever_the_global_generator() -> None:
     subject, batches = judged(), text(some_tokens((4, 17)))
     results = []
