@@ -132,7 +132,7 @@ def notes(run: Run, reality: Reality) -> list[str]:
     """Which assumption was off, a sentence each."""
     said = []
     if reality.payload_bytes.measured is not None and reality.payload_bytes.off:
-        said.append("payload: the sites do not hold what the plan says (experts adopted, or replies missing)")
+        said.append("payload: the sites do not hold what the first plan says (experts moved or adopted)")
     plan = run.config.plan
     if _any_off(site.step_s for site in reality.sites):
         source = f"plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}"
@@ -160,12 +160,11 @@ def _any_off(pairs: Iterable[Pair]) -> bool:
 
 
 def _worst(pairs: Iterable[Pair]) -> str:
-    differences = [
-        (pair.measured - pair.planned) / pair.planned
-        for pair in pairs
-        if pair.measured is not None and pair.planned
-    ]
-    return f"{100 * max(differences, key=abs, default=0.0):+.0f} % at most"
+    ratios = [pair.measured / pair.planned for pair in pairs if pair.measured is not None and pair.planned]
+    worst = max(ratios, key=lambda ratio: abs(ratio - 1), default=1.0)
+    if worst > 3:
+        return f"a factor of {worst:,.0f} at most" if worst >= 10 else f"a factor of {worst:.1f} at most"
+    return f"{100 * (worst - 1):+.0f} % at most"
 
 
 def _both(pair: Pair, text: Callable[[float], str]) -> str:
