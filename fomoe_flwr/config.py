@@ -197,7 +197,8 @@ class PlanConfig:
     # what pays for itself; 0: never.
     demand_every: int = at_least(10, 0)
     holders: int = at_least(1, 1)  # sites that hold each expert, at least
-    skip_price: float = at_least(0.5, 0.0)  # what a token is worth less if all of its assignments are skipped
+    # What a token is worth less if all of its assignments are skipped; measured by benchmarks/skip_price.py.
+    skip_price: float = at_least(0.9, 0.0)
     max_steps_ratio: float = at_least(
         4.0, 1.0
     )  # a site's local steps, at most so many times train.local_steps

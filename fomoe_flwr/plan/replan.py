@@ -59,6 +59,8 @@ def replan(
     moved_M = (new.holds_LEM & ~held.holds_LEM).sum(axis=(0, 1))
     if covered and (before_M > 0).all():
         steps_before_M = np.array([plan.sites[site].local_steps for site in present])
+        if (residents_M == before_M).all() and (steps_M == steps_before_M).all() and not moved_M.any():
+            return None
         known = None if demand_MLE is None else asked
         gain = _rate(config, options, residents_M, steps_M, new, known)
         gain -= _rate(config, options, before_M, steps_before_M, held, known)
