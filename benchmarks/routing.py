@@ -22,7 +22,7 @@ CENTRAL = "one site, all data"
 TARGET = 0.75  # of the choices resident; half of the experts are
 LOCAL = ("strategy.overlap=2", "model.locality=bias", f"model.locality_target={TARGET}")
 VARIANTS = {
-    CENTRAL: ("federation.num_sites=1", "train.batch_size=32"),
+    CENTRAL: ("federation.num_sites=1", "strategy.overlap=1", "train.batch_size=32"),
     "all experts everywhere": (*SITES, "strategy.overlap=4"),
     "half, skip": (*SITES, "strategy.overlap=2"),
     f"half, skip, bias to {TARGET:.0%}": (*SITES, *LOCAL),
