@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint
+from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.data import LabelledBatch, check_vocabulary, load_tokenizer, prepare
@@ -150,7 +150,11 @@ def load(where: str, asked: str) -> Saved:
     Raises:
         CheckpointError: missing, damaged, or not one that can be judged.
     """
-    _, checkpoint = find_checkpoint(where, asked)
+    folder = Path(where).expanduser().absolute()
+    if (folder / "manifest.json").is_file():  # one checkpoint, which may have been copied to a name of its own
+        checkpoint = read_checkpoint(folder)
+    else:
+        _, checkpoint = find_checkpoint(where, asked)
     try:
         config, placement = checkpoint.manifest["config"], checkpoint.manifest["placement"]
         routing = config["strategy"]["routing"]

@@ -162,7 +162,7 @@ def test_a_run_its_folder_and_a_checkpoint_may_be_named(trained: Path, evaluate:
 def test_a_checkpoint_needs_nothing_of_the_run_but_itself(
     trained: Path, tmp_path: Path, unseen: Path, evaluate: Evaluate
 ) -> None:
-    moved = tmp_path / "elsewhere" / "round_00002"
+    moved = tmp_path / "elsewhere" / "under_another_name"
     shutil.copytree(checkpoint_path(trained, 2), moved)
     text = on(unseen)
     ours, theirs = evaluate(moved, *text), evaluate(trained, *text)
