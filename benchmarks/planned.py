@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.harness import train, write_result
-from fomoe_flwr.plan.file import load_plan
+from fomoe_flwr.plan.record import load_plan
 
 SETTINGS = ("federation=hetero", "wandb.mode=disabled", "checkpoint.every=0")
 SEEDS = (42, 123, 456)

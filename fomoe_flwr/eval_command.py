@@ -151,7 +151,7 @@ def load(where: str, asked: str) -> Saved:
         CheckpointError: missing, damaged, or not one that can be judged.
     """
     folder = Path(where).expanduser().absolute()
-    if (folder / "manifest.json").is_file():  # one checkpoint, which may have been copied to a name of its own
+    if (folder / "manifest.json").is_file():  # one checkpoint; it may have been copied to another name
         checkpoint = read_checkpoint(folder)
     else:
         _, checkpoint = find_checkpoint(where, asked)

@@ -30,7 +30,7 @@ from fomoe_flwr.load import Shares, averaged
 from fomoe_flwr.model.names import is_moment
 from fomoe_flwr.outer import OuterOptimizer, with_moments
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, moves
-from fomoe_flwr.plan.planner import Plan
+from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.task import make_task
 from strategies.check import Expected, number
 from strategies.commit import commit, starved_experts, updated_experts

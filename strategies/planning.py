@@ -14,7 +14,8 @@ from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.load import Shares, averaged
 from fomoe_flwr.placement import from_residents
-from fomoe_flwr.plan.planner import Plan, held_share, make_plan, plan_placement
+from fomoe_flwr.plan.planner import held_share, make_plan, plan_placement
+from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.plan.replan import replan
 from strategies.round import SiteResult
 

@@ -18,8 +18,8 @@ from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.scaling import initial_state
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.plan.file import load_plan, plan_for_run
-from fomoe_flwr.plan.planner import Plan
+from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.report import report
 from fomoe_flwr.telemetry import Telemetry

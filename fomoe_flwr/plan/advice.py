@@ -15,7 +15,8 @@ from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.model.sizes import expert_parameters
 from fomoe_flwr.plan.cost import TokenCost, token_cost
 from fomoe_flwr.plan.hybridep import break_even_hit_rate, exchange_bandwidth_threshold, exchanged_step_bytes
-from fomoe_flwr.plan.planner import Plan, SitePlan, make_plan
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import PlanSite
 from fomoe_flwr.plan.strategies import dividing_overlaps, some, too_small, with_strategy, with_train
 from fomoe_flwr.plan.system import expert_work, split_parameters, star_bytes, state_bytes, transfer_s

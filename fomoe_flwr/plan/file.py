@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.errors import RunError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.plan.cost import token_cost
-from fomoe_flwr.plan.planner import Plan, make_plan
-
-NAME = "plan.json"
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.plan.record import NAME, Plan, read_content
 
 
 def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
@@ -27,7 +25,7 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
     """
     request = _request(config)
     if (path := run_dir / NAME).exists():
-        saved = _read(path)
+        saved = read_content(path)
         if saved["request"] == request:
             return Plan.from_dict(saved["plan"])
     cost = token_cost(config)
@@ -35,25 +33,6 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
     content = {"plan": plan.to_dict(), "token_cost_s": cost._asdict(), "request": request}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     return plan
-
-
-def load_plan(run_dir: Path) -> Plan | None:
-    """The plan of a run, if it has one.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    path = run_dir / NAME
-    return Plan.from_dict(_read(path)["plan"]) if path.exists() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        Plan.from_dict(content["plan"])
-        return {"request": None, **content}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error!r}); delete it to have a new plan made") from error
 
 
 def _request(config: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.plan.planner import Plan, SitePlan, make_plan
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.show import Outlook, assumptions_in_words
 from fomoe_flwr.plan.sites import PlanSite
 from fomoe_flwr.plan.strategies import dividing_overlaps, fomoe_overlap, some, with_strategy

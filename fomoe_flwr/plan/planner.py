@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import Placement, draw_placement
 from fomoe_flwr.plan.cost import TokenCost, token_cost
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import BYTES_A_GIB, PlanSite, plan_sites
 from fomoe_flwr.plan.solver import Floats, Ints, Options, finish_s, place_in_circle, solve, useful_tokens
 from fomoe_flwr.plan.system import Split, split_parameters, star_bytes, state_bytes, transfer_s
 from fomoe_flwr.plan.traffic import BYTES_PER_NUMBER, copies_sent
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """One site's part of a round; bytes are tensors alone."""
-
-    site: str
-    experts_per_layer: int
-    local_steps: int
-    batch_size: int
-    tokens: int
-    memory_bytes: float
-    bytes_down: int
-    bytes_up: int
-    compute_s: float
-    communication_s: float
-    round_s: float  # compute + communication; the round of all is the longest
-    resident_share: float  # of the router's choices, expected
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a round of the whole federation is expected to be."""
-
-    policy: str
-    sites: tuple[SitePlan, ...]
-    round_s: float
-    tokens: int
-    tokens_per_second: float
-    useful_tokens_per_second: float  # each token by its worth (plan.skip_price)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        sites = tuple(SitePlan(**site) for site in values["sites"])
-        return cls(**{**values, "sites": sites})
 
 
 def make_plan(config: RunConfig, policy: str | None = None, cost: TokenCost | None = None) -> Plan:

@@ -11,7 +11,8 @@ import numpy as np
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.cost import token_cost
-from fomoe_flwr.plan.planner import Plan, SitePlan, choose, describe, site_options
+from fomoe_flwr.plan.planner import choose, describe, site_options
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import plan_sites
 from fomoe_flwr.plan.solver import Floats, Ints, Options, finish_s, place_by_demand, useful_tokens
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.model.sizes import parameter_counts
-from fomoe_flwr.plan.planner import Plan, SitePlan
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import PlanSite
 from fomoe_flwr.plan.strategies import Row, some
 from fomoe_flwr.units import NONE, count, in_bits, in_bytes, percent, time_span

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
-from fomoe_flwr.plan.planner import Plan, SitePlan, make_plan
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import PlanSite
 
 DDP, DILOCO, LOCAL_ADAMW = "DDP", "full-replica DiLoCo", "LocalAdamW"

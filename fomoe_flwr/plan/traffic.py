@@ -6,14 +6,12 @@ placement needs no term of its own: an expert new to a site comes down with the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.plan.record import Plan, mean_residents
 from fomoe_flwr.plan.system import split_parameters, star_bytes
-
-if TYPE_CHECKING:
-    from fomoe_flwr.plan.planner import Plan  # which is made of this
 
 BYTES_PER_NUMBER = {"bf16": 2, "fp32": 4}  # strategy.wire_dtype
 
@@ -48,13 +46,6 @@ def round_bytes(
 ) -> float:
     """Bytes per site and round, down + up: dense and residents go down, and as much comes back."""
     return 2 * star_bytes(shard_parameters(model, routing, experts_per_layer), bytes_per_number, copies)
-
-
-def mean_residents(config: RunConfig, plan: Plan | None) -> float:
-    """Experts a layer at a site, mean over the sites."""
-    if plan is None:
-        return config.model.num_experts * config.overlap / len(config.federation.sites)
-    return sum(site.experts_per_layer for site in plan.sites) / len(plan.sites)
 
 
 def compare_strategies(config: RunConfig, plan: Plan | None = None) -> list[Traffic]:

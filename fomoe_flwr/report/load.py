@@ -17,9 +17,7 @@ from fomoe_flwr.compose import from_tree
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.hydra_errors import one_line
-from fomoe_flwr.plan.file import load_plan
-from fomoe_flwr.plan.planner import Plan
-from fomoe_flwr.plan.traffic import mean_residents
+from fomoe_flwr.plan.record import Plan, load_plan, mean_residents
 
 CLASSES = ("dense", "expert", "other")  # of bytes; other is what is no tensor
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fomoe_flwr.plan.planner import Plan, SitePlan
+from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.report.load import Round, Run, SiteRound
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
 

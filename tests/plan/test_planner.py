@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.plan.planner import Plan, held_share, make_plan, plan_placement
+from fomoe_flwr.plan.planner import held_share, make_plan, plan_placement
+from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.plan.system import split_parameters
 

@@ -15,7 +15,8 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.plan.cost import token_cost
-from fomoe_flwr.plan.file import load_plan, plan_for_run
+from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.record import load_plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.reality import compare, notes
