@@ -44,7 +44,8 @@ class SiteState:
     position: int = 0  # sequences of its stream that it has consumed
     moments: Mapping[str, Moments] = field(default_factory=dict)
     last_round: int = 0  # the last round of its run as it was planned then
-    bias: list[float] = field(default_factory=list)  # towards residents, by layer; empty where there is none
+    # Towards residents, with its trend, by layer; empty where there is none.
+    bias: list[list[float]] = field(default_factory=list)
     load: Shares | None = None  # its own, with balance=global
 
 

@@ -18,9 +18,10 @@ from fomoe_flwr.model.experts import IMPLEMENTATIONS
 from fomoe_flwr.model.gates import cosine_logits, grap_logits, linear_logits
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
 
-# By how much of the way the bias goes, after each batch, to what that batch would have needed. Most of it: what is
-# needed drifts within a round, by more than batches differ, and the share lags behind by about 1/_BIAS_STEP batches.
-_BIAS_STEP = 0.8
+# What a batch needs for its resident share drifts as the router learns, in one direction for many steps, and whoever
+# goes by the batch before comes too late each time. So the bias is what that batch needed and the trend, which is
+# averaged over batches with this weight of the newest. Without a trend the share stays up to 0.1 below its target.
+_TREND = 0.4
 
 
 class Routing(NamedTuple):
@@ -52,7 +53,9 @@ class Router(nn.Module):
     load_C: Tensor
     offset_C: Tensor | None  # the federation's shares of the assignments minus the site's own
     resident_C: Tensor
-    bias: Tensor  # of this site and layer; never sent, and only there with locality=bias
+    bias: Tensor  # of this site and layer; never sent, and only there with locality
+    trend: Tensor  # of what the batches need of it
+    needed: Tensor  # by the batch before; nan before the first of a round
 
     def __init__(
         self, model: ModelConfig, num_candidates: int, residents: Sequence[int] | None = None
@@ -71,7 +74,9 @@ class Router(nn.Module):
             if len(set(self.is_resident)) == 2:  # without ghosts, or without residents, there is no choice
                 self.locality = model.locality
             self.register_buffer("resident_C", torch.tensor(self.is_resident), persistent=False)
-            self.register_buffer("bias", torch.zeros(()), persistent=False)
+            for name in ("bias", "trend", "needed"):
+                self.register_buffer(name, torch.zeros(()), persistent=False)
+            self.needed.fill_(torch.nan)
 
     def reset_buffers(self) -> None:
         """Fill the buffers of a module that was built without memory, and forget the load and the bias."""
@@ -80,6 +85,8 @@ class Router(nn.Module):
         if self.config.locality != "off":
             self.resident_C.copy_(torch.tensor(self.is_resident, device="cpu"))
             self.bias.zero_()
+            self.trend.zero_()
+            self.needed.fill_(torch.nan)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """What each candidate's output is weighted by if it is chosen: scores_TC, fp32."""
@@ -125,8 +132,12 @@ class Router(nn.Module):
         target = self.config.locality_target
         assert target is not None
         chosen_TK = (logits_TC + self.bias * self.resident_C).topk(self.top_k, dim=-1).indices
-        wanted = bias_for(entry_biases(logits_TC, self.resident_C, self.top_k), target)
-        self.bias.lerp_(wanted.to(self.bias.dtype), _BIAS_STEP)
+        needed = bias_for(entry_biases(logits_TC, self.resident_C, self.top_k), target).to(self.bias.dtype)
+        # The first batch of a round says no trend: before it the router was another.
+        step = torch.where(self.needed.isnan(), self.trend, needed - self.needed)
+        self.trend.lerp_(step, _TREND)
+        self.needed.copy_(needed)
+        self.bias.copy_(needed + self.trend)
         return chosen_TK
 
 

@@ -126,7 +126,9 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.model.layers]  # type: ignore[misc]
 
-    def begin_round(self, bias_L: Sequence[float], offset_LE: Sequence[Sequence[float]] | None) -> None:
+    def begin_round(
+        self, bias_L: Sequence[Sequence[float]], offset_LE: Sequence[Sequence[float]] | None
+    ) -> None:
         """Set what the routers go by besides their weights.
 
         Args:
@@ -137,15 +139,17 @@ class Transformer(nn.Module):
             gate = moe.gate
             gate.reset_buffers()
             if bias_L and self.config.locality == "bias":
-                gate.bias.fill_(bias_L[layer])
+                bias, trend = bias_L[layer]
+                gate.bias.fill_(bias)
+                gate.trend.fill_(trend)
             if offset_LE is not None:
                 gate.offset_C = gate.load_C.new_tensor(offset_LE[layer])
 
-    def biases(self) -> list[float]:
-        """The site's own bias towards its residents in each layer; empty where there is none."""
+    def biases(self) -> list[list[float]]:
+        """The site's own bias towards its residents and its trend, in each layer; empty where there is none."""
         if self.config.locality != "bias":
             return []
-        return [float(moe.gate.bias) for moe in self.moe_layers]
+        return [[float(moe.gate.bias), float(moe.gate.trend)] for moe in self.moe_layers]
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden state x_BSD after its norm, and the routers' losses times their coefficients."""
