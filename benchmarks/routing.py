@@ -63,20 +63,6 @@ def loss_row(name: str, runs: Sequence[tuple[Lines, dict[str, Any]]], central: S
     )
 
 
-def share_row(name: str, runs: Sequence[tuple[Lines, dict[str, Any]]]) -> str:
-    """Resident share by round, its distance from the target, and the lowest entropy of the federation's load."""
-    shares = [[line["resident_share"] for line in lines[1:]] for lines, _ in runs]
-    by_round = " | ".join(f"{statistics.median(values):.3f}" for values in zip(*shares, strict=True))
-    off = max(abs(share - TARGET) for values in shares for share in values)
-    lowest = min(
-        entropy
-        for lines, _ in runs
-        for line in lines[1:]
-        for entropy in line["routing"]["by_layer"]["load_entropy"]
-    )
-    return f"| {name} | {by_round} | {off:.3f} | {lowest:.3f} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
@@ -91,8 +77,6 @@ def main() -> None:
                 runs[name].append((lines, final(folder)))
             print(f"seed {seed}, {name}: {lines[-1]['val_loss']:.3f}", flush=True)
     central = [evaluation["routing"]["necessity"] for _, evaluation in runs[CENTRAL]]
-    skipping = {name: found for name, found in runs.items() if "skip" in name}
-    rounds = " | ".join(str(number) for number in range(1, chosen.rounds + 1))
     write_result(
         "routing",
         "What routing does and what it is worth (model=tiny, four sites)",
@@ -100,12 +84,7 @@ def main() -> None:
         "nats a token; necessity is the loss with random routing minus the loss with the learned router.\n\n"
         "| experts at each site | loss, all experts | loss, residents only | necessity | of the central run's | "
         "agreement | drift | similarity |\n|---|---|---|---|---|---|---|---|\n"
-        + "\n".join(loss_row(name, found, central) for name, found in runs.items())
-        + "\n\nShare of the choices that are resident, by round (median), how far from the target it was at worst in "
-        "any round and run, and the lowest entropy of any layer's load in any round and run, as a share of its "
-        f"maximum:\n\n| half of the experts | {rounds} | off target {TARGET} | entropy |\n"
-        f"|---|{'---|' * (chosen.rounds + 2)}\n"
-        + "\n".join(share_row(name, found) for name, found in skipping.items()),
+        + "\n".join(loss_row(name, found, central) for name, found in runs.items()),
         "larger models, more tokens, text that differs between the sites, locality=loss, the other routers.",
     )
 
