@@ -30,14 +30,15 @@ def main() -> None:
         if "skip" not in name:
             continue
         runs: list[list[dict[str, Any]]] = []
-        resident = []
+        everything, resident = [], []
         for seed in chosen.seeds:
             with tempfile.TemporaryDirectory(prefix="fomoe-locality-") as temporary:
                 folder = Path(temporary) / "run"
                 common = (f"train.rounds={chosen.rounds}", f"seed={seed}")
                 runs.append(train(folder, *SETTINGS, *overrides, *common)[1:])
-                sites = final(folder)["residents"].values()
-            resident.append(statistics.mean(site["loss"] for site in sites))
+                evaluation = final(folder)
+            everything.append(evaluation["all_experts"]["loss"])
+            resident.append(statistics.mean(site["loss"] for site in evaluation["residents"].values()))
             print(f"{name}, seed {seed}: {runs[-1][-1]['val_loss']:.3f}", flush=True)
 
         share = [[line["resident_share"] for line in lines] for lines in runs]
@@ -48,8 +49,7 @@ def main() -> None:
         lowest = min(line["routing"]["load_entropy"] for line in settled)
         shares.append(f"| {name} | {_medians(share)} | {off:.3f} |")
         entropies.append(f"| {name} | {_medians(mean)} | {lowest:.3f} | {layer:.3f} |")
-        after = [lines[-1]["val_loss"] for lines in runs]
-        losses.append(f"| {name} | {spread(after)} | {spread(resident)} |")
+        losses.append(f"| {name} | {spread(everything)} | {spread(resident)} |")
     rounds = " | ".join(str(number) for number in range(1, chosen.rounds + 1))
     line = "---|" * chosen.rounds
     write_result(

@@ -16,7 +16,10 @@ from typing import Any
 
 from benchmarks.harness import train, write_result
 
-SETTINGS = ("runtime=local", "wandb.mode=disabled", "checkpoint.every=0", "train.eval_batches=64")
+SETTINGS = (
+    "runtime=local", "wandb.mode=disabled", "checkpoint.every=0", "train.eval_batches=64",
+    "train.final_eval_batches=16",
+)  # fmt: skip
 SITES = ("federation.num_sites=4",)
 CENTRAL = "one site, all data"
 TARGET = 0.75  # of the choices resident; half of the experts are
@@ -51,8 +54,9 @@ def loss_row(name: str, runs: Sequence[tuple[Lines, dict[str, Any]]], central: S
         statistics.mean(site["loss"] for site in evaluation["residents"].values()) for _, evaluation in runs
     ]
     share = [100 * one / other for one, other in zip(needed, central, strict=True)]
+    everything = [evaluation["all_experts"]["loss"] for _, evaluation in runs]
     return (
-        f"| {name} | {spread([lines[-1]['val_loss'] for lines, _ in runs])} | {spread(resident)} | {spread(needed)} | "
+        f"| {name} | {spread(everything)} | {spread(resident)} | {spread(needed)} | "
         f"{spread(share, 0)} % | "
         + " | ".join(
             f"{statistics.median(values):.3f}" if all(v is not None for v in values) else "–"
