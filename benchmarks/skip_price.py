@@ -1,4 +1,4 @@
-"""What a skipped assignment costs in learning: `python -m benchmarks.skip_price`.
+"""What it costs in learning not to hold an expert: `python -m benchmarks.skip_price`.
 
 The planner counts a token as `1 - plan.skip_price · (1 - share held)`. Here the price is measured: a federation of
 full replicas and the same one with each expert at some of the sites train on the same tokens; T tokens of the second
@@ -25,20 +25,21 @@ SETTINGS = (
 FIRST_ROUND = 2  # before it all curves are one
 
 
-def prices(whole: Sequence[dict[str, Any]], part: Sequence[dict[str, Any]]) -> list[float]:
-    """(1 - tokens of the same worth / tokens) / share skipped, by round from the first on that says something."""
+def prices(whole: Sequence[dict[str, Any]], part: Sequence[dict[str, Any]], held: float) -> list[float]:
+    """(1 - tokens of the same worth / tokens) / share not held, by round from the first on that says something."""
     # Loss falls with tokens, so tokens are a function of loss; np.interp wants it ascending.
     loss, tokens = [line["val_loss"] for line in whole], [line["tokens"] for line in whole]
     found = []
     for line in part[FIRST_ROUND:]:
         same = float(np.interp(-line["val_loss"], [-value for value in loss], tokens))
-        found.append((1 - same / line["tokens"]) / (1 - line["resident_share"]))
+        found.append((1 - same / line["tokens"]) / (1 - held))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--routing", choices=("skip", "partitioned"), default="skip")
     parser.add_argument("--overlaps", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
@@ -49,10 +50,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="fomoe-price-") as temporary:
             for overlap in losses:
                 common = (f"train.rounds={chosen.rounds}", f"seed={seed}", f"strategy.overlap={overlap}")
-                curves[overlap] = train(Path(temporary) / str(overlap), *SETTINGS, *common)
+                routing = f"strategy.routing={chosen.routing}"
+                curves[overlap] = train(Path(temporary) / str(overlap), *SETTINGS, *common, routing)
                 losses[overlap].append(curves[overlap][-1]["val_loss"])
         for overlap, found in by_overlap.items():
-            found.append(prices(curves[4], curves[overlap]))
+            found.append(prices(curves[4], curves[overlap], overlap / 4))
             print(f"seed {seed}, overlap {overlap}: {[round(price, 2) for price in found[-1]]}", flush=True)
     header = " | ".join(str(number) for number in range(FIRST_ROUND, chosen.rounds + 1))
     rows = [
@@ -65,11 +67,11 @@ def main() -> None:
         f"{overlap} of 4: {statistics.median(values):.3f}" for overlap, values in losses.items()
     )
     write_result(
-        "skip_price",
-        "What a skipped assignment costs in learning (model=tiny, 4 sites)",
+        f"skip_price_{chosen.routing}",
+        f"What it costs in learning not to hold an expert, {chosen.routing} mode (model=tiny, 4 sites)",
         f"Price by round, median of {len(chosen.seeds)} seed(s): 0, a token teaches as much as if its experts were "
-        "all there; 1, its skipped part teaches nothing.\n\n"
-        f"| sites with each expert | skipped | {header} | seeds, last round |\n"
+        "all there; 1, the part of it whose experts are not held teaches nothing.\n\n"
+        f"| sites with each expert | not held | {header} | seeds, last round |\n"
         f"|---|---|{'---|' * (chosen.rounds + 2 - FIRST_ROUND)}\n" + "\n".join(rows) + "\n\n"
         f"Validation loss after round {chosen.rounds}, each expert at {finals}.",
         "larger models, more tokens, text that differs between the sites, locality.",

@@ -88,9 +88,9 @@ def check_combinations(config: RunConfig) -> None:
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
-    for key in ("skip_price", "mfu"):
-        if getattr(config.plan, key) > 1:
-            raise ConfigError(f"plan.{key}={getattr(config.plan, key)}: a share, at most 1")
+    for key, share in (("skip_price", config.skip_price), ("mfu", config.plan.mfu)):
+        if share > 1:
+            raise ConfigError(f"plan.{key}={share}: a share, at most 1")
     if config.plan.policy == "affine" and strategy.routing != "skip":
         raise ConfigError(
             "plan.policy=affine: needs strategy.routing=skip, where a router can ask for any expert"

@@ -185,6 +185,10 @@ class DataConfig:
     cache_dir: str | None = None  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 
 
+# By routing, benchmarks/skip_price.py: skipped work is lost for the most part, a choice among fewer experts is not.
+SKIP_PRICES = {"skip": 0.9, "partitioned": 0.15}
+
+
 @dataclass
 class PlanConfig:
     """What `fomoe plan` and strategy.placement=planned go by, beside the federation's sites."""
@@ -197,8 +201,8 @@ class PlanConfig:
     # what pays for itself; 0: never.
     demand_every: int = at_least(10, 0)
     holders: int = at_least(1, 1)  # sites that hold each expert, at least
-    # What a token is worth less if all of its assignments are skipped; measured by benchmarks/skip_price.py.
-    skip_price: float = at_least(0.9, 0.0)
+    # What a token is worth less at a site that holds no expert; null: as measured, see SKIP_PRICES.
+    skip_price: float | None = at_least(None, 0.0)
     max_steps_ratio: float = at_least(
         4.0, 1.0
     )  # a site's local steps, at most so many times train.local_steps
@@ -259,6 +263,12 @@ class RunConfig:
     def overlap(self) -> int:
         """O_e with null resolved to all sites."""
         return self.strategy.overlap or len(self.federation.sites)
+
+    @property
+    def skip_price(self) -> float:
+        """What a token is worth less at a site that holds no expert, by the routing where it is not given."""
+        given = self.plan.skip_price
+        return SKIP_PRICES[self.strategy.routing] if given is None else given
 
     @property
     def warmup_steps(self) -> int:

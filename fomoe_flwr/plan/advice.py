@@ -232,7 +232,7 @@ def _overlap(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> Iterator[s
     if _gain(plan, known[best]) >= WORTH_SAYING:
         yield (
             f"strategy.overlap={best} fits every site and does {_faster(plan, known[best])}, "
-            f"if a skipped assignment costs plan.skip_price={config.plan.skip_price:g} of its worth"
+            f"if a skipped assignment costs plan.skip_price={config.skip_price:g} of its worth"
         )
 
 

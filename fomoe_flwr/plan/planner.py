@@ -85,7 +85,7 @@ def site_options(config: RunConfig, sites: list[PlanSite], cost: TokenCost) -> O
     memory_R = state_bytes(held_R, plan.bytes_per_parameter)  # type: ignore[arg-type]
     token_s_R = np.array([cost.seconds(model, strategy.routing, count) for count in counts])
     share_R = np.array([held_share(config, count) for count in counts])
-    worth_R = 1 - plan.skip_price * (1 - share_R)
+    worth_R = 1 - config.skip_price * (1 - share_R)
     shape = (len(sites), model.num_experts)
     fits, step_s, communication_s = np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
     for row, site in enumerate(sites):
@@ -157,7 +157,7 @@ def describe(
 def useful_target(config: RunConfig, options: Options) -> float:
     """The useful work of a round with local_steps at each of these sites and each expert on `overlap` of all."""
     share = held_share(config, config.model.num_experts * config.overlap / len(config.federation.sites))
-    worth = 1 - config.plan.skip_price * (1 - share)
+    worth = 1 - config.skip_price * (1 - share)
     return float(config.train.local_steps * options.step_tokens_M.sum() * worth)
 
 

@@ -102,7 +102,7 @@ def _rate(
     round_s = float(finish_s(options, residents_M, steps_M).max())
     if demand_MLE is None:
         return useful_tokens(options, residents_M, steps_M) / round_s
-    worth_M = 1 - config.plan.skip_price * (1 - _hits(demand_MLE, placement))
+    worth_M = 1 - config.skip_price * (1 - _hits(demand_MLE, placement))
     return float((steps_M * options.step_tokens_M * worth_M).sum()) / round_s
 
 
@@ -120,7 +120,7 @@ def _stay(config: RunConfig, rounds_left: int) -> float:
 
 def _moving(config: RunConfig, options: Options, moved_M: Ints) -> float:
     """Useful tokens that the moves lose."""
-    part = config.plan.skip_price / (config.model.num_layers * config.model.num_experts)
+    part = config.skip_price / (config.model.num_layers * config.model.num_experts)
     return float((moved_M * options.step_tokens_M).sum() * config.train.expert_warmup_steps / 2 * part)
 
 

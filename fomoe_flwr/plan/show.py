@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import SKIP_PRICES, RunConfig
 from fomoe_flwr.model.sizes import parameter_counts
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import PlanSite
@@ -193,7 +193,7 @@ def assumptions(outlook: Outlook) -> dict[str, Any]:
         "assumed_mbps": plan.assumed_mbps,
         "assumed_latency_ms": plan.assumed_latency_ms,
         "server_mbps": plan.server_mbps,
-        "skip_price": plan.skip_price,
+        "skip_price": config.skip_price,
         "holders": plan.holders,
         "max_steps_ratio": plan.max_steps_ratio,
         "wire_dtype": config.strategy.wire_dtype,
@@ -230,12 +230,15 @@ def assumptions_in_words(outlook: Outlook) -> list[str]:
     unlinked, total = len(assumed_links(outlook.config)), len(outlook.sites)
     link = f"{in_bits(plan.assumed_mbps * 1e6 / 8)} and {plan.assumed_latency_ms:g} ms"
     links = f"; {unlinked} of {_sites(total)} with an assumed link ({link})" if unlinked else ""
+    measured = " or ".join(
+        f"{percent(price)} less in {routing} mode" for routing, price in SKIP_PRICES.items()
+    )
+    less = measured if plan.skip_price is None else f"{percent(plan.skip_price)} less"
     return [
         f"compute: {compute}; routing is balanced; nothing hides communication",
         f"memory: {plan.bytes_per_parameter:g} bytes a parameter, activations not counted",
         f"network: all sites at once through one server, {server}{links}; tensors alone, without headers",
-        f"useful: a token counts up to {percent(plan.skip_price)} less where its experts are not held, whatever "
-        "the routing (plan.skip_price)",
+        f"useful: a token counts up to {less} where its experts are not held (plan.skip_price)",
     ]
 
 

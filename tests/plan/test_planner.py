@@ -158,6 +158,14 @@ def test_a_price_for_skipping_gives_more_experts() -> None:
     assert few < many
 
 
+def test_a_price_that_is_not_given_is_the_one_measured_for_the_routing() -> None:
+    for routing, price in (("skip", 0.9), ("partitioned", 0.15)):
+        plan = make_plan(
+            config("federation.num_sites=4", "strategy.overlap=2", f"strategy.routing={routing}")
+        )
+        assert plan.useful_tokens_per_second == pytest.approx(plan.tokens_per_second * (1 - price / 2))
+
+
 def test_the_servers_link_is_shared() -> None:
     free, capped = (
         make_plan(config("federation.num_sites=4", *more)) for more in ((), ("plan.server_mbps=100",))
