@@ -186,7 +186,7 @@ class DataConfig:
 
 
 # By routing, benchmarks/skip_price.py: skipped work is lost for the most part, a choice among fewer experts is not.
-SKIP_PRICES = {"skip": 0.9, "partitioned": 0.15}
+SKIP_PRICES = {"skip": 0.9, "partitioned": 0.2}
 
 
 @dataclass

@@ -159,7 +159,7 @@ def test_a_price_for_skipping_gives_more_experts() -> None:
 
 
 def test_a_price_that_is_not_given_is_the_one_measured_for_the_routing() -> None:
-    for routing, price in (("skip", 0.9), ("partitioned", 0.15)):
+    for routing, price in (("skip", 0.9), ("partitioned", 0.2)):
         plan = make_plan(
             config("federation.num_sites=4", "strategy.overlap=2", f"strategy.routing={routing}")
         )
