@@ -32,8 +32,8 @@ from fomoe_flwr.model.moe import Routing
 from fomoe_flwr.model.names import parameter_shapes
 from fomoe_flwr.model.transformer import Transformer, build
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.plan.show import finite
 from fomoe_flwr.training import autocast
+from fomoe_flwr.units import finite
 
 DRAWS = 3  # of random routing, over which necessity is averaged
 # At the end of a run, which should not be long: where passes are few, more text says more than more draws of it.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 NONE = "-"  # a value that was not measured
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -74,3 +77,12 @@ def in_bits(bytes_per_s: float) -> str:
 def _digits(value: float) -> str:
     """Three digits for a number below 1000."""
     return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for (memory that is not given is infinite)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

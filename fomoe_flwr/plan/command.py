@@ -15,9 +15,10 @@ from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.plan.advice import advise
 from fomoe_flwr.plan.planner import make_plan
-from fomoe_flwr.plan.show import Outlook, as_json, finite, show
+from fomoe_flwr.plan.show import Outlook, as_json, show
 from fomoe_flwr.plan.sites import plan_sites
 from fomoe_flwr.plan.strategies import compare
+from fomoe_flwr.units import finite
 
 T = TypeVar("T")
 

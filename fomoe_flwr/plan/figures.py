@@ -20,7 +20,7 @@ from matplotlib.typing import LineStyleType
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.model.sizes import parameter_counts
 from fomoe_flwr.plan.scale import (
     GBPS,
@@ -141,7 +141,7 @@ def figure_8(path: Path, models: Sequence[ModelConfig] | None = None) -> list[Fl
         f"Forward and backward, {FIGURE_8_SITES} sites, sequences of {PAPER_SEQ_LEN} tokens, balanced routing. "
         "Percentages: of a full replica ($O_e$ = 8). Each panel has a scale of its own.",
     )
-    _save(figure, path)
+    save_figure(figure, path)
     return rows
 
 
@@ -215,7 +215,7 @@ def figure_9(path: Path, model: ModelConfig | None = None) -> list[BytesRow]:
         "Ring: bytes that a site sends while it receives as many. Star: received and sent, half each. Factors: of "
         "FoMoE with $O_e$ = 2 on the ring.",
     )
-    _save(figure, path)
+    save_figure(figure, path)
     return rows
 
 
@@ -298,7 +298,7 @@ def figure_10(path: Path, model: ModelConfig | None = None) -> list[HoursRow]:
         f"Ring, bf16, fixed placement, {1000 * LATENCY_S:.0f} ms once a round, nothing hidden behind compute. "
         "A skipped assignment counts as free.",
     )
-    _save(figure, path)
+    save_figure(figure, path)
     return rows
 
 
@@ -387,7 +387,7 @@ def figure_sites(path: Path, scale: Scale | None = None) -> list[SitesRow]:
     lower[0].set_ylim(bottom=0)
     figure.legend(handles=_sites_handles(scale), loc="outside right upper", frameon=False, labelspacing=0.9)
     _frame(figure, "Scale sweep: sites and bandwidth", _sites_assumptions(scale))
-    _save(figure, path)
+    save_figure(figure, path)
     return rows
 
 
@@ -523,10 +523,3 @@ def _end_labels(axes: Axes, x: float, labels: Iterable[tuple[float, str, str]], 
             color=color,
             annotation_clip=False,
         )
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path, pil_kwargs={"optimize": True})
-    except OSError as error:
-        raise RunError(f"{path}: cannot write the picture: {error}") from error

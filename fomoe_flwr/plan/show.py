@@ -18,7 +18,7 @@ from fomoe_flwr.model.sizes import parameter_counts
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import PlanSite
 from fomoe_flwr.plan.strategies import Row, some
-from fomoe_flwr.units import NONE, count, in_bits, in_bytes, percent, time_span
+from fomoe_flwr.units import NONE, count, finite, in_bits, in_bytes, percent, time_span
 
 MOST_ROWS = 20  # of the table of sites
 WIDEST = 200  # columns; a table is never cut to the terminal's
@@ -275,15 +275,6 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "advice": outlook.advice,
     }
     return {key: finite(value) for key, value in content.items()}
-
-
-def finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for (memory that is not given is infinite)."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.plan.traffic import compare_strategies
 from fomoe_flwr.report import panels
 from fomoe_flwr.report.expert_map import expert_map
@@ -43,12 +43,7 @@ def draw(run: Run) -> Path:
     panels.traffic(upper, run)
     panels.resident_share(middle, run)
     panels.speed(lower, run)
-    path = run.directory / "report.png"
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot write the picture: {error}") from error
-    return path
+    return save_figure(figure, run.directory / "report.png")
 
 
 def headline(run: Run) -> str:

@@ -19,7 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.health import COLLAPSED_BELOW, DYING_BELOW
 from fomoe_flwr.report.expert_map import EMPTY, expert_map, short_names
 from fomoe_flwr.report.load import Run
@@ -62,12 +62,7 @@ def draw_routing(run: Run) -> Path | None:
     router_figures(routers, run)
     resident_map(local, run)
     spikes(jumps, run)
-    path = run.directory / "routing.png"
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot write the picture: {error}") from error
-    return path
+    return save_figure(figure, run.directory / "routing.png")
 
 
 def headline(run: Run) -> str:
