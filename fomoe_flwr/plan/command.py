@@ -162,7 +162,7 @@ def _check_writable(path: Path) -> None:
 def _written(path: Path, draw: Callable[[Path], T]) -> T:
     try:
         return draw(path)
-    except (RunError, OSError) as error:
+    except RunError as error:
         raise ConfigError(f"--picture {path}: cannot be written ({error})") from error
 
 

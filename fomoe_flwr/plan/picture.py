@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fomoe_flwr.config import RunConfig, SiteConfig
+from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
@@ -97,7 +98,7 @@ def draw(path: Path, outlook: Outlook) -> None:
     _memory_panel(upper_right, lines, outlook)
     _time_panel(lower_left, lines, outlook)
     _bandwidth_panel(lower_right, outlook)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 # ----- numbers

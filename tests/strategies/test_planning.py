@@ -11,8 +11,11 @@ import pytest
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import CheckpointError
+from fomoe_flwr.plan.record import Plan, load_plan
 from strategies.planning import LivingPlan
 from strategies.round import SiteResult
+from strategies.server import check_resumable
 from tests.conftest import Compose
 from tests.strategies.helpers import metrics, run, without_times
 
@@ -100,6 +103,29 @@ def test_a_site_prefers_its_residents_as_much_as_it_holds(small: Compose) -> Non
     assert targets == [site.resident_share for site in plan.plan.sites]
     config.strategy.placement = "fixed"
     assert plan.model(0) == config.model
+
+
+def test_a_resumed_run_goes_by_what_is_asked_of_the_planner_now(small: Compose, tmp_path: Path) -> None:
+    def composed(*more: str) -> Composed:
+        return small(*AFFINE, "checkpoint.keep=5", f"hydra.run.dir={tmp_path / 'run'}", *more)
+
+    run_dir = run(composed("train.rounds=1"))
+    run(composed("train.rounds=2", f"resume={run_dir}", "plan.policy=memory"))
+    held = [read_checkpoint(checkpoint_path(run_dir, round_)).manifest for round_ in (1, 2)]
+    assert [manifest["memory"]["plan"]["plan"]["policy"] for manifest in held] == ["affine", "memory"]
+    assert (in_force := load_plan(run_dir)) is not None
+    assert in_force.to_dict() == Plan.from_dict(held[1]["memory"]["plan"]["plan"]).to_dict()
+
+
+def test_a_key_that_is_newer_than_a_checkpoint_had_its_default(small: Compose, tmp_path: Path) -> None:
+    run_dir = run(small("train.rounds=1", f"hydra.run.dir={tmp_path / 'run'}"))
+    checkpoint = read_checkpoint(checkpoint_path(run_dir, 1))
+    del checkpoint.manifest["config"]["model"]["router"]
+    config = small("train.rounds=2", f"resume={run_dir}").config
+    check_resumable(checkpoint, config)
+    config.model.router = "grap"
+    with pytest.raises(CheckpointError, match=r"model\.router=grap, but the checkpoint was made with linear"):
+        check_resumable(checkpoint, config)
 
 
 def test_a_run_follows_what_its_tokens_ask_for_and_so_does_a_resumed_one(
