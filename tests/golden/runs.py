@@ -45,24 +45,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 def write_corpus(folder: Path) -> Path:
     """Four domains of made-up prose; the same on every machine."""
     rng = random.Random(0)
-    words = [
-        "site",
-        "expert",
-        "token",
-        "router",
-        "dense",
-        "wire",
-        "round",
-        "loss",
-        "gate",
-        "model",
-        "shard",
-        "bundle",
-        "link",
-        "update",
-        "mean",
-        "outer",
-    ]
+    text = "site expert token router dense wire round loss gate model shard bundle link update mean outer"
+    words = text.split()
     for domain in ("anatomy", "botany", "chemistry", "dance"):
         (folder / domain).mkdir(parents=True)
         for index in range(12):
