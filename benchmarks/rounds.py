@@ -23,7 +23,7 @@ from typing import NamedTuple
 from benchmarks.harness import EMPTY, HUNDRED, write_result
 from clients.processes import program_of
 from fomoe_flwr.compose import compose
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts
 from tests.e2e.deployment import Deployment, until
 
 APP = Path(__file__).resolve().parent / "plain_flower"

@@ -55,7 +55,7 @@ def prepare(folder: Path, overrides: Sequence[str]) -> int:
     """The message that a server would send, as files; the bytes of its bundles."""
     from fomoe_flwr import wire
     from fomoe_flwr.compose import compose
-    from fomoe_flwr.model.scaling import initial_state
+    from fomoe_flwr.model.sigma_moe import initial_state
     from fomoe_flwr.task import make_task
     from strategies.fomoe import FoMoE
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.channel import Answer, WorkerError
 from clients.identity import NodeSettings, node_settings
 from clients.relay import hand_over
-from fomoe_flwr.bundles import as_array, blobs_of, record_in
+from fomoe_flwr.bundles import as_array, blobs_of, header_in, record_in
 
 app = ClientApp()
 
@@ -40,23 +40,23 @@ def train(message: Message, context: Context) -> Message:
     """Take K local steps and answer with the pseudo-gradient of what this site holds."""
     answer = _work("train", message, context)
     arrays = ArrayRecord({key: as_array(answer.blobs.pop(key)) for key in list(answer.blobs)})
-    return Message(RecordDict({"arrays": arrays, **_figures(answer)}), reply_to=message)
+    return Message(RecordDict({"arrays": arrays, "config": _header(answer)}), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Validation loss of the shard this site was sent: dense part and its residents only."""
     answer = _work("evaluate", message, context)
-    return Message(RecordDict({**_figures(answer)}), reply_to=message)
+    return Message(RecordDict({"config": _header(answer)}), reply_to=message)
 
 
-def _figures(answer: Answer) -> dict[str, MetricRecord | ConfigRecord]:
-    return {"metrics": MetricRecord({**answer.metrics}), "config": ConfigRecord({**answer.facts})}
+def _header(answer: Answer) -> ConfigRecord:
+    return ConfigRecord({"reply": answer.header})
 
 
 def _work(kind: str, message: Message, context: Context) -> Answer:
     settings = node_settings(context.node_config)
-    task_text = str((record_in(message.content, "config", ConfigRecord) or ConfigRecord())["task"])
+    task_text = header_in(message.content, "config", "task")
     if settings.partition is None:
         return hand_over(kind, task_text, _taken_out(message), settings, message.metadata.ttl)
     return _work_here(kind, task_text, message, settings)
@@ -71,7 +71,7 @@ def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
 
 def _work_here(kind: str, task_text: str, message: Message, settings: NodeSettings) -> Answer:
     from clients.memory import Memory
-    from clients.work import perform
+    from clients.site import perform
 
     began, budget_s = time.monotonic(), message.metadata.ttl
 
@@ -79,4 +79,5 @@ def _work_here(kind: str, task_text: str, message: Message, settings: NodeSettin
         if time.monotonic() - began > budget_s:
             raise WorkerError(f"gave up after {budget_s:.3g} s")
 
-    return perform(kind, task_text, dict(_taken_out(message)), settings, Memory(), beat)
+    blobs, reply = perform(kind, task_text, dict(_taken_out(message)), settings, Memory(), beat)
+    return Answer(blobs, reply.to_json())

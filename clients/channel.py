@@ -29,8 +29,7 @@ class Answer(NamedTuple):
     """What a site answers, before Flower's records are made of it."""
 
     blobs: dict[str, bytes]
-    metrics: dict[str, int | float]
-    facts: dict[str, int | str | bytes]
+    header: str  # the Reply as JSON
 
 
 class Channel:
@@ -170,12 +169,9 @@ def pack_answer(answer: Answer, folder: Path) -> tuple[dict[str, Any], IO[bytes]
     """The line and the file of an answer; its bundles are taken out of it."""
     blobs = answer.blobs
     file, sizes = write_blobs(((key, blobs.pop(key)) for key in list(blobs)), folder)
-    binary = {key: value.hex() for key, value in answer.facts.items() if isinstance(value, bytes)}
-    plain = {key: value for key, value in answer.facts.items() if not isinstance(value, bytes)}
-    return {"metrics": answer.metrics, "facts": plain, "binary": binary, "sizes": sizes}, file
+    return {"header": answer.header, "sizes": sizes}, file
 
 
 def unpack_answer(line: Mapping[str, Any], file: IO[bytes]) -> Answer:
     """The answer of a line and a file."""
-    facts = line["facts"] | {key: bytes.fromhex(text) for key, text in line["binary"].items()}
-    return Answer(read_blobs(file, line["sizes"]), line["metrics"], facts)
+    return Answer(read_blobs(file, line["sizes"]), line["header"])

@@ -11,7 +11,7 @@ from typing import Any
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import state_home
-from fomoe_flwr.task import SiteTask
+from fomoe_flwr.messages import Task
 
 KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s")
 
@@ -57,24 +57,24 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     )
 
 
-def own_task(text: str, settings: NodeSettings) -> SiteTask:
+def own_task(text: str, settings: NodeSettings) -> Task:
     """The task in a message, once it is known to be this site's.
 
     Raises:
         ConfigError: it is another site's, or another version's.
     """
-    task = SiteTask.from_json(text)
+    task = Task.from_json(text)
     if settings.site is not None and settings.site != task.name:
         raise ConfigError(f"node-config site={settings.site}: was given the work of site {task.name}")
     return task
 
 
-def device_of(task: SiteTask, settings: NodeSettings) -> str:
+def device_of(task: Task, settings: NodeSettings) -> str:
     """The node's own word first, then the federation file's, then train.device."""
-    return settings.device or task.sites[task.site].device or task.train.device
+    return settings.device or task.site.device or task.train.device
 
 
-def data_of(task: SiteTask, settings: NodeSettings) -> DataConfig:
+def data_of(task: Task, settings: NodeSettings) -> DataConfig:
     """The corpus as this node sees it."""
     return replace(
         task.data,
@@ -88,7 +88,7 @@ def state_root(settings: NodeSettings) -> Path:
     return state_home() if settings.state_dir is None else Path(settings.state_dir).expanduser()
 
 
-def state_folder(task: SiteTask, settings: NodeSettings) -> Path:
+def state_folder(task: Task, settings: NodeSettings) -> Path:
     """Where this site keeps its state of this run: a simulated one on the server's disk, in the run directory."""
     if settings.state_dir is None and settings.partition is not None:
         return Path(task.run_dir) / "sites" / task.name

@@ -7,18 +7,16 @@ that does not end well, for moments and parameters are changed in place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from clients.state import SiteState
 from fomoe_flwr.data import TokenStream
-from fomoe_flwr.model.transformer import Transformer, build, load_shard
-from fomoe_flwr.task import SiteTask
+from fomoe_flwr.engine import Engine
+from fomoe_flwr.messages import Task
 
 log = logging.getLogger("fomoe.site")
 
@@ -30,15 +28,15 @@ class Memory:
     run: str = ""
     _folder: Path | None = None
     _state: SiteState | None = None  # that of the newest file in the folder
-    _module: Transformer | None = None
-    _module_is_for: Any = None
+    _engine: Engine | None = None
+    _engine_is_for: Any = None
     _stream: TokenStream | None = None
     _stream_is_for: Any = None
 
     def empty(self) -> None:
         """Forget everything."""
         self.run, self._folder, self._state = "", None, None
-        self._module = self._module_is_for = self._stream = self._stream_is_for = None
+        self._engine = self._engine_is_for = self._stream = self._stream_is_for = None
 
     @contextmanager
     def serving(self, run: str) -> Iterator[None]:
@@ -61,22 +59,17 @@ class Memory:
         """The state as it was just written to the folder."""
         self._folder, self._state = folder, state
 
-    def module(self, task: SiteTask, shard: Mapping[str, Tensor], device: str) -> Transformer:
-        """The site's model with this shard in it. Built anew only for another shape or device, so that what
-        torch.compile made of it lasts.
-
-        Raises:
-            WireError: the shard is not what the task says.
+    def engine(self, task: Task, device: str) -> Engine:
+        """The site's engine. Built anew only for another shape or device, so that what torch.compile made of its model
+        lasts.
         """
         wanted = (task.model, task.strategy.routing, task.residents, device)
-        if self._module is None or self._module_is_for != wanted:
-            self._module = None  # two at a time may be more than the device holds
+        if self._engine is None or self._engine_is_for != wanted:
+            self._engine = None  # two at a time may be more than the device holds
             log.info("site %s builds its model", task.name)
-            self._module = build(task.model, task.residents, task.strategy.routing, shard, device)
-            self._module_is_for = wanted
-        else:
-            load_shard(self._module, shard)
-        return self._module
+            self._engine = Engine(task.model, task.residents, task.strategy.routing, device)
+            self._engine_is_for = wanted
+        return self._engine
 
     def stream(self, wanted: object, open_stream: Callable[[], TokenStream]) -> TokenStream:
         """The site's data; opened anew for other data."""

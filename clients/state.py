@@ -1,9 +1,9 @@
-"""What a site keeps between rounds, on its own disk: AdamW's moments by name, its place in the data, and what its
-routers go by besides their weights.
+"""What a site keeps between rounds, on its own disk: its place in the data, the engine's state (AdamW's moments by
+name, what its routers go by besides their weights), and what its encoder has not sent yet.
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
-The server says which of them counts (`SiteTask.after`), for only it knows whose replies became part of the model.
+The server says which of them counts (`Task.after`), for only it knows whose replies became part of the model.
 Later ones belong to replies that were lost, refused or discarded, and are removed when the next round begins; so
 whatever is older than the newest counted as well, and the server's checkpoint of round c goes with the newest
 state up to c.
@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe_flwr import wire
+from fomoe_flwr.codecs import CodecState
+from fomoe_flwr.engine import EngineState, Moments
 from fomoe_flwr.errors import CheckpointError, WireError
 from fomoe_flwr.files import write_atomically
-from fomoe_flwr.load import Shares
-from fomoe_flwr.training import Moments
 
 log = logging.getLogger("fomoe.site")
 
@@ -42,11 +42,9 @@ class SiteState:
 
     round: int = 0
     position: int = 0  # sequences of its stream that it has consumed
-    moments: Mapping[str, Moments] = field(default_factory=dict)
     last_round: int = 0  # the last round of its run as it was planned then
-    # Towards residents, with its trend, by layer; empty where there is none.
-    bias: list[list[float]] = field(default_factory=list)
-    load: Shares | None = None  # its own, with balance=global
+    engine: EngineState = field(default_factory=EngineState)
+    encoder: CodecState = field(default_factory=dict)
 
 
 def _files(folder: Path) -> dict[int, Path]:
@@ -82,11 +80,16 @@ def load_state(folder: Path, after: int, position: int) -> SiteState:
     with _opened(path) as (_, facts):
         tensors = _tensors(path)
         moments = {
-            name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, born)
-            for name, (step, born) in facts["steps"].items()
+            name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
+            for name, (step, reset_at) in facts["steps"].items()
         }
-        last_round, routers = int(facts["last_round"]), facts.get("routers", {})
-        return SiteState(after, int(facts["position"]), moments, last_round, **routers)
+        encoder = {
+            name.removeprefix("encoder/"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("encoder/")
+        }
+        engine = EngineState(moments, **facts.get("routers", {}))
+        return SiteState(after, int(facts["position"]), int(facts["last_round"]), engine, encoder)
 
 
 def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int, keep: int) -> None:
@@ -97,17 +100,18 @@ def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int
         checkpoint_every: rounds between two checkpoints of the server; 0: it makes one at the end of the run.
         keep: the number of checkpoints it keeps.
     """
-    tensors = {}
-    for name, moment in state.moments.items():
+    tensors = {f"encoder/{name}": tensor.contiguous() for name, tensor in state.encoder.items()}
+    moments = state.engine.moments
+    for name, moment in moments.items():
         tensors[f"exp_avg/{name}"] = moment.exp_avg.contiguous()
         tensors[f"exp_avg_sq/{name}"] = moment.exp_avg_sq.contiguous()
-    steps = {name: (moment.step, moment.born) for name, moment in state.moments.items()}
+    steps = {name: (moment.step, moment.reset_at) for name, moment in moments.items()}
     facts = json.dumps(
         {
             "position": state.position,
             "steps": steps,
             "last_round": state.last_round,
-            "routers": {"bias": state.bias, "load": state.load},
+            "routers": {"bias": state.engine.bias, "load": state.engine.load},
         }
     )
     write_atomically(

@@ -28,13 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from clients.channel import Channel, mapped_blobs, pack_answer
+from clients.channel import Answer, Channel, mapped_blobs, pack_answer
 from clients.identity import NodeSettings, state_root
 from clients.meeting import CODE, SOCKET, WORKER_LOCK, check_private, locked
 from clients.memory import Memory
 from clients.processes import is_alive
-from clients.site import WORK, Beat
-from clients.work import perform
+from clients.site import WORK, Beat, perform
 from fomoe_flwr.errors import FomoeError
 
 log = logging.getLogger("fomoe.worker")
@@ -187,11 +186,11 @@ def serve(request: Request, memory: Memory, desk: Desk) -> bool:
         with suppress(OSError):
             os.chdir(header["folder"])  # relative paths mean what they mean to the ClientApp
         beat = beat_for(channel, desk, settings.stall_s)
-        answer = perform(header["kind"], header["task"], blobs, settings, memory, beat)
-        result, file = pack_answer(answer, state_root(settings))
+        answered, reply = perform(header["kind"], header["task"], blobs, settings, memory, beat)
+        result, file = pack_answer(Answer(answered, reply.to_json()), state_root(settings))
         line = {"result": result}
         seconds = time.monotonic() - began
-        log.info("%s of round %s: %.2f s", header["kind"], answer.facts["round"], seconds)
+        log.info("%s of round %s: %.2f s", header["kind"], reply.round, seconds)
     except Abandoned:
         log.info("nobody waits for this message any more: its work is dropped")
         return True

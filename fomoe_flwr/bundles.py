@@ -1,4 +1,4 @@
-"""Bundles as Flower carries them: bytes in an Array of our own type. No PyTorch here.
+"""What Flower carries: bundles as Arrays of our own type, the header as text in a ConfigRecord. No PyTorch here.
 
 A site's ClientApp, which Flower starts anew for every message, hands bundles on without reading them; importing
 PyTorch for that would cost it more than its work.
@@ -27,6 +27,13 @@ def record_in(content: RecordDict, key: str, kind: type[Record]) -> Record | Non
     """
     record = content.get(key)
     return record if isinstance(record, kind) else None
+
+
+def header_in(content: RecordDict, record_key: str, key: str) -> str:
+    """The text under `key` (`task` or `reply`) of a message's ConfigRecord; empty where there is none."""
+    record = record_in(content, record_key, ConfigRecord) or ConfigRecord()
+    text = record.get(key, "")
+    return text if isinstance(text, str) else ""
 
 
 def as_array(blob: bytes) -> Array:

@@ -96,7 +96,7 @@ def train(arguments: Sequence[str]) -> None:
     """Check the configuration (each job's of a multirun), then let Hydra run it."""
     # PyTorch and Flower take seconds to import: not for --help, not for a plan.
     from fomoe_flwr.resume import resumed_overrides
-    from strategies.server import check_unused
+    from fomoe_flwr.server.run import check_unused
 
     flags = [item for item in arguments if item.startswith("-")]
     overrides = rewrite_federation_file([item for item in arguments if not item.startswith("-")])
@@ -131,8 +131,8 @@ def check_job(composed: Composed) -> None:
     Raises:
         FomoeError: missing data, a tokenizer that does not fit, a GPU that is not there.
     """
-    from fomoe_flwr.training import resolve_device
-    from strategies.server import open_validation
+    from fomoe_flwr.engine.device import resolve_device
+    from fomoe_flwr.server.run import open_validation
 
     resolve_device(composed.config.train.device)
     open_validation(composed.config)

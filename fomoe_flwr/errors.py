@@ -24,5 +24,9 @@ class WireError(FomoeError):
     """A message whose payload is not what its reader was promised."""
 
 
+class DtypeError(WireError):
+    """A payload in another dtype than was agreed."""
+
+
 class RunError(FomoeError):
     """A federated run that cannot go on."""

@@ -19,6 +19,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.data import LabelledBatch, check_vocabulary, load_tokenizer, prepare
 from fomoe_flwr.data.corpus import source_digest
+from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import CheckpointError, ConfigError, DataError, WireError
 from fomoe_flwr.evaluation import (
     DRAWS,
@@ -30,9 +31,8 @@ from fomoe_flwr.evaluation import (
     necessity,
     text_of,
 )
-from fomoe_flwr.model.names import is_moment
+from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.report.evaluation import show_evaluation
-from fomoe_flwr.training import resolve_device, use_cpu
 
 USAGE = """usage: fomoe eval CHECKPOINT [OVERRIDE ...] [--json] [--reference CHECKPOINT] [--batches N] [--draws N]
 CHECKPOINT     a run directory, its checkpoints folder, or one checkpoint

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import DataConfig, ModelConfig
 from fomoe_flwr.data import LabelledBatch, TokenCorpus, labelled_batches
+from fomoe_flwr.engine.device import autocast
 from fomoe_flwr.model.moe import Routing
-from fomoe_flwr.model.names import parameter_shapes
-from fomoe_flwr.model.transformer import Transformer, build
+from fomoe_flwr.model.sigma_moe import Transformer, build
+from fomoe_flwr.model.spec import parameter_shapes
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.training import autocast
 from fomoe_flwr.units import finite
 
 DRAWS = 3  # of random routing, over which necessity is averaged
@@ -115,6 +115,19 @@ class Figures(NamedTuple):
     def perplexity(self) -> float:
         """exp(loss): as unsure as between so many equally likely tokens."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
+    """Mean cross-entropy (nats a token) and number of tokens."""
+    module.eval()
+    total, tokens = 0.0, 0
+    for tokens_BT in batches:
+        count = tokens_BT[:, 1:].numel()
+        with autocast(device, dtype):
+            total += float(module(tokens_BT.to(device)).cross_entropy) * count
+        tokens += count
+    return total / max(tokens, 1), tokens
 
 
 @torch.no_grad()

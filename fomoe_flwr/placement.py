@@ -88,6 +88,12 @@ def draw_placement(
     return Placement(holds_LEM)
 
 
+def uncovered(placement: Placement, alive: Collection[int]) -> list[tuple[int, int]]:
+    """(layer, expert) of those that no site in `alive` holds."""
+    none_LE = ~placement.holds_LEM[:, :, sorted(alive)].any(axis=2)
+    return [(layer, expert) for layer, expert in np.argwhere(none_LE).tolist()]
+
+
 def adopt(placement: Placement, alive: Collection[int]) -> Placement:
     """The placement with each expert that no site in `alive` holds given to one that is.
 
@@ -95,7 +101,7 @@ def adopt(placement: Placement, alive: Collection[int]) -> Placement:
     """
     present = sorted(alive)
     holds_LEM = placement.holds_LEM.copy()
-    for layer, expert in np.argwhere(~holds_LEM[:, :, present].any(axis=2)).tolist() if present else ():
+    for layer, expert in uncovered(placement, present) if present else ():
         load = holds_LEM[layer][:, present].sum(axis=0)
         holds_LEM[layer, expert, present[int(load.argmin())]] = True
     return Placement(holds_LEM)

@@ -1,14 +1,15 @@
-"""Tensors to Flower Arrays and back: few big bundles a message, each a safetensors blob with the names inside.
+"""Named tensors to bundles and back: few big blobs a message, each in the safetensors format with the names inside.
 
 Flower charges about 35 ms for an object and nothing for a name, and it refuses bf16 tensors; so a bundle is bytes
 that Flower need not understand. The dense bundle is one object for all sites, and experts are bundled by their
 set of holders, so that sites with the same experts share the object; the number of bundles does not grow with
-the number of experts. Reading is without a copy; nothing is unpickled.
+the number of experts. Reading copies nothing, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -18,18 +19,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of
+from fomoe_flwr.codecs import Codec, CodecState, Parts
+from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.names import expert_of
+from fomoe_flwr.model.spec import expert_of
 
 MAX_BUNDLE_BYTES = 512 * 2**20  # memory that one encode or decode needs at the most
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
+    torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 _DTYPES_BACK = {text: dtype for dtype, text in _DTYPES.items()}
-WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # A bundle is read where it lies, and nobody writes to what arrived. PyTorch warns of that once a process:
 # let it do so here, unheard, instead of in the middle of a run.
@@ -38,25 +41,28 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
-    """A safetensors blob of the tensors, cast to `dtype` (fp32 or bf16) while they are copied."""
+def encode(parts: Parts) -> bytes:
+    """A safetensors blob of the parts, each cast to its dtype while it is copied: one copy in all."""
     header: dict[str, Any] = {}
     size = 0
-    for name, tensor in named.items():
+    for name, (tensor, dtype) in parts.items():
         end = size + tensor.numel() * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
         size = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    blob_U = torch.empty(8 + len(text) + size, dtype=torch.uint8)
-    blob_U[: 8 + len(text)] = torch.frombuffer(
-        bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8
-    )
-    body = blob_U[8 + len(text) :]
-    for name, tensor in named.items():
-        start, end = header[name]["data_offsets"]
-        body[start:end].view(dtype).view(tensor.shape).copy_(tensor)
-    return blob_U.numpy().tobytes()
+    start = 8 + len(text)
+    # A BytesIO that nobody else holds gives its bytes away without a copy.
+    blob = io.BytesIO(bytes(start + size))
+    with blob.getbuffer() as memory:
+        memory[:start] = len(text).to_bytes(8, "little") + text
+        for name, (tensor, dtype) in parts.items():
+            begin, end = header[name]["data_offsets"]
+            if begin < end:
+                target = torch.frombuffer(memory[start + begin : start + end], dtype=dtype)
+                target.view(tensor.shape).copy_(tensor)
+                del target  # it holds on to the memory
+    return blob.getvalue()
 
 
 Blob = bytes | mmap.mmap  # a mapped file reads like bytes
@@ -73,7 +79,7 @@ class Entry(NamedTuple):
 
 
 def read_header(blob: Blob) -> list[Entry]:
-    """What the header says, held against the length of the blob.
+    """What the header says, in the order of the data, held against the length of the blob.
 
     Raises:
         WireError: not a safetensors blob, or tensors that do not fill it exactly.
@@ -104,8 +110,14 @@ def read_header(blob: Blob) -> list[Entry]:
                 f"{name}: {end - begin} bytes at {begin} do not hold {entry['dtype']} {list(shape)}"
             )
         entries.append(Entry(name, dtype, shape, start + begin, start + end))
-    if sum(entry.end - entry.begin for entry in entries) != size - start:
-        raise WireError(f"bundle of {size} bytes: its tensors overlap or leave bytes over")
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    for entry, begin in zip(entries, [start, *(entry.end for entry in entries)], strict=False):
+        if entry.begin != begin:
+            raise WireError(
+                f"bundle of {size} bytes: its tensors overlap or leave bytes over at {entry.name}"
+            )
+    if (entries[-1].end if entries else start) != size:
+        raise WireError(f"bundle of {size} bytes: its tensors leave bytes over")
     return entries
 
 
@@ -126,7 +138,7 @@ def view(blob: Blob, entry: Entry) -> Tensor:
         raise WireError(f"{entry.name}: PyTorch cannot have the shape {list(entry.shape)}") from error
 
 
-def decode(blob: bytes) -> dict[str, Tensor]:
+def decode(blob: Blob) -> dict[str, Tensor]:
     """The tensors of a blob, as read-only views of its bytes.
 
     Raises:
@@ -135,26 +147,22 @@ def decode(blob: bytes) -> dict[str, Tensor]:
     return {entry.name: view(blob, entry) for entry in read_header(blob)}
 
 
-def blob_digests(blob: bytes) -> dict[str, bytes]:
-    """`tensor_digest` of every tensor in a blob of ours, from its bytes."""
-    data = memoryview(blob)
-    return {
-        entry.name: hashlib.blake2b(data[entry.begin : entry.end], digest_size=DIGEST_BYTES).digest()
-        for entry in read_header(blob)
-    }
-
-
-def byte_classes(blob: bytes) -> dict[str, int]:
-    """Length of a blob by class: dense tensors, expert tensors, and other (its header).
+def from_blobs(blobs: Iterable[Blob]) -> dict[str, Tensor]:
+    """The tensors of several blobs.
 
     Raises:
-        WireError: damaged.
+        WireError: a name stands in two of them.
     """
-    classes = {"dense": 0, "expert": 0, "other": len(blob)}
-    for entry in read_header(blob):
-        classes["other"] -= entry.end - entry.begin
-        classes["dense" if expert_of(entry.name) is None else "expert"] += entry.end - entry.begin
-    return classes
+    named: dict[str, Tensor] = {}
+    for blob in blobs:
+        part = decode(blob)
+        if twice := part.keys() & named.keys():
+            raise WireError(f"{min(twice)}: sent twice in one message")
+        named.update(part)
+    return named
+
+
+# ----- bundles
 
 
 def split_bundle(names: Sequence[str], sizes: Mapping[str, int], limit: float) -> Iterator[list[str]]:
@@ -171,65 +179,60 @@ def split_bundle(names: Sequence[str], sizes: Mapping[str, int], limit: float) -
         yield bundle
 
 
-def encode_bundles(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
-    """The tensors as bundles named key, key.1, key.2, …: one, but for very large groups."""
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in named.items()}
+def encode_bundles(key: str, parts: Parts) -> dict[str, bytes]:
+    """The parts as bundles named key, key.1, key.2, …: one, but for very large groups."""
+    sizes = {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype) in parts.items()}
     return {
-        key if index == 0 else f"{key}.{index}": encode({name: named[name] for name in names}, dtype)
-        for index, names in enumerate(split_bundle(list(named), sizes, MAX_BUNDLE_BYTES))
+        key if index == 0 else f"{key}.{index}": encode({name: parts[name] for name in names})
+        for index, names in enumerate(split_bundle(list(parts), sizes, MAX_BUNDLE_BYTES))
     }
 
 
-def to_arrays(key: str, named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Array]:
-    """`encode_bundles` as Flower Arrays."""
-    return {key: as_array(blob) for key, blob in encode_bundles(key, named, dtype).items()}
+def encode_update(
+    named: Mapping[str, Tensor], codec: Codec, state: CodecState
+) -> tuple[dict[str, bytes], CodecState]:
+    """A site's update as bundles, dense and experts apart, and what its encoder must remember."""
+    parts, state = codec.encode(named, state)
+    dense = {name: part for name, part in parts.items() if expert_of(name) is None}
+    experts = {name: part for name, part in parts.items() if expert_of(name) is not None}
+    return encode_bundles("dense", dense) | encode_bundles("expert", experts), state
 
 
-DIGEST_BYTES = (
-    8  # of a tensor; enough to notice a difference, small enough to send for every tensor and round
-)
+# ----- digests and bytes
 
 
-def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Digest of a tensor's values as they cross the wire: BLAKE2b of its bytes in `dtype`."""
-    flat = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy().data, digest_size=DIGEST_BYTES).digest()
+def blob_digests(blob: Blob) -> dict[str, bytes]:
+    """Digest of every tensor in a blob of ours, from its bytes: the same as `Codec.digest` gives."""
+    data = memoryview(blob)
+    return {
+        entry.name: hashlib.blake2b(data[entry.begin : entry.end], digest_size=DIGEST_BYTES).digest()
+        for entry in read_header(blob)
+    }
 
 
-def digests(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
+def digests(named: Mapping[str, Tensor], codec: Codec) -> bytes:
     """The tensors' digests end to end, in the order of their sorted names."""
-    return b"".join(tensor_digest(named[name], dtype) for name in sorted(named))
+    return b"".join(codec.digest(named[name]) for name in sorted(named))
 
 
-def from_blobs(blobs: Iterable[bytes]) -> dict[str, Tensor]:
-    """The tensors of several blobs.
+def byte_classes(blob: Blob) -> dict[str, int]:
+    """Length of a blob by class: dense tensors, expert tensors, and other (its header).
 
-    Raises:
-        WireError: a name stands in two of them.
+    A damaged bundle crossed the wire all the same: its bytes count as other, for its tensors cannot be told.
     """
-    named: dict[str, Tensor] = {}
-    for blob in blobs:
-        part = decode(blob)
-        if twice := part.keys() & named.keys():
-            raise WireError(f"{min(twice)}: sent twice in one message")
-        named.update(part)
-    return named
-
-
-def from_record(record: ArrayRecord) -> dict[str, Tensor]:
-    """A message's tensors by name; read-only views of its bytes."""
-    return from_blobs(blobs_of(record).values())
-
-
-def named_from_flower(record: ArrayRecord) -> dict[str, Tensor]:
-    """The tensors of an ArrayRecord made by Flower itself (one Array a name), or of one of our bundles."""
-    if all(array.stype == BUNDLE for array in record.values()):
-        return from_record(record)
-    return record.to_torch_state_dict()
+    classes = {"dense": 0, "expert": 0, "other": len(blob)}
+    try:
+        entries = read_header(blob)
+    except WireError:
+        return classes
+    for entry in entries:
+        classes["other"] -= entry.end - entry.begin
+        classes["dense" if expert_of(entry.name) is None else "expert"] += entry.end - entry.begin
+    return classes
 
 
 @dataclass
-class Ledger:
+class Traffic:
     """Bytes really put into messages, by class; `other` is bundle headers, configuration and metrics."""
 
     dense: int = 0
@@ -241,25 +244,17 @@ class Ledger:
     def total(self) -> int:
         return self.dense + self.expert + self.other
 
-    def count(self, site: int, content: RecordDict) -> None:
-        """Add one message to or from a site."""
+    def count(self, site: int, bundles: Iterable[Mapping[str, int]], header_bytes: int) -> None:
+        """Add one message to or from a site.
+
+        Args:
+            bundles: `byte_classes` of each.
+            header_bytes: of all that is no bundle.
+        """
         before = self.total
-        for record in content.values():
-            if not isinstance(record, ArrayRecord):
-                self.other += len(record.deflate())  # as Flower puts it on the wire
-                continue
-            for array in record.values():
-                classes = _classes_of(array)
-                self.dense += classes["dense"]
-                self.expert += classes["expert"]
-                self.other += classes["other"]
+        self.other += header_bytes
+        for classes in bundles:
+            self.dense += classes["dense"]
+            self.expert += classes["expert"]
+            self.other += classes["other"]
         self.by_site[site] = self.by_site.get(site, 0) + self.total - before
-
-
-def _classes_of(array: Array) -> dict[str, int]:
-    if array.stype == BUNDLE:
-        try:
-            return byte_classes(array.data)
-        except WireError:
-            pass  # a damaged bundle crossed the wire all the same: its bytes count, its tensors cannot be told
-    return {"dense": 0, "expert": 0, "other": len(array.data)}

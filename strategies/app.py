@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fomoe_flwr.console import setup_logging
 from fomoe_flwr.resume import compose_run
-from strategies.server import run_server
+from strategies.launch import run_server
 
 app = ServerApp()
 

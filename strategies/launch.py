@@ -11,14 +11,17 @@ from collections.abc import Iterable
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
+from rich.console import Console
 
 from clients.app import app as client_app
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.engine.device import resolve_device
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.training import resolve_device
+from fomoe_flwr.report import report
+from fomoe_flwr.server.run import open_run
+from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
-from strategies.server import run_server
 
 
 def launch(composed: Composed) -> None:
@@ -31,6 +34,21 @@ def launch(composed: Composed) -> None:
         _run_locally(composed)
     else:
         _run_in_simulation(composed)
+
+
+def run_server(grid: Grid, composed: Composed) -> None:
+    """Run the federation that the configuration describes over a Grid, and leave everything in its run directory.
+
+    Raises:
+        FomoeError: nothing can be trained, or the run cannot go on.
+    """
+    config, run_dir = composed.config, composed.run_dir
+    with open_run(composed) as run:
+        strategy = FoMoE(config, run=run.name, run_dir=str(run_dir), observer=run.recorder, plan=run.plan)
+        strategy.first_round = run.load_into(strategy.server, config) + 1
+        strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)
+        run.recorder.conclude(strategy.round, strategy.server.state)
+    report(run_dir, Console())
 
 
 def _run_locally(composed: Composed) -> None:

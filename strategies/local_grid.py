@@ -101,7 +101,7 @@ class LocalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Flower's barrier, for strategies that use it."""
-        from strategies.exchange import exchange
+        from strategies.nodes import exchange
 
         return [
             reply for _, reply in exchange(self, list(messages), math.inf if timeout is None else timeout)

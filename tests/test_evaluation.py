@@ -25,9 +25,8 @@ from fomoe_flwr.evaluation import (
     random_routing,
     token_losses,
 )
-from fomoe_flwr.model.names import expert_name, gate_name
-from fomoe_flwr.model.scaling import initial_state
-from fomoe_flwr.model.transformer import Transformer
+from fomoe_flwr.model.sigma_moe import Transformer, initial_state
+from fomoe_flwr.model.spec import expert_name, gate_name
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL, plain_logits, plain_loss, randomized
 

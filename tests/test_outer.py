@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
-from fomoe_flwr.model.names import MOMENTS, moment_name
+from fomoe_flwr.model.spec import MOMENTS, moment_name
 from fomoe_flwr.outer import OuterOptimizer, RunningMean, with_moments
 
 NORM = "model.norm.weight"  # learns at lr

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.names import expert_name, expert_of, gate_name
+from fomoe_flwr.model.spec import expert_name, expert_of, gate_name
 from fomoe_flwr.residual import (
     BLOCK,
     decode,

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.names import expert_name
-from fomoe_flwr.model.scaling import initial_state
-from fomoe_flwr.model.transformer import Losses, Transformer, build, named_views, read_shard
+from fomoe_flwr.model.sigma_moe import Losses, Transformer, build, initial_state, named_views, read_shard
+from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.training import (
     LocalAdamW,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import BUNDLE, blobs_of
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.names import expert_name
+from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.wire import (
     Ledger,
     byte_classes,

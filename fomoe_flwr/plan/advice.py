@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.sizes import expert_parameters
+from fomoe_flwr.model.spec import expert_parameters
 from fomoe_flwr.plan.cost import TokenCost, token_cost
 from fomoe_flwr.plan.hybridep import break_even_hit_rate, exchange_bandwidth_threshold, exchanged_step_bytes
 from fomoe_flwr.plan.planner import make_plan

@@ -21,7 +21,7 @@ from matplotlib.typing import LineStyleType
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.drawing import save_figure
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.scale import (
     GBPS,
     H100_FLOPS_PER_S,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.sizes import expert_parameters, parameter_counts
+from fomoe_flwr.model.spec import expert_parameters, parameter_counts
 from fomoe_flwr.plan.hybridep import (
     ExchangeCase,
     best_whole_domain_size,

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.config import SKIP_PRICES, RunConfig
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.sites import PlanSite
 from fomoe_flwr.plan.strategies import Row, some

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.sizes import expert_parameters, parameter_counts
+from fomoe_flwr.model.spec import expert_parameters, parameter_counts
 
 # bf16 weights 2, fp32 master 4, two fp32 moments 8, fp32 gradients 4 (FoMoE, section 4). This program keeps fp32
 # weights 4, gradients 4, moments 8, and the shard as it was sent (bf16) 2: the same 18.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.record import Plan, mean_residents
 from fomoe_flwr.plan.system import split_parameters, star_bytes
 

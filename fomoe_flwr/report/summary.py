@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.report.load import Round, Run
 from fomoe_flwr.units import count
 

@@ -14,7 +14,7 @@ from clients.app import app
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import blobs_of
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.scaling import initial_state
+from fomoe_flwr.model.sigma_moe import initial_state
 from fomoe_flwr.outer import with_moments
 from fomoe_flwr.task import SiteTask, make_task
 from strategies.fomoe import FoMoE

@@ -16,7 +16,7 @@ from clients.work import perform
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.names import is_moment
+from fomoe_flwr.model.spec import is_moment
 from tests.clients.helpers import as_sent, bundles_of, shard_of, site_task, state_files
 from tests.conftest import Compose
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
-from fomoe_flwr.model.names import expert_name
+from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.task import SiteTask
 
 Update = dict[str, Tensor]

@@ -10,7 +10,7 @@ import torch
 
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.model.names import expert_of
+from fomoe_flwr.model.spec import expert_of
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fomoe_flwr.model.locality import bias_for, entry_biases, local_shares, locality_loss, resident_share
 from fomoe_flwr.model.moe import Router
-from fomoe_flwr.model.scaling import initial_state
-from fomoe_flwr.model.transformer import Transformer, build, read_shard
+from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, read_shard
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL
 

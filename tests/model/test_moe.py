@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.experts import IMPLEMENTATIONS
 from fomoe_flwr.model.moe import MoE, Router, dispatch
-from fomoe_flwr.model.transformer import Block, rope_tables
+from fomoe_flwr.model.sigma_moe import Block, rope_tables
 from tests.model.helpers import SMALL, plain_moe, poisoned_memory
 
 ALL = list(range(SMALL.num_experts))

@@ -10,10 +10,20 @@ import torch
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.names import expert_name, expert_of, gate_name, is_moment, moment_name, parameter_shapes
-from fomoe_flwr.model.scaling import depth_multiplier, initial_state, logit_multiplier, lr_multiplier
-from fomoe_flwr.model.sizes import expert_parameters, parameter_counts
-from fomoe_flwr.model.transformer import Transformer, build, load_shard, named_views, read_shard
+from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, load_shard, named_views, read_shard
+from fomoe_flwr.model.spec import (
+    depth_multiplier,
+    expert_name,
+    expert_of,
+    expert_parameters,
+    gate_name,
+    is_moment,
+    logit_multiplier,
+    lr_multiplier,
+    moment_name,
+    parameter_counts,
+    parameter_shapes,
+)
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL, poisoned_memory
 

@@ -16,12 +16,9 @@ from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.load import averaged, difference
-from fomoe_flwr.model.gates import cosine_logits, grap_logits, linear_logits, orthonormal_rows
-from fomoe_flwr.model.moe import Router
-from fomoe_flwr.model.names import gate_name, moment_name, parameter_shapes
-from fomoe_flwr.model.scaling import initial_state, lr_multiplier
-from fomoe_flwr.model.sizes import parameter_counts
-from fomoe_flwr.model.transformer import Transformer, build, named_views, read_shard
+from fomoe_flwr.model.moe import Router, cosine_logits, grap_logits, linear_logits, orthonormal_rows
+from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
+from fomoe_flwr.model.spec import gate_name, lr_multiplier, moment_name, parameter_counts, parameter_shapes
 from fomoe_flwr.outer import restore_orthogonality
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model import transformer
-from fomoe_flwr.model.scaling import initial_state
-from fomoe_flwr.model.transformer import Transformer, build, named_views, rope_tables, rotate
+from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, rope_tables, rotate
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL, plain_logits, plain_loss, poisoned_memory, randomized
 

@@ -10,7 +10,7 @@ import pytest
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.sizes import expert_parameters
+from fomoe_flwr.model.spec import expert_parameters
 from fomoe_flwr.plan.advice import WORTH_SAYING, advise, communication_share, gathering_workers
 from fomoe_flwr.plan.hybridep import ExchangeCase, gathers_every_expert
 from fomoe_flwr.plan.planner import make_plan

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fomoe_flwr.compose import compose
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.command import look_ahead
 from fomoe_flwr.plan.show import (
     Outlook,

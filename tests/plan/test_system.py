@@ -6,8 +6,7 @@ import pytest
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.names import parameter_shapes
-from fomoe_flwr.model.sizes import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts, parameter_shapes
 from fomoe_flwr.plan import system
 from fomoe_flwr.plan.system import Split
 

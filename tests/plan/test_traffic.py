@@ -10,7 +10,7 @@ import pytest
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig, RunConfig
-from fomoe_flwr.model.names import parameter_shapes
+from fomoe_flwr.model.spec import parameter_shapes
 from fomoe_flwr.placement import draw_placement
 from fomoe_flwr.plan.traffic import compare_strategies, copies_sent, round_bytes, shard_parameters
 

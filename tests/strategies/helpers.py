@@ -9,19 +9,20 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients.app import app as real_client_app
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import as_array, bundle_digests
+from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
+from fomoe_flwr.codecs import CODECS, Part
 from fomoe_flwr.compose import Composed
-from fomoe_flwr.task import SiteTask
+from fomoe_flwr.messages import Reply, Task
+from strategies.launch import run_server
 from strategies.local_grid import LocalGrid
-from strategies.server import run_server
 
-Answer = Callable[[SiteTask, dict[str, Tensor]], dict[str, Tensor]]
+Answer = Callable[[Task, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def run(
@@ -47,14 +48,15 @@ def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         line = {key: value for key, value in line.items() if key not in ("seconds", "deadline_s", "virtual")}
         line["sites"] = [
-            {k: v for k, v in site.items() if k != "tokens_per_second"} for site in line["sites"]
+            {k: v for k, v in site.items() if k not in ("tokens_per_second", "seconds")}
+            for site in line["sites"]
         ]
         kept.append(line)
     return kept
 
 
 def answering(
-    answer: Answer, dtype: torch.dtype = torch.float32, examples: Callable[[SiteTask], int] = lambda _: 1
+    answer: Answer, dtype: torch.dtype = torch.float32, examples: Callable[[Task], int] = lambda _: 1
 ) -> ClientApp:
     """A ClientApp whose training is `answer(task, shard)`; an exception becomes an error reply."""
     app = ClientApp()
@@ -68,22 +70,25 @@ def answering(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        task = SiteTask.from_json(str(message.content["config"]["task"]))
-        shard = wire.from_record(message.content["arrays"])
+        task = Task.from_json(str(message.content["config"]["task"]))
+        shard = wire.from_blobs(blobs_of(message.content["arrays"]).values())
         update = answer(task, shard)
-        blobs = wire.encode_bundles("all", update, dtype)
-        facts = {
-            "run": task.run,
-            "round": task.round,
-            "site": task.name,
-            "start-digests": wire.digests(shard, wire.WIRE_DTYPES[task.strategy.wire_dtype]),
-            "bundle-digests": json.dumps(bundle_digests(blobs)),
-        }
+        blobs = wire.encode_bundles("all", {name: Part(value, dtype) for name, value in update.items()})
+        start = wire.digests(shard, CODECS[task.strategy.wire_dtype])
+        metrics = {"train_loss": 1.0}
+        reply = Reply(
+            task.run,
+            task.round,
+            task.name,
+            examples(task),
+            metrics,
+            start,
+            bundle_digests=bundle_digests(blobs),
+        )
         content = RecordDict(
             {
                 "arrays": ArrayRecord({key: as_array(blob) for key, blob in blobs.items()}),
-                "metrics": MetricRecord({"num-examples": examples(task), "train_loss": 1.0}),
-                "config": ConfigRecord(facts),
+                "config": ConfigRecord({"reply": reply.to_json()}),
             }
         )
         return Message(content, reply_to=message)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import strategies.commit
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
-from fomoe_flwr.model.gates import orthonormal_rows
-from fomoe_flwr.model.names import expert_name
+from fomoe_flwr.model.moe import orthonormal_rows
+from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.outer import OuterOptimizer
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.wire import to_arrays

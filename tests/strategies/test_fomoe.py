@@ -19,8 +19,8 @@ from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.model.names import expert_of
-from fomoe_flwr.model.scaling import initial_state
+from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.task import SiteTask
 from strategies.fomoe import FoMoE

@@ -18,9 +18,8 @@ import strategies.health
 import strategies.server
 from fomoe_flwr import health
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
-from fomoe_flwr.model.names import expert_name, gate_name
-from fomoe_flwr.model.scaling import initial_state
-from fomoe_flwr.model.transformer import build
+from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.model.spec import expert_name, gate_name
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.task import SiteTask
 from strategies.book import RoundBook

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr import residual
-from fomoe_flwr.model.names import MOMENTS, expert_of, moment_name
+from fomoe_flwr.model.spec import MOMENTS, expert_of, moment_name
 from fomoe_flwr.outer import with_moments
 from fomoe_flwr.placement import draw_placement, full_residents
 from fomoe_flwr.wire import decode, encode, from_blobs, tensor_digest

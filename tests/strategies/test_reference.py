@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
-from fomoe_flwr.model.names import is_moment
-from fomoe_flwr.model.scaling import initial_state, lr_multiplier
-from fomoe_flwr.model.transformer import Transformer, build, load_shard, named_views, read_shard
+from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, load_shard, named_views, read_shard
+from fomoe_flwr.model.spec import is_moment, lr_multiplier
 from fomoe_flwr.placement import full_residents
 from tests.conftest import Compose
 from tests.strategies.helpers import run

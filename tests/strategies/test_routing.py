@@ -16,8 +16,8 @@ from torch import Tensor
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.load import Shares
-from fomoe_flwr.model.names import expert_of, gate_name
-from fomoe_flwr.model.transformer import Transformer
+from fomoe_flwr.model.sigma_moe import Transformer
+from fomoe_flwr.model.spec import expert_of, gate_name
 from fomoe_flwr.resume import compose_run
 from tests.conftest import Compose
 from tests.strategies.helpers import metrics, run

@@ -7,6 +7,7 @@ Letters: B sequences, S positions, T = B·S tokens, D d_model, N heads, W width 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,9 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.moe import MoE
-from fomoe_flwr.model.names import expert_name, gate_name
-from fomoe_flwr.model.scaling import depth_multiplier, logit_multiplier
+from fomoe_flwr.model.moe import MoE, orthonormal_rows
+from fomoe_flwr.model.spec import (
+    Residents,
+    depth_multiplier,
+    expert_name,
+    logit_multiplier,
+    parameters,
+    slots,
+)
 
 # Logits of more than this many numbers are computed in pieces and again in the backward pass: with a
 # vocabulary of 200 k, the logits of a batch are larger than everything else together.
@@ -206,21 +213,17 @@ class NamedView(NamedTuple):
 
 
 def named_views(module: Transformer) -> list[NamedView]:
-    """The site's shard as views into the module: stacked experts (and, partitioned, router rows) one by one."""
-    stacked: dict[str, list[str]] = {}
-    for layer, moe in enumerate(module.moe_layers):
-        prefix, residents = f"model.layers.{layer}.mlp.", moe.resident_experts
-        stacked[f"{prefix}experts.up_EHD"] = [expert_name(layer, e, "up_proj") for e in residents]
-        stacked[f"{prefix}experts.down_EDH"] = [expert_name(layer, e, "down_proj") for e in residents]
-        if module.routing == "partitioned":
-            stacked[gate_name(layer)] = [expert_name(layer, e, "gate") for e in residents]
-    views = []
-    for path, parameter in module.named_parameters():
-        if path in stacked:
-            views += [NamedView(name, parameter, slot) for slot, name in enumerate(stacked[path])]
-        else:
-            views.append(NamedView(path, parameter, None))
-    return views
+    """The site's shard as views into the module: stacked experts (and, partitioned, router rows) one by one.
+
+    In the order of the module's parameters.
+    """
+    views: dict[str, list[NamedView]] = {path: [] for path, _ in module.named_parameters()}
+    parameter_at = dict(module.named_parameters())
+    residents = [moe.resident_experts for moe in module.moe_layers]
+    for name, param, path in slots(module.config, residents, module.routing):
+        slot = len(views[path]) if param.stack else None
+        views[path].append(NamedView(name, parameter_at[path], slot))
+    return [view for in_one in views.values() for view in in_one]
 
 
 @torch.no_grad()
@@ -248,17 +251,44 @@ def read_shard(module: Transformer) -> dict[str, Tensor]:
 
 
 def build(
-    model: ModelConfig,
-    residents: Sequence[Sequence[int]],
-    routing: str,
-    shard: Mapping[str, Tensor],
-    device: str,
+    model: ModelConfig, residents: Residents, routing: str, shard: Mapping[str, Tensor] | None, device: str
 ) -> Transformer:
-    """A site's model on its device, holding the given shard."""
+    """A site's model on its device.
+
+    Args:
+        shard: its parameters; None: they are whatever the memory holds, until `load_shard`.
+    """
     with torch.device("meta"):  # skip PyTorch's own initialisation: the shard overwrites all of it
         module = Transformer(model, residents, routing)
     module.to_empty(device=device)
     for moe in module.moe_layers:
         moe.reset_buffers()
-    load_shard(module, shard)
+    if shard is not None:
+        load_shard(module, shard)
     return module
+
+
+# ----- the state at step 0
+
+
+def initial_state(model: ModelConfig, residents: Residents, routing: str, seed: int) -> dict[str, Tensor]:
+    """The parameters at step 0, fp32, for a shard with these residents. Both routing modes start alike."""
+    state: dict[str, Tensor] = {}
+    for name, param in parameters(model, residents, routing).items():
+        if param.init_std is None:
+            state[name] = torch.ones(param.shape)
+        elif param.kind == "router" and not param.per_expert:
+            layer = int(name.split(".")[2])
+            row_names = [expert_name(layer, expert, "gate") for expert in range(model.num_experts)]
+            rows_CD = torch.stack([_draw(row, param.shape[1:], param.init_std, seed) for row in row_names])
+            state[name] = orthonormal_rows(rows_CD) if model.router == "orthogonal" else rows_CD
+        else:
+            state[name] = _draw(name, param.shape, param.init_std, seed)
+    return state
+
+
+def _draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Normal numbers that depend on the name and the seed alone, so that any shard can be drawn by itself."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

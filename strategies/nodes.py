@@ -1,26 +1,31 @@
-"""Which Flower node is which site. The server cannot see a node's configuration, so each new node is asked once.
+"""Flower's nodes: which of them is which site, and the exchange of messages with them.
 
-Nobody is waited for: the question goes out in one round and the answer may be read in a later one, so a node
-that never answers holds up nothing. A node that makes no sense is named in the log and left alone, for one
-institution's mistake must not end the run of the others.
+The server cannot see a node's configuration, so each new node is asked once. Nobody is waited for: the question goes
+out in one round and the answer may be read in a later one, so a node that never answers holds up nothing. A node that
+makes no sense is named in the log and left alone, for one institution's mistake must not end the run of the others.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fomoe_flwr.errors import RunError
-from strategies.exchange import FIRST_PAUSE_S, error_line
 
 log = logging.getLogger("fomoe")
 
 QUESTION_TTL_S = 120.0  # after which a node that did not answer is asked again
-_LONGEST_PAUSE_S = 0.5
+_LONGEST_LOOK_S = 0.5  # between two looks at who is connected
+# The pause between two looks is a share of the time waited so far: a short round is not kept waiting by more than
+# that share, and a long one is not polled all the time.
+FIRST_PAUSE_S = 0.002
+PAUSE_SHARE = 0.05
+LONGEST_PAUSE_S = 1.0
 
 
 class SiteDirectory:
@@ -61,7 +66,7 @@ class SiteDirectory:
                 log.info("waiting for sites: %s", self._missing(minimum))
                 next_word = now + 30
             time.sleep(pause)
-            pause = min(pause * 1.3, _LONGEST_PAUSE_S)
+            pause = min(pause * 1.3, _LONGEST_LOOK_S)
 
     def lost(self, site: int) -> None:
         """The site's node did not answer: from now on it is the one that stands by, if there is one."""
@@ -132,3 +137,42 @@ class SiteDirectory:
         if self.problems.get(node) != problem:
             log.warning("%s", problem)
         self.problems[node] = problem
+
+
+def exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
+    """Yield (index of the message answered, reply) in order of arrival, until all have come or time is up.
+
+    The index is found by the message's id, for an error made by Flower itself does not name the right node. A
+    message that is answered twice yields twice: whoever reads must judge. The list is emptied once the
+    messages are pushed: they hold the round's shards.
+
+    Args:
+        timeout: seconds from here.
+    """
+    ids = list(grid.push_messages(list(messages)))
+    if len(ids) != len(messages):
+        raise RunError(f"Flower accepted {len(ids)} of {len(messages)} messages")
+    messages.clear()
+    waiting = {message_id: index for index, message_id in enumerate(ids)}
+    began = time.monotonic()
+    while waiting:
+        arrived = False
+        # One id at a time: asked for all of them, Flower would hand over every finished reply at once.
+        for message_id, index in list(waiting.items()):
+            for reply in grid.pull_messages([message_id]):
+                arrived = True
+                waiting.pop(message_id, None)
+                yield index, reply
+        if arrived:
+            continue
+        waited = time.monotonic() - began
+        if waited > timeout:
+            return
+        time.sleep(min(max(FIRST_PAUSE_S, PAUSE_SHARE * waited), LONGEST_PAUSE_S))
+
+
+def error_line(reply: Message) -> str:
+    """The reason of an error reply as one line, without the layers Flower wraps around it."""
+    reason = str(reply.error.reason)
+    inner = re.search(r"Message: (.*?)'?>?\s*$", reason, re.DOTALL)
+    return " ".join((inner[1] if inner else reason).split())

@@ -1,23 +1,72 @@
-"""The ledger of experts: when each was last updated, how many of its holders are there, how much it has seen."""
+"""The server's state as a value: the global model, its outer optimizer, and what is remembered from round to round."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from fomoe_flwr.load import Shares
+from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.placement import Placement
+from fomoe_flwr.server.outer import OuterOptimizer
+from fomoe_flwr.server.replies import Norms
 
 log = logging.getLogger("fomoe")
 
+NORMS_KEPT = 32  # of earlier replies, to hold new ones against
 _NAMED = 8  # experts named in a log line
 
 
+@dataclass
+class ServerState:
+    """What a checkpoint keeps."""
+
+    tensors: dict[str, Tensor]  # the global model by name, fp32; for LocalAdamW with its moments
+    outer: OuterOptimizer
+    experts: ExpertLedger
+    round: int = 0  # the last one that is over
+    counted: dict[str, int] = field(
+        default_factory=dict
+    )  # by site, the last round whose reply is in the model
+    last_losses: dict[str, float] = field(default_factory=dict)  # of each site's last steps in that round
+    global_load: Shares | None = None  # of the routers of all sites together
+    norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))
+    discarded: int = 0  # rounds in a row
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The global model without LocalAdamW's moments."""
+        return {name: tensor for name, tensor in self.tensors.items() if not is_moment(name)}
+
+    def memory(self) -> dict[str, Any]:
+        """What `remember` needs besides the tensors, as JSON values."""
+        return {
+            "counted": self.counted,
+            "last_losses": self.last_losses,
+            "norms": list(self.norms),
+            "experts": self.experts.table(self.round),
+            "load": self.global_load,
+            "discarded": self.discarded,
+        }
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Take over what `memory` gave."""
+        self.counted = dict(memory["counted"])
+        self.last_losses = dict(memory.get("last_losses", {}))
+        self.norms.extend(memory["norms"])
+        self.experts.load(memory["experts"])
+        self.global_load = memory.get("load")
+        self.discarded = int(memory["discarded"])
+
+
 class ExpertLedger:
-    """One entry for every expert of every layer."""
+    """For every expert of every layer: when it was last updated, how many holders are there, what it has seen."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.updated_LE: NDArray[np.int64] = np.zeros(
@@ -29,7 +78,7 @@ class ExpertLedger:
         self._starved: list[tuple[int, int]] = []  # of this round
 
     def look(self, placement: Placement, alive: Collection[int]) -> list[tuple[int, int]]:
-        """Who has lost its last holder; said in the log when it happens and when it is over.
+        """The experts without a connected holder; logged when one loses its last holder and when it has one again.
 
         Args:
             alive: the sites that are connected.

@@ -21,16 +21,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fomoe_flwr import health, wire
+from fomoe_flwr import health
+from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.data import TokenCorpus, validation_batches
+from fomoe_flwr.engine.device import autocast, cpu_threads, resolve_device
 from fomoe_flwr.model.moe import Router
-from fomoe_flwr.model.names import expert_name, gate_name
-from fomoe_flwr.model.transformer import build
+from fomoe_flwr.model.sigma_moe import build
+from fomoe_flwr.model.spec import expert_name, gate_name
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.training import autocast, resolve_device, threads_for_a_while
-from strategies.fomoe import FoMoE
-from strategies.round import Round
+from fomoe_flwr.server.replies import Inbox
+from fomoe_flwr.server.rounds import Round
+from fomoe_flwr.server.state import ServerState
 
 log = logging.getLogger("fomoe")
 
@@ -73,34 +75,35 @@ class RoutingHealth:
         self._layers: dict[str, list[float]] = {}
         self._spike = math.nan
 
-    def collected(self, strategy: FoMoE) -> None:
+    def collected(self, current: Round, state: ServerState, inbox: Inbox) -> None:
         """The good replies are in, and the model is still the one that the sites were sent."""
-        config, current = self._config, strategy.round
-        first = {r.site: r.first_loss for r in current.results.values() if r.first_loss is not None}
-        self._spike = health.loss_spike(first, strategy.last_losses)
-        self._before = [None if w is None else w.clone() for w in global_routers(strategy.state, config)]
-        if self._probe_BT is None or not current.results:
+        config = self._config
+        first = {
+            reply.site: reply.metrics["first_loss"]
+            for reply in current.replies.values()
+            if "first_loss" in reply.metrics
+        }
+        self._spike = health.loss_spike(first, state.last_losses)
+        self._before = [None if w is None else w.clone() for w in global_routers(state.tensors, config)]
+        if self._probe_BT is None or not current.replies:
             return
-        with threads_for_a_while(config.train.threads), torch.no_grad():
-            self._probe = run_probe(config, strategy.parameters(), self._probe_BT)
-            self._layers = between_sites(strategy, self._probe, self._before)
+        with cpu_threads(config.train.threads), torch.no_grad():
+            self._probe = run_probe(config, state.parameters(), self._probe_BT)
+            self._layers = between_sites(SiteRouters(config, current, inbox), self._probe, self._before)
 
-    def finished(self, strategy: FoMoE) -> dict[str, Any]:
+    def finished(self, current: Round, state: ServerState) -> dict[str, Any]:
         """The round's figures for its line of metrics; a layer that is sick is named in the log."""
-        current, config = strategy.round, self._config
+        config = self._config
         load = federation_load(current, config)
         if sick := health.symptoms(load.load_LE, load.offered_LE):
             log.warning("round %d: routing is sick: %s", current.number, health.symptoms_line(sick))
-        with threads_for_a_while(config.train.threads), torch.no_grad():
-            layers = self._layers | self._drift(strategy)
-            layers |= {"expert_similarity": expert_similarity(strategy.state, config.model)}
+        with cpu_threads(config.train.threads), torch.no_grad():
+            after = global_routers(state.tensors, config)
+            layers = self._layers | drift(self._probe, self._before, after, config.model.top_k)
+            layers |= {"expert_similarity": expert_similarity(state.tensors, config.model)}
         figures = routing_figures(load, layers, self._spike)
         self._forget()
         return figures
-
-    def _drift(self, strategy: FoMoE) -> dict[str, list[float]]:
-        after, model = global_routers(strategy.state, self._config), self._config.model
-        return drift(self._probe, self._before, after, model.top_k)
 
 
 # ----- load
@@ -120,15 +123,16 @@ def federation_load(current: Round, config: RunConfig) -> Load:
     shape = (config.model.num_layers, config.model.num_experts)
     load_LE, offered_LE, resident_LE = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     by_site = {}
-    for site in sorted(current.results):
-        result, held_LE = current.results[site], current.placement.holds_LEM[:, :, site]
-        if not result.load_LE.any():
+    for site in sorted(current.replies):
+        reply, own_LE = current.replies[site], current.loads[site]
+        held_LE = current.placement.holds_LEM[:, :, site]
+        if not own_LE.any():
             continue
         candidates_LE = held_LE if config.strategy.routing == "partitioned" else np.ones_like(held_LE)
-        load_LE += result.load_LE * candidates_LE
-        offered_LE += result.tokens * candidates_LE
-        resident_LE += result.load_LE * held_LE
-        by_site[result.site] = health.resident_share(result.load_LE, held_LE)
+        load_LE += own_LE * candidates_LE
+        offered_LE += reply.num_examples * candidates_LE
+        resident_LE += own_LE * held_LE
+        by_site[reply.site] = health.resident_share(own_LE, held_LE)
     with np.errstate(invalid="ignore"):
         resident_L = resident_LE.sum(axis=1) / load_LE.sum(axis=1)
     return Load(load_LE, offered_LE, resident_L, by_site)
@@ -178,29 +182,46 @@ def global_routers(state: Mapping[str, Tensor], config: RunConfig) -> list[Tenso
     ]
 
 
-def site_router(strategy: FoMoE, site: int, layer: int, weight_ED: Tensor) -> Tensor:
-    """A site's router before it is averaged: what the site was sent minus the pseudo-gradient it answered with.
+class SiteRouters(NamedTuple):
+    """Where the sites' own routers of a round are read from."""
 
-    Args:
-        weight_ED: the global router that was sent, before the wire rounded it.
-    """
-    settings = strategy.config.strategy
-    weight_ED = weight_ED.to(wire.WIRE_DTYPES[settings.wire_dtype]).to(torch.float32, copy=True)
-    if settings.inner == "gradient":  # a site that takes no step has the router that it was sent
+    config: RunConfig
+    current: Round
+    inbox: Inbox
+
+    def weight(self, site: int, layer: int, weight_ED: Tensor) -> Tensor:
+        """A site's router before it is averaged: what the site was sent minus the pseudo-gradient it answered with.
+
+        Args:
+            weight_ED: the global router that was sent, before the wire rounded it.
+        """
+        settings = self.config.strategy
+        codec = CODECS[settings.wire_dtype]
+        weight_ED = codec.round_trip(weight_ED).to(torch.float32, copy=True)
+        if settings.inner == "gradient":  # a site that takes no step has the router that it was sent
+            return weight_ED
+        rows: dict[str, int | slice] = {gate_name(layer): slice(None)}
+        if settings.routing == "partitioned":
+            residents = self.current.placement.residents(site)[layer]
+            rows = {expert_name(layer, expert, "gate"): expert for expert in residents}
+        for name, update in codec.decode(self.inbox.tensors(site, list(rows))).items():
+            weight_ED[rows[name]] -= update.float()
         return weight_ED
-    rows: dict[str, int | slice] = {gate_name(layer): slice(None)}
-    if settings.routing == "partitioned":
-        residents = strategy.round.placement.residents(site)[layer]
-        rows = {expert_name(layer, expert, "gate"): expert for expert in residents}
-    for name, update in strategy.reply(site, list(rows)).items():
-        weight_ED[rows[name]] -= update.float()
-    return weight_ED
+
+    def shared_experts(self, layer: int, one: int, other: int) -> list[int]:
+        """The experts to which both sites' routers can send a token."""
+        holds_EM = self.current.placement.holds_LEM[layer]
+        if self.config.strategy.routing == "skip":
+            return list(range(len(holds_EM)))
+        return np.flatnonzero(holds_EM[:, one] & holds_EM[:, other]).tolist()
 
 
-def between_sites(strategy: FoMoE, probe: Probe, routers: Sequence[Tensor | None]) -> dict[str, list[float]]:
+def between_sites(
+    sites: SiteRouters, probe: Probe, routers: Sequence[Tensor | None]
+) -> dict[str, list[float]]:
     """Agreement and distance of the sites' routers by layer, each the mean over pairs of sites."""
-    pairs = some_pairs(sorted(strategy.round.results))
-    found = [_compared(strategy, probe, layer, weight_ED, pairs) for layer, weight_ED in enumerate(routers)]
+    pairs = some_pairs(sorted(sites.current.replies))
+    found = [_compared(sites, probe, layer, weight_ED, pairs) for layer, weight_ED in enumerate(routers)]
     return {
         "agreement": [agreement for agreement, _ in found],
         "js_distance": [distance for _, distance in found],
@@ -216,7 +237,7 @@ def some_pairs(sites: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _compared(
-    strategy: FoMoE, probe: Probe, layer: int, weight_ED: Tensor | None, pairs: Sequence[tuple[int, int]]
+    sites: SiteRouters, probe: Probe, layer: int, weight_ED: Tensor | None, pairs: Sequence[tuple[int, int]]
 ) -> tuple[float, float]:
     """Of one layer. In partitioned mode over the experts that both sites hold, where there are more than k."""
     if not pairs:
@@ -224,26 +245,18 @@ def _compared(
     if weight_ED is None:
         return 1.0, 0.0
     scores_TE = {
-        site: probe.scores(layer, site_router(strategy, site, layer, weight_ED))
+        site: probe.scores(layer, sites.weight(site, layer, weight_ED))
         for site in sorted(set(itertools.chain.from_iterable(pairs)))
     }
     agreements, distances = [], []
     for one, other in pairs:
-        shared = _shared_experts(strategy, layer, one, other)
-        if len(shared) > (top_k := strategy.config.model.top_k):  # else there is nothing to choose
+        shared = sites.shared_experts(layer, one, other)
+        if len(shared) > (top_k := sites.config.model.top_k):  # else there is nothing to choose
             one_TC, other_TC = scores_TE[one][:, shared], scores_TE[other][:, shared]
             sets = health.top_k_sets(one_TC, top_k), health.top_k_sets(other_TC, top_k)
             agreements.append(health.agreement(*sets))
             distances.append(health.js_distance(health.gate_shares(one_TC), health.gate_shares(other_TC)))
     return _mean(agreements), _mean(distances)
-
-
-def _shared_experts(strategy: FoMoE, layer: int, one: int, other: int) -> list[int]:
-    """The experts to which both sites' routers can send a token."""
-    holds_EM = strategy.round.placement.holds_LEM[layer]
-    if strategy.config.strategy.routing == "skip":
-        return list(range(len(holds_EM)))
-    return np.flatnonzero(holds_EM[:, one] & holds_EM[:, other]).tolist()
 
 
 def drift(

@@ -1,0 +1,59 @@
+"""The plainest codec: every tensor in another dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fomoe_flwr.errors import DtypeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fomoe_flwr.codecs import CodecState, Parts
+
+# Of a tensor; enough to notice a difference, small enough to send for every tensor and round.
+DIGEST_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Cast:
+    """All tensors as `dtype` (PyTorch's name of it)."""
+
+    dtype: str
+    bytes_per_number: int
+
+    def encode(self, named: Mapping[str, Tensor], state: CodecState) -> tuple[Parts, CodecState]:
+        from fomoe_flwr.codecs import Part
+
+        dtype = self._dtype()
+        return {name: Part(tensor, dtype) for name, tensor in named.items()}, {}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dtype = self._dtype()
+        for name, part in parts.items():
+            if part.dtype != dtype:
+                raise DtypeError(f"{name}: dtype {part.dtype}, agreed is {dtype}")
+        return dict(parts)
+
+    def nbytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        return self.bytes_per_number * sum(math.prod(shape) for shape in shapes.values())
+
+    def round_trip(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype())
+
+    def digest(self, tensor: Tensor) -> bytes:
+        import torch
+
+        flat = tensor.detach().to("cpu", self._dtype()).contiguous().view(-1).view(torch.uint8)
+        return hashlib.blake2b(flat.numpy().data, digest_size=DIGEST_BYTES).digest()
+
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype

@@ -1,0 +1,173 @@
+"""AdamW over a module's parameters, where a stack of experts is one tensor and each of its slots has its own age.
+
+The update itself is PyTorch's (`torch.optim.adamw`, fused). Neighbouring slots of one age are updated together, so a
+stack costs one call as long as all its experts have been at the site for equally long. Nothing in here looks at
+single experts but the step counts, which are small tensors: what is sharded by expert can be updated shard by shard.
+
+Moments are kept by tensor name outside of a round, because an expert may leave the site or come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from fomoe_flwr.config import TrainConfig
+from fomoe_flwr.model.sigma_moe import NamedView, Transformer, named_views
+from fomoe_flwr.model.spec import lr_multipliers
+
+
+@dataclass
+class Moments:
+    """AdamW's state of one named tensor. `reset_at` is the global step at which it was last reset."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    reset_at: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate by global step.
+
+    Args:
+        first_step: global step of the first update; a warm-up counts global steps.
+        pace: global steps for each step taken here.
+        warmup_steps: length of the run's linear warm-up.
+        newcomer_reset_at: the step that counts as the reset of a tensor without moments; 0: it needs no warm-up of
+            its own.
+    """
+
+    first_step: int
+    pace: float
+    warmup_steps: int
+    newcomer_reset_at: int
+
+
+def warmup(step: float, steps: int) -> float:
+    """Linear warm-up: 1/steps at step 0, 1 from step `steps - 1` on."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+@dataclass
+class _Run:
+    """Neighbouring slots of one age: views of the parameter and of its moments, or the whole of them."""
+
+    parameter: nn.Parameter
+    slots: slice | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    reset_at: int
+    lr: float
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.slots is None else tensor[self.slots]
+
+
+class StackedAdamW:
+    """AdamW with CompleteP's learning rates, and a warm-up of its own for what is new to the site.
+
+    Args:
+        moments: by name; emptied while they are taken over, so that a model's moments are not held twice. A name
+            without any starts afresh.
+    """
+
+    def __init__(
+        self,
+        module: Transformer,
+        train: TrainConfig,
+        schedule: Schedule,
+        moments: MutableMapping[str, Moments],
+    ) -> None:
+        self.train, self.schedule = train, schedule
+        self.step_number: float = schedule.first_step
+        self._given = set(moments)
+        self._views: list[list[NamedView]] = []
+        self._runs: list[list[_Run]] = []
+        residents = [moe.resident_experts for moe in module.moe_layers]
+        multipliers = lr_multipliers(module.config, residents, module.routing)
+        for _, group in groupby(named_views(module), key=lambda view: id(view.parameter)):
+            views = list(group)
+            self._views.append(views)
+            self._runs.append(self._take_over(views, multipliers[views[0].name], moments))
+
+    def _take_over(
+        self, views: list[NamedView], lr: float, moments: MutableMapping[str, Moments]
+    ) -> list[_Run]:
+        parameter = views[0].parameter
+        exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        ages: list[tuple[int, int]] = []
+        for view in views:
+            known = moments.pop(view.name, None)
+            ages.append(
+                (0, self.schedule.newcomer_reset_at) if known is None else (known.step, known.reset_at)
+            )
+            if known is not None:
+                view.of(exp_avg).copy_(known.exp_avg)
+                view.of(exp_avg_sq).copy_(known.exp_avg_sq)
+        runs, start = [], 0
+        for (step, reset_at), members in groupby(ages):
+            end = start + len(list(members))
+            slots = None if views[0].slot is None else slice(start, end)
+            count = torch.tensor(float(step), device=parameter.device)
+            run = _Run(parameter, slots, exp_avg, exp_avg_sq, count, reset_at, lr)
+            run.exp_avg, run.exp_avg_sq = run.of(exp_avg), run.of(exp_avg_sq)
+            runs.append(run)
+            start = end
+        return runs
+
+    def learning_rate(self, reset_at: int) -> float:
+        """Of a tensor that was reset at a step, before CompleteP's multiplier; 0: with the run's warm-up alone."""
+        factor = warmup(self.step_number, self.schedule.warmup_steps)
+        if reset_at > 0:
+            factor = min(factor, warmup(self.step_number - reset_at, self.train.expert_warmup_steps))
+        return self.train.lr * factor
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients of the module; a parameter without one stays as it is."""
+        groups: dict[float, list[_Run]] = {}
+        for run in [run for runs in self._runs for run in runs]:
+            if run.parameter.grad is not None and run.parameter.numel():
+                groups.setdefault(self.learning_rate(run.reset_at) * run.lr, []).append(run)
+        for lr, runs in groups.items():
+            adamw(
+                [run.of(run.parameter) for run in runs],
+                [run.of(run.parameter.grad) for run in runs if run.parameter.grad is not None],
+                [run.exp_avg for run in runs],
+                [run.exp_avg_sq for run in runs],
+                [],
+                [run.step for run in runs],
+                fused=True,
+                amsgrad=False,
+                beta1=self.train.beta1,
+                beta2=self.train.beta2,
+                lr=lr,
+                weight_decay=self.train.weight_decay,
+                eps=self.train.eps,
+                maximize=False,
+            )
+        self.step_number += self.schedule.pace
+
+    def moments(self) -> dict[str, Moments]:
+        """State by name, of every tensor that was ever updated or came with moments; views, no copies."""
+        found: dict[str, Moments] = {}
+        for views, runs in zip(self._views, self._runs, strict=True):
+            names = iter(views)
+            for run in runs:
+                slots = len(run.exp_avg) if run.slots is not None else 1
+                for slot in range(slots):
+                    view, step = next(names), int(run.step)
+                    if step or view.name in self._given:
+                        average, square = run.exp_avg, run.exp_avg_sq
+                        if run.slots is not None:
+                            average, square = average[slot], square[slot]
+                        found[view.name] = Moments(average, square, step, run.reset_at)
+        return found

@@ -1,0 +1,257 @@
+"""A site's model on one device, behind four verbs: load, train, update, state."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
+from fomoe_flwr.engine.device import autocast
+from fomoe_flwr.load import Shares, averaged, difference
+from fomoe_flwr.messages import Task
+from fomoe_flwr.model.sigma_moe import Losses, build, load_shard, named_views, read_shard
+from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name
+
+log = logging.getLogger("fomoe.site")
+
+STEPS_A_LOG_LINE = 10
+# Steps at either end of a round whose losses are reported: one batch's loss says little, a jump is over after a few.
+EDGE_STEPS = 3
+
+
+@dataclass
+class EngineState:
+    """What the engine keeps from round to round besides the model, which the server sends."""
+
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    # Towards residents, with its trend, by layer (model.locality=bias); else empty.
+    bias: list[list[float]] = field(default_factory=list)
+    load: Shares | None = None  # the site's own, with model.balance=global
+
+
+class Report(NamedTuple):
+    """What a round of local steps came to."""
+
+    tokens: int
+    load_LE: list[list[int]]  # assignments of the router to each expert of each layer, ghosts too
+    metrics: dict[str, float]
+
+
+class Engine:
+    """The model of a site with these residents.
+
+    Memory at the most: the parameters and their gradients in fp32, the optimizer's moments, and the shard as it was
+    sent.
+    """
+
+    def __init__(self, model: ModelConfig, residents: Residents, routing: str, device: str) -> None:
+        self.device = device
+        self.module = build(model, residents, routing, None, device)
+
+    def load(self, task: Task, shard: Mapping[str, Tensor], state: EngineState) -> None:
+        """Take over what the server sent, parameters and with LocalAdamW their moments, and the site's own state.
+
+        Raises:
+            WireError: the shard is not what the task says.
+        """
+        self._task = task
+        self._sent = {name: value for name, value in shard.items() if not is_moment(name)}
+        self._shard_bytes = sum(tensor.numel() * tensor.itemsize for tensor in shard.values())
+        load_shard(self.module, self._sent)
+        self.module.begin_round(state.bias, difference(task.global_load, state.load))
+        self._own_load, self._update, self._optimizer = state.load, dict[str, Tensor](), None
+        if task.strategy.inner == "gradient":
+            self.new_tensors = 0
+            return
+        moments = dict(state.moments)
+        if task.moments_travel:
+            moments = {
+                name: Moments(
+                    shard[moment_name("exp_avg", name)],
+                    shard[moment_name("exp_avg_sq", name)],
+                    task.first_step,
+                    0,
+                )
+                for name in self._sent
+            }
+        # Moments that are missing at the start, or dropped on purpose, are no reason for a warm-up.
+        newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
+        self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
+        schedule = Schedule(task.first_step, task.pace, task.warmup_steps, newcomer)
+        self._optimizer = StackedAdamW(self.module, task.train, schedule, moments)
+
+    def loaded(self) -> dict[str, Tensor]:
+        """What `load` took over, read back: views, by name."""
+        travelling = self._moments_by_name() if self._task.moments_travel else {}
+        return read_shard(self.module) | travelling
+
+    def train(self, batches: Iterable[Tensor]) -> Report:
+        """One local step for each batch tokens_BT; with inner=gradient the mean gradient over them and no step.
+
+        Raises:
+            FloatingPointError: the loss is not finite; what was learnt is worthless and must not be sent.
+        """
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
+        module, train = self.module, self._task.train
+        module.train()
+        for moe in module.moe_layers:
+            moe.gate.load_C.zero_()
+        losses = _Losses(torch.zeros((), device=self.device))
+        compiled: Callable[[Tensor], Losses] = torch.compile(module) if train.compile else module
+        tokens = 0
+        for tokens_BT in batches:
+            self._backward(compiled, tokens_BT, losses)
+            tokens += tokens_BT[:, 1:].numel()
+            if self._optimizer is not None:
+                self._step(self._optimizer, losses, tokens)
+        if self._optimizer is None:
+            self._update = self._mean_gradients(losses.steps)
+        else:
+            self._update = self._pseudo_gradient()
+        return self._report(losses, tokens)
+
+    def update(self) -> dict[str, Tensor]:
+        """The pseudo-gradient (or gradient) by name, and LocalAdamW's moments.
+
+        In the model's own memory: it must be encoded before the next `load`.
+        """
+        return self._update | (self._moments_by_name() if self._task.moments_travel else {})
+
+    def state(self) -> EngineState:
+        """What the next `load` at this site wants back."""
+        kept: Mapping[str, Moments] = {}
+        if self._optimizer is not None and self._task.strategy.keep_moments and not self._task.moments_travel:
+            kept = self._optimizer.moments()
+        return EngineState(kept, self.module.biases(), self._own_load)
+
+    # ----- steps
+
+    def _backward(self, module: Callable[[Tensor], Losses], tokens_BT: Tensor, losses: _Losses) -> None:
+        with autocast(self.device, self._task.train.dtype):
+            loss = module(tokens_BT.to(self.device, non_blocking=True))
+        torch.autograd.backward(loss.cross_entropy + loss.balance)
+        losses.add(loss.cross_entropy.detach())
+
+    def _step(self, optimizer: StackedAdamW, losses: _Losses, tokens: int) -> None:
+        if clip := self._task.train.grad_clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+        optimizer.step()
+        self.module.zero_grad(set_to_none=True)
+        if losses.steps % STEPS_A_LOG_LINE == 0:
+            seconds = time.perf_counter() - losses.started
+            log.info(
+                "step %d  loss %.4f  lr %.2e  %.0f ms/step  %.0f tokens/s",
+                optimizer.step_number,
+                losses.mean(),
+                optimizer.learning_rate(0),
+                1e3 * seconds / losses.steps,
+                tokens / seconds,
+            )
+
+    @torch.no_grad()
+    def _mean_gradients(self, steps: int) -> dict[str, Tensor]:
+        # In place: there is no room for the gradients twice.
+        means = {
+            parameter: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.div_(steps)
+            for parameter in self.module.parameters()
+        }
+        self.module.zero_grad(set_to_none=True)
+        return {view.name: view.of(means[view.parameter]) for view in named_views(self.module)}
+
+    @torch.no_grad()
+    def _pseudo_gradient(self) -> dict[str, Tensor]:
+        """Parameters sent minus parameters returned: a descent direction (FoMoE, algorithm 2).
+
+        In the place of the parameters, which the next round overwrites anyway.
+        """
+        update = read_shard(self.module)
+        for name, value in self._sent.items():
+            update[name].neg_().add_(value.to(update[name].device))
+        return update
+
+    def _moments_by_name(self) -> dict[str, Tensor]:
+        """Moments under the names under which they travel; zeros of tensors without any are left out."""
+        moments = {} if self._optimizer is None else self._optimizer.moments()
+        return {
+            moment_name(moment, name): getattr(state, moment)
+            for moment in MOMENTS
+            for name, state in moments.items()
+        }
+
+    # ----- figures
+
+    def _report(self, losses: _Losses, tokens: int) -> Report:
+        mean_loss = losses.mean()  # waits for the device, so that the time below is true
+        seconds = time.perf_counter() - losses.started
+        if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
+            raise FloatingPointError(
+                f"training loss is {mean_loss} after {losses.steps} steps; lower train.lr"
+            )
+        load_LE, resident, assigned = [], 0, 0
+        for moe in self.module.moe_layers:
+            load_E = [0] * moe.num_experts
+            for expert, load in zip(moe.candidates, moe.gate.load_C.tolist(), strict=True):
+                load_E[expert] = int(load)
+            load_LE.append(load_E)
+            assigned += sum(load_E)
+            resident += sum(load_E[expert] for expert in moe.resident_experts)
+        if self._task.model.balance == "global":
+            self._own_load = averaged(self._own_load, load_LE)
+        else:
+            self._own_load = None
+        first, last = (sum(map(float, edge)) / max(len(edge), 1) for edge in (losses.first, losses.last))
+        metrics = {
+            "train_loss": mean_loss,  # mean cross-entropy, nats a token
+            "first_loss": first,  # of the first EDGE_STEPS steps: the model nearly as it was sent
+            "last_loss": last,
+            "seconds": seconds,
+            "resident_share": resident / assigned if assigned else 1.0,
+            "memory_bytes": self._memory_bytes(),
+            "new_experts": self.new_tensors,
+        }
+        return Report(tokens, load_LE, metrics)
+
+    def _memory_bytes(self) -> int:
+        """What the round needed: on a GPU the allocator's peak.
+
+        On a CPU what stood side by side in a training step: parameters and their gradients, moments, and the shard as
+        it was sent. Activations do not count there.
+        """
+        if self.device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated(self.device)
+        parameters, moments = self.module.parameters(), self._moments_by_name().values()
+        return (
+            2 * sum(parameter.numel() * parameter.itemsize for parameter in parameters)
+            + sum(moment.numel() * moment.itemsize for moment in moments)
+            + self._shard_bytes
+        )
+
+
+@dataclass
+class _Losses:
+    """Sums on the device; read once in a while, because reading waits for the device."""
+
+    total: Tensor
+    steps: int = 0
+    first: list[Tensor] = field(default_factory=list)
+    last: deque[Tensor] = field(default_factory=lambda: deque(maxlen=EDGE_STEPS))
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: Tensor) -> None:
+        self.total += loss
+        self.steps += 1
+        self.last.append(loss)
+        if self.steps <= EDGE_STEPS:
+            self.first.append(loss)
+
+    def mean(self) -> float:
+        return float(self.total) / max(self.steps, 1)

@@ -1,0 +1,223 @@
+"""What server and site tell each other besides tensors: `Task` down, `Reply` up. The only place that knows their keys.
+
+Both travel as one JSON text, beside the tensors' bundles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fomoe_flwr.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SiteConfig,
+    StrategyConfig,
+    TrainConfig,
+    from_dict,
+)
+from fomoe_flwr.errors import ConfigError, WireError
+from fomoe_flwr.load import Shares
+
+
+@dataclass(frozen=True)
+class Deal:
+    """What a site must know of the others to work out which documents are its own: how many, not who they are.
+
+    Sites are counted in one order: those that name a domain (data.partition=domain), domain by domain, then the rest.
+    """
+
+    place: int  # of this site
+    sites: int
+    claims: tuple[tuple[str, int], ...] = ()  # each domain that is named, and by how many sites
+
+    def domains(self) -> list[str | None]:
+        """The domain that each site names."""
+        named: list[str | None] = [domain for domain, count in self.claims for _ in range(count)]
+        return named + [None] * (self.sites - len(named))
+
+
+def deals(data: DataConfig, sites: Sequence[SiteConfig]) -> list[Deal]:
+    """What each site of the federation is told of the deal."""
+    if data.partition != "domain":
+        return [Deal(site, len(sites)) for site in range(len(sites))]
+    claims = Counter(site.domain for site in sites if site.domain is not None)
+    rank = {domain: index for index, domain in enumerate(claims)}
+    order = sorted(range(len(sites)), key=lambda site: rank.get(sites[site].domain or "", len(rank)))
+    place = {site: index for index, site in enumerate(order)}
+    return [Deal(place[site], len(sites), tuple(claims.items())) for site in range(len(sites))]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One site's work for one round: its own part of the configuration, and nothing of other sites'."""
+
+    run: str  # identity of the run, the same after a resume
+    run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
+    round: int  # counted from 1
+    after: int  # the last round of this site that counts: its state after that is where it begins; 0: afresh
+    site: SiteConfig
+    deal: Deal  # which part of the corpus is this site's
+    federation: str  # digest of all sites' configurations
+    residents: list[list[int]]  # experts held, one list a layer
+    first_step: int  # of the run's schedule, at which the round begins
+    pace: float  # steps of the schedule for each step of this site
+    model: ModelConfig
+    train: TrainConfig  # with this site's own local_steps and batch_size
+    strategy: StrategyConfig
+    data: DataConfig
+    warmup_steps: int
+    checkpoint_every: int
+    keep: int  # states of earlier rounds that the server may come back to
+    seed: int
+    global_load: Shares | None = None  # of the federation in the rounds before, with balance=global
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def moments_travel(self) -> bool:
+        """Whether AdamW's moments are averaged like parameters and come and go with them (LocalAdamW)."""
+        return self.strategy.outer == "local_adamw"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: server and site differ in version.
+        """
+        sections: dict[str, type] = {
+            "model": ModelConfig,
+            "train": TrainConfig,
+            "strategy": StrategyConfig,
+            "data": DataConfig,
+            "site": SiteConfig,
+            "deal": Deal,
+        }
+        try:
+            values = json.loads(text)
+            for key, section in sections.items():
+                values[key] = from_dict(section, values[key])
+            claims = tuple((str(domain), int(count)) for domain, count in values["deal"].claims)
+            values["deal"] = dataclasses.replace(values["deal"], claims=claims)
+            task = cls(**values)
+            if not re.fullmatch(r"[\w-]{1,64}", task.run):  # it becomes the name of a folder at the site
+                raise ValueError(f"run {task.run[:80]!r}: letters, digits, _ and -")
+            return task
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"task: {error!r}; server and site differ in version") from error
+
+
+def make_task(
+    config: RunConfig,
+    site: int,
+    *,
+    run: str,
+    run_dir: str,
+    round_: int,
+    after: int,
+    deal: Deal,
+    federation: str,
+    residents: list[list[int]],
+    local_steps: int,
+    global_load: Shares | None = None,
+    model: ModelConfig | None = None,
+) -> Task:
+    """The part of the configuration that a site needs in a round.
+
+    Args:
+        site: its place in the federation.
+        local_steps: of this site. The schedule of the learning rate is the run's all the same, so a site that takes
+            fewer steps goes through it faster.
+        global_load: of the federation, if it is known.
+        model: with values for this site alone, if not the configuration's.
+    """
+    nominal, own = config.train.local_steps, config.federation.sites[site]
+    return Task(
+        run=run,
+        run_dir=run_dir,
+        round=round_,
+        after=after,
+        site=own,
+        deal=deal,
+        federation=federation,
+        residents=residents,
+        first_step=(round_ - 1) * nominal,
+        pace=nominal / local_steps,
+        model=model or config.model,
+        train=dataclasses.replace(
+            config.train, local_steps=local_steps, batch_size=own.batch_size or config.train.batch_size
+        ),
+        strategy=config.strategy,
+        data=config.data,
+        warmup_steps=config.warmup_steps,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        seed=config.seed,
+        global_load=global_load if config.model.balance == "global" else None,
+    )
+
+
+def federation_digest(sites: Sequence[SiteConfig]) -> str:
+    """SHA-256 (hex) of all sites' configurations, in their order."""
+    text = json.dumps([dataclasses.asdict(site) for site in sites], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site answers besides its update. `metrics` go whole into the run's metrics.jsonl."""
+
+    run: str
+    round: int
+    site: str
+    num_examples: int  # tokens trained on or evaluated; the weight of the site in means
+    metrics: dict[str, float]  # finite numbers by name; a new one needs no change here
+    start_digests: bytes = b""  # wire.digests of what the site started from, read back from its model
+    load_LE: list[list[int]] = field(
+        default_factory=list
+    )  # choices of its routers, ghosts too; empty: not said
+    bundle_digests: dict[str, str] = field(default_factory=dict)  # SHA-256 (hex) of each bundle, by key
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(self)
+        return json.dumps({**values, "start_digests": self.start_digests.hex()}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Reply:
+        """The inverse of `to_json`, for a text that may come from anybody.
+
+        Raises:
+            WireError: not a reply, or a figure that is no finite number.
+        """
+        try:
+            values = json.loads(text)
+            values["start_digests"] = bytes.fromhex(values["start_digests"])
+            reply = cls(**values)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise WireError(f"the reply's header is not one: {str(error)[:200]}") from error
+        wanted: dict[str, type | tuple[type, ...]] = {
+            "run": str, "round": int, "site": str, "num_examples": int, "metrics": dict, "load_LE": list,
+            "bundle_digests": dict,
+        }  # fmt: skip
+        for key, kind in wanted.items():
+            value: Any = getattr(reply, key)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise WireError(f"the reply's {key} is a {type(value).__name__}")
+        for key, value in reply.metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise WireError(f"metric {key[:80]}={value!r:.80}: must be a finite number")
+        return reply

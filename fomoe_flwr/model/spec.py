@@ -1,0 +1,231 @@
+"""The one table of a model's tensors, and all that follows from it: names, shapes, counts, learning rates, FLOPs.
+
+Every tensor has one name everywhere (wire, checkpoints, exports, logs), in Hugging Face's form:
+
+    model.layers.3.self_attn.q_proj.weight            dense
+    model.layers.3.mlp.gate.weight                    the router in skip mode: dense, [N_e, d_model]
+    model.layers.3.mlp.experts.7.up_proj.weight       an expert, [d_expert, d_model]
+    model.layers.3.mlp.experts.7.gate.weight          its router row in partitioned mode, [d_model]
+
+No PyTorch here, so that planning does not wait for it.
+
+CompleteP (arXiv 2505.01618, table 1, alpha = 1) makes initialisation and learning rates transfer across width and
+depth, relative to the base model of `ModelConfig.base_*`: hidden weights start with variance 1/fan_in and learn at
+lr·(base fan_in / fan_in); embedding and norms learn at lr; each branch is multiplied by base depth / depth and the
+logits by base width / width. Where that paper also scales AdamW's epsilon, this project keeps it fixed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from fomoe_flwr.config import ModelConfig
+
+FLOPS_PER_PARAMETER = 6  # of a matrix and token: 2 in the forward pass, 4 in the backward pass
+
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
+
+# LocalAdamW also averages AdamW's moments; each travels under its parameter's name with one of these in front.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Param(NamedTuple):
+    """A row of the table: one tensor, or one for each layer, or one for each expert of each layer."""
+
+    name: str  # with {layer} and {expert} where there are several
+    shape: tuple[int, ...]
+    kind: str  # dense, router or expert
+    init_std: float | None  # of the normal distribution it is drawn from; None: ones
+    lr: float  # factor of the learning rate
+    flops: int  # of one token that passes it, forward and backward
+    stack: str = ""  # path of the module's parameter in which it is one slot; "": its path is its name
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether it goes with an expert, to that expert's holders alone."""
+        return "{expert}" in self.name
+
+
+def table(model: ModelConfig, routing: str) -> list[Param]:
+    """Every tensor of the model (σ-MoE with Peri-LN, FoMoE, appendix B).
+
+    Args:
+        routing: in `skip` mode the router is one dense tensor a layer, in `partitioned` mode its rows go with the
+            experts.
+    """
+    d, h = model.d_model, model.d_expert
+    width, expert_width = model.base_d_model / d, model.base_d_expert / h
+    layer, mlp = "model.layers.{layer}.", "model.layers.{layer}.mlp."
+
+    def matrix(name: str, rows: int, fan_in: int, lr: float, kind: str = "dense", stack: str = "") -> Param:
+        return Param(name, (rows, fan_in), kind, fan_in**-0.5, lr, FLOPS_PER_PARAMETER * rows * fan_in, stack)
+
+    def gain(name: str) -> Param:
+        return Param(name, (d,), "dense", None, 1.0, 0)
+
+    rows = [
+        # Looked up at the input, multiplied by at the output: the two are tied.
+        matrix("model.embed_tokens.weight", model.vocab_size, d, 1.0)._replace(init_std=model.init_std),
+        gain("model.embed_norm.weight"),
+        gain("model.norm.weight"),
+    ]
+    rows += [
+        gain(f"{layer}{norm}_layernorm.weight")
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    ]
+    rows += [matrix(f"{layer}self_attn.{p}_proj.weight", d, d, width) for p in "qkvo"]
+    if shared := model.num_shared_experts * h:
+        rows.append(matrix(f"{mlp}shared_experts.up_proj.weight", shared, d, width))
+        # Its fan-in is that of all shared experts, its learning rate that of one.
+        rows.append(matrix(f"{mlp}shared_experts.down_proj.weight", d, shared, expert_width))
+    if model.router != "grap":
+        if routing == "skip":
+            rows.append(matrix(f"{mlp}gate.weight", model.num_experts, d, width, "router"))
+        else:
+            row = matrix(f"{mlp}experts.{{expert}}.gate.weight", 1, d, width, "router", f"{mlp}gate.weight")
+            rows.append(row._replace(shape=(d,)))
+    up, down = f"{mlp}experts.{{expert}}.up_proj.weight", f"{mlp}experts.{{expert}}.down_proj.weight"
+    rows.append(matrix(up, h, d, width, "expert", f"{mlp}experts.up_EHD"))
+    rows.append(matrix(down, d, h, expert_width, "expert", f"{mlp}experts.down_EDH"))
+    return rows
+
+
+Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
+
+
+def parameters(model: ModelConfig, residents: Residents, routing: str) -> dict[str, Param]:
+    """The shard of a site with these residents: each tensor by its name, layer by layer."""
+    return {name: param for name, param, _ in slots(model, residents, routing)}
+
+
+def slots(model: ModelConfig, residents: Residents, routing: str) -> Iterator[tuple[str, Param, str]]:
+    """Name, row of the table, and path of the module's parameter (`Param.stack`), of every tensor of a shard.
+
+    The slots of a stack come in the order of the residents.
+    """
+    for param in table(model, routing):
+        if "{layer}" not in param.name:
+            yield param.name, param, param.name
+            continue
+        for layer in range(model.num_layers):
+            path = (param.stack or param.name).format(layer=layer)
+            if not param.per_expert:
+                yield path, param, path
+                continue
+            for expert in residents[layer]:
+                yield param.name.format(layer=layer, expert=expert), param, path
+
+
+def parameter_shapes(model: ModelConfig, residents: Residents, routing: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter in the shard of a site with these residents."""
+    return {name: param.shape for name, param in parameters(model, residents, routing).items()}
+
+
+def lr_multipliers(model: ModelConfig, residents: Residents, routing: str) -> dict[str, float]:
+    """Factor of the learning rate of every parameter in a shard."""
+    return {name: param.lr for name, param in parameters(model, residents, routing).items()}
+
+
+# ----- names
+
+
+def expert_name(layer: int, expert: int, part: str) -> str:
+    """Name of an expert's tensor; `part` is up_proj, down_proj or gate."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+
+
+def gate_name(layer: int) -> str:
+    """Name of a layer's whole router (skip mode)."""
+    return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def expert_of(name: str) -> tuple[int, int] | None:
+    """(layer, expert) of an expert's tensor or moment, None for a dense one."""
+    match = _EXPERT.search(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def moment_name(moment: str, name: str) -> str:
+    """Name under which a moment of parameter `name` travels."""
+    return f"{moment}.{name}"
+
+
+def is_moment(name: str) -> bool:
+    """Whether a name is a moment's and not a parameter's."""
+    return name.startswith(("exp_avg.", "exp_avg_sq."))
+
+
+# ----- multipliers
+
+
+def depth_multiplier(model: ModelConfig) -> float:
+    """Factor of each residual branch."""
+    return model.base_num_layers / model.num_layers
+
+
+def logit_multiplier(model: ModelConfig) -> float:
+    """Factor of the logits."""
+    return model.base_d_model / model.d_model
+
+
+# ----- counts
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters of the whole model."""
+
+    dense: int  # embedding, attention, norms, shared experts
+    router: int  # dense in skip mode; a row goes with each expert in partitioned mode
+    experts: int  # all routed experts of all layers
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.router + self.experts
+
+
+class TokenFlops(NamedTuple):
+    """Training FLOPs of one token (forward and backward), whole model."""
+
+    dense: float  # attention, unembedding, shared experts
+    experts: float  # the k chosen experts of every layer
+    router: float  # the full router of every layer
+
+
+def parameter_counts(model: ModelConfig) -> ParameterCounts:
+    """Parameters of the whole model by class, without building it."""
+    counts = {"dense": 0, "router": 0, "expert": 0}
+    for param in table(model, "skip"):
+        counts[param.kind] += param.numel * _how_many(model, param, model.num_experts)
+    return ParameterCounts(counts["dense"], counts["router"], counts["expert"])
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Parameters of one expert, without its router row."""
+    return sum(param.numel for param in table(model, "skip") if param.kind == "expert")
+
+
+def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
+    """`F_dense`, `sum_l F_FFN` and `sum_l F_gate` (FoMoE, compute model of section 4).
+
+    A matrix costs 6 FLOPs a parameter; attention scores and values 12·T·d a layer, half of it masked away. Looking the
+    embedding up, norms and activations are left out.
+    """
+    flops = {"dense": 0, "router": 0, "expert": 0}
+    for param in table(model, "skip"):
+        flops[param.kind] += param.flops * _how_many(model, param, model.top_k)
+    attention = model.num_layers * 6 * seq_len * model.d_model
+    return TokenFlops(flops["dense"] + attention, flops["expert"], flops["router"])
+
+
+def _how_many(model: ModelConfig, param: Param, experts: int) -> int:
+    """Tensors of this row in a model with so many experts a layer."""
+    if "{layer}" not in param.name:
+        return 1
+    return model.num_layers * (experts if param.per_expert else 1)

@@ -1,0 +1,186 @@
+"""Placement policies: who holds which expert and takes how many local steps in a round. One registry, `POLICIES`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fomoe_flwr.config import ModelConfig, RunConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.load import Shares, averaged
+from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, uncovered
+from fomoe_flwr.plan.planner import held_share, make_plan, plan_placement
+from fomoe_flwr.plan.record import Plan
+from fomoe_flwr.plan.replan import replan
+
+log = logging.getLogger("fomoe")
+
+
+class Assignment(NamedTuple):
+    """A round's placement, and the local steps of each site; a site with none takes no part."""
+
+    placement: Placement
+    steps_M: tuple[int, ...]
+
+
+class Policy(Protocol):
+    """What a policy offers."""
+
+    def intended(self, round_: int) -> Assignment:
+        """What a round (counted from 1) would be if all sites were there."""
+
+    def for_round(self, round_: int, alive: Sequence[int]) -> Assignment:
+        """What the round is with these sites. Called once a round, in order."""
+
+    def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
+        """By site, what its routers chose in a committed round (layers x experts, ghosts too)."""
+
+    def model(self, site: int) -> ModelConfig:
+        """The model's configuration with values for this site alone."""
+
+    def memory(self) -> dict[str, Any] | None:
+        """What `remember` needs to go on as if nothing had happened; JSON values."""
+
+    def remember(self, memory: Mapping[str, Any], residents: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Take over what `memory` gave, and who held what then."""
+
+
+class Drawn:
+    """Equal shares, drawn from the seed: once (`fixed`), or anew every T rounds (`random`).
+
+    Only a random placement gives an expert without a connected holder to another site; a fixed one keeps it as it is.
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan | None = None) -> None:
+        self._config = config
+        self._random = config.strategy.placement == "random"
+
+    def intended(self, round_: int) -> Assignment:
+        config, sites = self._config, len(self._config.federation.sites)
+        placement = draw_placement(
+            sites,
+            config.model.num_experts,
+            config.overlap,
+            config.model.num_layers,
+            config.seed,
+            draw_for_round(config.strategy.placement, config.strategy.reshuffle_every, max(round_, 1)),
+        )
+        return Assignment(placement, (config.train.local_steps,) * sites)
+
+    def for_round(self, round_: int, alive: Sequence[int]) -> Assignment:
+        placement, steps_M = self.intended(round_)
+        if self._random and uncovered(placement, alive):
+            log.info("round %d: experts without a connected holder are given to other sites", round_)
+            placement = adopt(placement, alive)
+        return Assignment(placement, steps_M)
+
+    def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
+        pass
+
+    def model(self, site: int) -> ModelConfig:
+        return self._config.model
+
+    def memory(self) -> None:
+        return None
+
+    def remember(self, memory: Mapping[str, Any], residents: Sequence[Sequence[Sequence[int]]]) -> None:
+        pass
+
+
+class Planned:
+    """By a plan (plan.policy says of what kind), made anew when sites leave, return, or ask for other experts.
+
+    Args:
+        plan: to begin with; None: it is made here.
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan | None = None) -> None:
+        self._config = config
+        self.plan = plan or make_plan(config)
+        self._placement = plan_placement(config, self.plan)
+        self._seen: list[int] = []  # sites of the round before, where they are not the plan's
+        # Shares of each site's assignments, ghosts too: what its tokens ask for. Empty where no plan goes by it.
+        self._demand: dict[str, Shares] = {}
+
+    def intended(self, round_: int) -> Assignment:
+        steps_M = tuple(site.local_steps if site.experts_per_layer else 0 for site in self.plan.sites)
+        return Assignment(self._placement, steps_M)
+
+    def for_round(self, round_: int, alive: Sequence[int]) -> Assignment:
+        """A new plan before this round, if there is reason for one and it pays for itself.
+
+        One reason is that other sites are there than it was made for, for the second time (a site that misses one
+        round is no reason to move experts), or that nobody holds an expert. The other, every plan.demand_every rounds,
+        is what the tokens ask for.
+        """
+        present = list(alive)
+        planned = [index for index, site in enumerate(self.plan.sites) if site.experts_per_layer]
+        again, self._seen = present == self._seen, present
+        every = self._config.plan.demand_every
+        shifted = bool(self._demand) and every > 0 and (round_ - 1) % every == 0
+        at_once = bool(uncovered(self._placement, alive))
+        if shifted if present == planned else again or at_once:
+            self._replan(round_, present)
+        return self.intended(round_)
+
+    def _replan(self, round_: int, present: list[int]) -> None:
+        rounds_left = max(self._config.train.rounds - round_ + 1, 1)
+        try:
+            new = replan(
+                self._config, self.plan, self._placement, present, rounds_left, self._demand_by_site()
+            )
+        except ConfigError as error:
+            log.warning("round %d: the plan stays as it is: %s", round_, error)
+            return
+        if new is not None:
+            self.plan, self._placement = new.plan, new.placement
+            log.info("round %d: a new plan for %d sites, %d experts move", round_, len(present), new.moved)
+
+    def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
+        strategy, plan = self._config.strategy, self._config.plan
+        if plan.policy not in ("solver", "affine") or not plan.demand_every or strategy.routing != "skip":
+            return
+        for site, load_LE in loads.items():
+            if shares := averaged(self._demand.get(site), load_LE):
+                self._demand[site] = shares
+
+    def _demand_by_site(self) -> NDArray[np.float64] | None:
+        """Shares demand_MLE; all experts alike at a site that was not heard of."""
+        if not self._demand:
+            return None
+        model = self._config.model
+        alike = np.full((model.num_layers, model.num_experts), 1 / model.num_experts)
+        sites = self._config.federation.sites
+        return np.array([self._demand.get(site.name, alike) for site in sites], dtype=np.float64)
+
+    def model(self, site: int) -> ModelConfig:
+        """With a share of its own for its residents, if they are preferred."""
+        model = self._config.model
+        if model.locality != "bias":
+            return model
+        share = held_share(self._config, self.plan.sites[site].experts_per_layer)
+        return dataclasses.replace(model, locality_target=share)
+
+    def memory(self) -> dict[str, Any]:
+        return {"plan": self.plan.to_dict(), "demand": self._demand}
+
+    def remember(self, memory: Mapping[str, Any], residents: Sequence[Sequence[Sequence[int]]]) -> None:
+        self.plan, self._demand = Plan.from_dict(memory["plan"]), dict(memory["demand"])
+        self._placement = from_residents(residents, self._config.model.num_experts)
+
+
+POLICIES: dict[str, type[Drawn] | type[Planned]] = {"fixed": Drawn, "random": Drawn, "planned": Planned}
+
+
+def policy_for(config: RunConfig, plan: Plan | None = None) -> Policy:
+    """The policy that strategy.placement names.
+
+    Args:
+        plan: of the run, if it has been made.
+    """
+    return POLICIES[config.strategy.placement](config, plan)

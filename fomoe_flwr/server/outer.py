@@ -1,0 +1,308 @@
+"""What the good replies of a round do to the model: the mean of each name over its holders, and the outer optimizer.
+
+Every name is averaged over the replies that carry it, so an expert's mean takes its holders and nobody else
+without a special case. The outer optimizers are PyTorch's own; a name nobody returned has no gradient, and
+PyTorch leaves such a tensor and its momentum as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fomoe_flwr import wire
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig, TrainConfig
+from fomoe_flwr.engine.adamw import warmup
+from fomoe_flwr.engine.device import cpu_threads
+from fomoe_flwr.model.moe import orthonormal_rows
+from fomoe_flwr.model.spec import MOMENTS, expert_of, gate_name, is_moment, lr_multipliers, moment_name
+from fomoe_flwr.placement import Placement, full_residents
+from fomoe_flwr.server.replies import Inbox
+
+CHUNK_BYTES = 64 * 2**20  # of the model that is averaged and stepped at a time
+
+
+class RunningMean:
+    """Weighted mean of each name, folded in one reply at a time: memory is one sum, however many sites there are."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    @torch.no_grad()
+    def add(
+        self,
+        reply: Mapping[str, Tensor],
+        weight: Callable[[str], float],
+        scale: Callable[[str], float] = lambda name: 1.0,
+    ) -> None:
+        """Fold a reply in. A name of weight 0 counts as not sent (an expert that no token reached).
+
+        Args:
+            scale: by which the values are multiplied, weights apart.
+        """
+        old_sums, old_values, alphas = [], [], []
+        for name, value in reply.items():
+            w = weight(name)
+            if w == 0:
+                continue
+            alpha = w * scale(name)
+            if name in self._sums:
+                old_sums.append(self._sums[name])
+                old_values.append(value)
+                alphas.append(alpha)
+            else:
+                # A new tensor in one pass; the reply's own memory is read-only and must not be kept.
+                self._sums[name] = torch.mul(value.to(torch.float32), alpha)
+            self._weights[name] = self._weights.get(name, 0.0) + w
+        # One call for each factor (there are few): a call for each name would cost more than the sums.
+        for factor in sorted(set(alphas)):
+            chosen = [i for i, alpha in enumerate(alphas) if alpha == factor]
+            torch._foreach_add_([old_sums[i] for i in chosen], [old_values[i] for i in chosen], alpha=factor)
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """The means, in the memory of the sums. The object is empty afterwards."""
+        sums, self._sums = self._sums, {}
+        weights, self._weights = self._weights, {}
+        if sums:
+            torch._foreach_div_(list(sums.values()), [weights[name] for name in sums])
+        return sums
+
+
+class OuterOptimizer:
+    """Applies the means to the global state, in place, name by name.
+
+    nesterov: `torch.optim.SGD(nesterov=True)` on the mean pseudo-gradient (DiLoCo, arXiv 2311.08105).
+    average: parameters minus mean pseudo-gradient, that is the mean of what the sites returned.
+    local_adamw: the same for parameters; both Adam moments are replaced by their means.
+    adamw: `torch.optim.AdamW` on mean gradients (data parallel), clipped, with the inner learning rates.
+    """
+
+    def __init__(
+        self, state: dict[str, Tensor], strategy: StrategyConfig, model: ModelConfig, train: TrainConfig
+    ) -> None:
+        self.state, self.strategy, self.train = state, strategy, train
+        self._parameters = {name: torch.nn.Parameter(t) for name, t in state.items() if not is_moment(name)}
+        self._optimizer = self._build(model)
+
+    def _build(self, model: ModelConfig) -> torch.optim.Optimizer:
+        strategy, train = self.strategy, self.train
+        tensors = list(self._parameters.values())
+        if strategy.outer == "nesterov":
+            momentum = strategy.outer_momentum
+            nesterov = momentum > 0  # PyTorch refuses Nesterov without momentum, which is a plain step
+            return torch.optim.SGD(
+                tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, fused=True
+            )
+        if strategy.outer == "adamw":
+            groups: dict[float, list[Tensor]] = {}
+            everything = full_residents(model.num_layers, model.num_experts)
+            multipliers = lr_multipliers(model, everything, strategy.routing)
+            for name, tensor in self._parameters.items():
+                groups.setdefault(multipliers[name], []).append(tensor)
+            return torch.optim.AdamW(
+                [{"params": params, "multiplier": multiplier} for multiplier, params in groups.items()],
+                betas=(train.beta1, train.beta2),
+                eps=train.eps,
+                weight_decay=train.weight_decay,
+                fused=True,
+            )
+        return torch.optim.SGD(tensors, lr=1.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, means: Mapping[str, Tensor], step_number: int, warmup_steps: int) -> None:
+        """Apply one round's means.
+
+        Args:
+            means: pseudo-gradients of parameters and values of moments; a name may be missing.
+            step_number: global step, for adamw's warm-up.
+        """
+        for name, value in means.items():
+            if is_moment(name):
+                self.state[name].copy_(value)
+            else:
+                self._parameters[name].grad = value
+        if self.strategy.outer == "adamw":
+            if self.train.grad_clip:
+                torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.train.grad_clip)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.train.lr * warmup(step_number, warmup_steps) * group["multiplier"]
+        if self.strategy.outer == "nesterov" and self.strategy.outer_momentum:
+            # Fused SGD refuses names with a momentum beside names without (first returned in a later round).
+            for parameter in self._parameters.values():
+                if parameter.grad is not None and "momentum_buffer" not in self._optimizer.state[parameter]:
+                    self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's own state, for a checkpoint: `<buffer>/<name>`."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        for key, value in tensors.items():
+            buffer, _, name = key.partition("/")
+            self._optimizer.state[self._parameters[name]][buffer] = value.clone()
+
+
+def restore_orthogonality(state: Mapping[str, Tensor], num_layers: int) -> None:
+    """Make the rows of each layer's router orthonormal again, in place: the mean of such rotations is none.
+
+    By one thread, so that the bits do not depend on how many there are.
+    """
+    with cpu_threads(1):
+        for layer in range(num_layers):
+            gate_ED = state[gate_name(layer)]
+            gate_ED.copy_(orthonormal_rows(gate_ED))
+
+
+def with_moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with zeros for the moments it lacks (LocalAdamW averages them like parameters)."""
+    parameters = {name: tensor for name, tensor in state.items() if not is_moment(name)}
+    moments = {
+        key: state.get(key, torch.zeros_like(tensor))
+        for moment in MOMENTS
+        for name, tensor in parameters.items()
+        for key in (moment_name(moment, name),)
+    }
+    return parameters | moments
+
+
+# ----- the second half of a round
+
+
+class Contribution(NamedTuple):
+    """One site's good reply, as far as the means need it."""
+
+    tokens: int
+    local_steps: int
+    load_LE: NDArray[np.int64]  # its routers' choices, ghosts too; all zero: not said
+
+
+Contributions = Mapping[int, Contribution]  # by site
+
+
+def updated_experts(placement: Placement, sites: Collection[int], share: float) -> set[tuple[int, int]]:
+    """(layer, expert) of those of which at least this share of the holders, and at least one, answered well."""
+    good_LE = placement.holds_LEM[:, :, sorted(sites)].sum(axis=2)
+    enough_LE = good_LE >= np.maximum(np.ceil(share * placement.holds_LEM.sum(axis=2)), 1)
+    return {(layer, expert) for layer, expert in np.argwhere(enough_LE).tolist()}
+
+
+def starved_experts(
+    placement: Placement, contributions: Contributions, config: RunConfig
+) -> tuple[set[tuple[int, int]], int]:
+    """(layer, expert) of those that got too few tokens at their holders to learn from them; and the least number.
+
+    A site that does not say where its tokens went may have given them all to any expert it holds.
+    """
+    strategy = config.strategy
+    tokens = sum(contribution.tokens for contribution in contributions.values())
+    least = least_tokens(strategy.capacity_floor, strategy.capacity_delta, config.model.d_model, tokens)
+    tokens_LE = np.zeros(placement.holds_LEM.shape[:2], dtype=np.int64)
+    for site, contribution in contributions.items():
+        load_LE = contribution.load_LE
+        got_LE = load_LE if load_LE.any() else np.full_like(tokens_LE, contribution.tokens)
+        tokens_LE += got_LE * placement.holds_LEM[:, :, site]
+    return {(layer, expert) for layer, expert in np.argwhere(tokens_LE < least).tolist()}, least
+
+
+def commit(
+    round_: int,
+    outer: OuterOptimizer,
+    inbox: Inbox,
+    config: RunConfig,
+    contributions: Contributions,
+    updated: set[tuple[int, int]],
+) -> None:
+    """The mean of each name over its holders, and the outer step; a piece of the model at a time.
+
+    So the server needs no second model for the sums, whatever the number of sites. Sites are added in their own
+    order, not in that of arrival, so the result does not depend on the network.
+
+    Args:
+        updated: the experts that take part; the others keep their values and their momentum.
+    """
+    state, train, codec = outer.state, config.train, CODECS[config.strategy.wire_dtype]
+    names = [name for name in state if (expert := expert_of(name)) is None or expert in updated]
+    sizes = {name: state[name].numel() * state[name].itemsize for name in names}
+    # Gradient clipping, which outer=adamw does, needs the whole gradient at once.
+    limit = math.inf if config.strategy.outer == "adamw" else CHUNK_BYTES
+    nominal = train.local_steps * train.batch_size * train.seq_len  # an ordinary weight is exactly 1
+    scales = step_scales(contributions) if config.strategy.inner == "adamw" else {}
+    for chunk in wire.split_bundle(names, sizes, limit):
+        mean = RunningMean()
+        for site in sorted(contributions):
+            weight = partial(_weight, contributions[site], config.strategy.expert_weighting, nominal)
+            named = codec.decode(inbox.tensors(site, chunk))
+            mean.add(named, weight, partial(_scale, scales.get(site, 1.0)))
+            inbox.release(site)
+        outer.step(mean.finish(), (round_ - 1) * train.local_steps, config.warmup_steps)
+    if config.model.router == "orthogonal":
+        restore_orthogonality(state, config.model.num_layers)
+
+
+def step_scales(contributions: Contributions) -> dict[int, float]:
+    """By what each site's pseudo-gradient is multiplied so that sites that took more steps do not pull harder.
+
+    A pseudo-gradient grows with the steps that made it. Each is divided by its own K and multiplied by the mean K,
+    weighted by tokens as the mean of the pseudo-gradients is, so the round goes as far as its sites did on average
+    (as FedNova does for SGD, arXiv 2007.07481). Where all take the same number of steps every factor is exactly 1.
+    """
+    tokens = sum(site.tokens for site in contributions.values())
+    mean = sum(site.tokens * site.local_steps for site in contributions.values()) / tokens if tokens else 0.0
+    return {index: mean / site.local_steps for index, site in contributions.items()}
+
+
+def _scale(scale: float, name: str) -> float:
+    return 1.0 if is_moment(name) else scale  # LocalAdamW's moments are states and not sums of steps
+
+
+def _weight(contribution: Contribution, weighting: str, nominal: int, name: str) -> float:
+    """A name weighs the tokens of its site, or those its expert really got."""
+    expert = expert_of(name)
+    if expert is None or weighting == "tokens":
+        return contribution.tokens / nominal
+    return float(contribution.load_LE[expert]) / nominal
+
+
+# ----- the fewest tokens from which an expert can learn what is its own (LocMoE, arXiv 2401.13920)
+
+
+def separation_probability(delta: float, d_model: int) -> float:
+    """Probability that a token of random direction has a cosine above `delta` with an expert's router row.
+
+    The squared cosine of two random directions is Beta(½, (d-1)/2) distributed. The paper's p_δ is of the event on
+    both sides; a row chooses the tokens on its own side, which is half.
+    """
+    from scipy.special import betainc  # slow to import, and only a run with a floor needs it
+
+    return 0.5 * (1.0 - float(betainc(0.5, (d_model - 1) / 2, delta**2)))
+
+
+def least_tokens(confidence: float, delta: float, d_model: int, tokens: int) -> int:
+    """Tokens of which at least one is above `delta` with this confidence: `⌈ln η / ln(1-p)⌉`, η = 1 - confidence.
+
+    Args:
+        confidence: below 1; 0 asks for nothing.
+        tokens: that there are; more than all of them cannot be asked for.
+    """
+    if confidence == 0:
+        return 0
+    p = separation_probability(delta, d_model)
+    return max(1, min(math.ceil(math.log(1 - confidence) / math.log1p(-p)), tokens)) if p > 0 else tokens

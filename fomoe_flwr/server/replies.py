@@ -1,0 +1,352 @@
+"""The replies of a round: checked as they come in, kept on the disk, and read from there when they are averaged.
+
+No site is trusted to send sense: a reply may be damaged, late, of another version, or hostile. A site can only change
+what it holds, by an amount that the other sites' updates find ordinary.
+
+What a reply is worth (is it an outlier? are there enough?) is known only when all are in, and the mean must not
+depend on the order in which the network delivers them. So they wait on the disk, as the bytes that arrived, and the
+server's memory does not grow with the number of sites. They also outlive the server: a run that is killed before
+it has taken the outer step finds them again and asks only the sites that have not answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import shutil
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fomoe_flwr import wire
+from fomoe_flwr.codecs import Codec
+from fomoe_flwr.codecs.cast import DIGEST_BYTES
+from fomoe_flwr.errors import DtypeError, WireError
+from fomoe_flwr.messages import Reply
+from fomoe_flwr.model.spec import MOMENTS
+
+BATCH_BYTES = 8 * 2**20  # hashed and checked at a time, while it is in the processor's cache
+PIECE = 2**22  # numbers; PyTorch turns what it takes the norm of into fp32 first
+
+
+class Refused(WireError):
+    """A reply that does not become part of the model. `kind` is one word for the metrics."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a site's reply is held against.
+
+    Args:
+        digests: of each tensor it was sent (`Codec.digest`), by name.
+        shapes: of every tensor of the model.
+        tokens: that its round has at the most.
+        top_k: experts a token chooses in a layer.
+        load_shape: layers, experts of a layer.
+        step_scale: by which its update's norm is multiplied before it is held against the others': a site that takes
+            more local steps goes farther.
+    """
+
+    run: str
+    round: int
+    site: str
+    digests: Mapping[str, bytes]
+    shapes: Mapping[str, Sequence[int]]
+    codec: Codec
+    tokens: int
+    top_k: int
+    load_shape: tuple[int, int]
+    step_scale: float = 1.0
+
+
+Norms = dict[str, float]  # root mean square by kind of tensor: update, exp_avg, exp_avg_sq
+
+
+def check_header(text: str, expected: Expected) -> Reply:
+    """The reply's header, held against what its site was asked.
+
+    Raises:
+        Refused: the first thing that is wrong.
+    """
+    try:
+        reply = Reply.from_json(text)
+    except WireError as error:
+        raise Refused("not_finite" if "finite" in str(error) else "damaged", str(error)) from error
+    for key in ("run", "round", "site"):
+        if (said := getattr(reply, key)) != (asked := getattr(expected, key)):
+            raise Refused(key, f"answered for {key} {said!r:.80}, asked was {key} {asked!r}")
+    _check_start(reply, expected)
+    if not 0 < reply.num_examples <= expected.tokens:
+        raise Refused(
+            "weight",
+            f"num_examples={reply.num_examples}: must be above 0 and at most the round's {expected.tokens}",
+        )
+    return reply
+
+
+def _check_start(reply: Reply, expected: Expected) -> None:
+    """Whether the site started from what it was sent, tensor by tensor."""
+    names, size = sorted(expected.digests), DIGEST_BYTES
+    wanted = b"".join(expected.digests[name] for name in names)
+    if reply.start_digests == wanted:
+        return
+    if len(reply.start_digests) != len(wanted):
+        raise Refused("attestation", "does not say which tensors it started from")
+    differing = [
+        name
+        for at, name in zip(range(0, len(wanted), size), names, strict=True)
+        if reply.start_digests[at : at + size] != wanted[at : at + size]
+    ]
+    raise Refused(
+        "attestation",
+        f"started from another {differing[0]} than it was sent ({len(differing)} such tensors)",
+    )
+
+
+def check_load(reply: Reply, expected: Expected) -> NDArray[np.int64]:
+    """How often the site's router chose each expert, load_LE; zeros where a ClientApp of another make does not say.
+
+    Raises:
+        Refused: not a table of this model, or more choices than the round can have.
+    """
+    if not reply.load_LE:
+        return np.zeros(expected.load_shape, dtype=np.int64)
+    most = expected.tokens * expected.top_k
+    try:
+        load_LE = np.array(reply.load_LE)
+        good = load_LE.shape == expected.load_shape and load_LE.dtype.kind == "i"
+    except ValueError:  # rows of different lengths
+        good = False
+    if not good or load_LE.min() < 0 or load_LE.sum(axis=1).max() > most:
+        raise Refused(
+            "weight", f"load_LE: not at most {most} choices in each of {expected.load_shape[0]} layers"
+        )
+    return load_LE.astype(np.int64)
+
+
+def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected) -> Norms:
+    """Hold the bundles against their digests and against what the site was sent; one pass over their bytes.
+
+    Raises:
+        Refused: the first thing that is wrong.
+    """
+    if reply.bundle_digests.keys() != blobs.keys():
+        raise Refused("digest", "its bundles are not those whose SHA-256 it names")
+    sums = _Sums()
+    seen: set[str] = set()
+    for key, blob in blobs.items():
+        try:
+            entries = wire.read_header(blob)
+            if twice := seen & {entry.name for entry in entries}:
+                raise WireError(f"{min(twice)}: sent twice in one message")
+            seen |= {entry.name for entry in entries}
+            digest = _read_through(blob, entries, expected, sums)
+        except Refused:
+            raise
+        except WireError as error:
+            whole = hashlib.sha256(blob).hexdigest() == reply.bundle_digests[key]
+            raise Refused("damaged" if whole else "digest", str(error)) from error
+        if digest != reply.bundle_digests[key]:
+            raise Refused("digest", "its bundles are not those whose SHA-256 it names")
+    if not seen:
+        raise Refused("damaged", "the reply has no tensors")
+    norms = sums.root_mean_squares()
+    if "update" in norms:
+        norms["update"] *= expected.step_scale
+    return norms
+
+
+def _read_through(blob: wire.Blob, entries: list[wire.Entry], expected: Expected, sums: _Sums) -> str:
+    """Check the tensors of a blob, add their squares to the sums, and return its SHA-256."""
+    digest, data, at = hashlib.sha256(), memoryview(blob), 0
+    batch: dict[str, Tensor] = {}
+    for index, entry in enumerate(entries):
+        tensor = wire.view(blob, entry)
+        _check_tensor(entry.name, tensor, expected)
+        batch[entry.name] = tensor
+        if index == len(entries) - 1 or entry.end - at >= BATCH_BYTES:
+            digest.update(data[at : entry.end])
+            sums.add(batch)
+            at, batch = entry.end, {}
+    digest.update(data[at:])
+    return digest.hexdigest()
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: Expected) -> None:
+    if name not in expected.shapes:
+        raise Refused("unknown_name", f"{name}: no tensor of this model")
+    if name not in expected.digests:
+        raise Refused("not_held", f"{name}: was not sent to this site")
+    if tuple(tensor.shape) != tuple(expected.shapes[name]):
+        raise Refused("shape", f"{name}: shape {list(tensor.shape)}, sent was {list(expected.shapes[name])}")
+    try:
+        expected.codec.decode({name: tensor})
+    except DtypeError as error:
+        raise Refused("dtype", str(error)) from error
+
+
+class _Sums:
+    """Sums of squares and counts, by kind of tensor."""
+
+    def __init__(self) -> None:
+        self.squares: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, named: Mapping[str, Tensor]) -> None:
+        """Add some tensors.
+
+        Raises:
+            Refused: a value that is not finite, or a negative second moment.
+        """
+        # A norm is finite only if every value is. In pieces: an embedding may be most of the model.
+        flat = [tensor.reshape(-1) for tensor in named.values()]
+        pieces = [[own[at : at + PIECE] for at in range(0, own.numel(), PIECE)] for own in flat]
+        norms = iter(torch._foreach_norm([piece for own in pieces for piece in own], 2, dtype=torch.float32))
+        for (name, tensor), own in zip(named.items(), pieces, strict=True):
+            norm = math.hypot(*(float(next(norms)) for _ in own))
+            if not math.isfinite(norm) and not bool(torch.isfinite(tensor).all()):
+                raise Refused("not_finite", f"{name}: has values that are not finite")
+            if name.startswith("exp_avg_sq.") and tensor.numel() and float(tensor.min()) < 0:
+                raise Refused("not_finite", f"{name}: a second moment cannot be negative")
+            kind = next((moment for moment in MOMENTS if name.startswith(f"{moment}.")), "update")
+            self.squares[kind] = self.squares.get(kind, 0.0) + norm**2
+            self.counts[kind] = self.counts.get(kind, 0) + tensor.numel()
+
+    def root_mean_squares(self) -> Norms:
+        return {kind: math.sqrt(square / max(self.counts[kind], 1)) for kind, square in self.squares.items()}
+
+
+def outliers(norms: Mapping[int, Norms], history: Sequence[Norms], bound: float) -> dict[int, str]:
+    """Sites whose update is more than `bound` times the median of the others'.
+
+    Each is held against the others alone, so that a huge one cannot hide in its own median; and against this round's
+    alone, because what makes all updates large (a hard stretch of data, a higher learning rate) is no site's fault.
+    Only where fewer than two others answered do rounds before count too. With nobody to compare with, nothing
+    is refused.
+
+    Returns:
+        The reason by site; empty if `bound` is 0.
+    """
+    found = {}
+    for site, own in norms.items():
+        others = [norms[other] for other in norms if other != site]
+        if len(others) < 2:
+            others += history
+        for kind, value in own.items():
+            known = [other[kind] for other in others if kind in other]
+            if bound and known and not value <= bound * statistics.median(known):
+                found[site] = (
+                    f"{kind} of RMS {value:.3g}, the others' median is {statistics.median(known):.3g} "
+                    f"(strategy.norm_bound={bound:g})"
+                )
+                break
+    return found
+
+
+# ----- on the disk
+
+
+class Inbox:
+    """One round's good replies below `folder`, each in a folder of its own that is whole or not there.
+
+    Nothing is flushed: what the machine loses with its power is found out by the reply's own digests.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._root = folder
+        self._folder = folder / "none"
+        self._readers: dict[int, list[_Reader]] = {}
+
+    def begin(self, round_: int) -> list[int]:
+        """Open a round and drop every other; returns the sites whose replies are here from before a crash."""
+        self.close()
+        self._folder = self._root / f"round_{round_:05d}"
+        for path in self._root.glob("*"):
+            if path != self._folder:
+                shutil.rmtree(path, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for partial in self._folder.glob("*.partial"):
+            shutil.rmtree(partial)
+        return sorted(int(path.name) for path in self._folder.iterdir())
+
+    def put(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
+        """Keep a reply."""
+        partial = self._folder / f"{site}.partial"
+        partial.mkdir()
+        index = {key: f"bundle-{number}" for number, key in enumerate(blobs)}
+        for key, file in index.items():
+            (partial / file).write_bytes(blobs[key])
+        (partial / "bundles.json").write_text(json.dumps(index))
+        (partial / "reply.json").write_text(header)
+        partial.rename(self._folder / str(site))
+
+    def get(self, site: int) -> tuple[str, dict[str, bytes]]:
+        """Header and bundles of a reply as they arrived.
+
+        Raises:
+            Exception: whatever reading a damaged file raises; use `drop` then.
+        """
+        folder = self._folder / str(site)
+        index = json.loads((folder / "bundles.json").read_text())
+        return (folder / "reply.json").read_text(), {
+            key: (folder / file).read_bytes() for key, file in index.items()
+        }
+
+    def drop(self, site: int) -> None:
+        """Throw a reply away."""
+        shutil.rmtree(self._folder / str(site))
+
+    def tensors(self, site: int, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of the tensors that this site's reply has, as read-only views of its files."""
+        if site not in self._readers:
+            folder = self._folder / str(site)
+            files: Sequence[str] = list(json.loads((folder / "bundles.json").read_text()).values())
+            self._readers[site] = [_Reader(folder / file) for file in files]
+        found: dict[str, Tensor] = {}
+        for reader in self._readers[site]:
+            found.update(reader.tensors(names))
+        return found
+
+    def release(self, site: int) -> None:
+        """Give back the memory of what was read of a site's reply so far; it can be read again."""
+        for reader in self._readers[site]:
+            reader.release()
+
+    def close(self) -> None:
+        """Close the files of the round; the replies stay."""
+        self._readers.clear()
+
+    def clear(self) -> None:
+        """The run is over, or another one begins here: nothing stays."""
+        self.close()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+class _Reader:
+    """A bundle's file, mapped: its tensors are read where they lie, and only when somebody adds them up."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._entries = {entry.name: entry for entry in wire.read_header(self._map)}
+
+    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if (entry := self._entries.get(name)) is not None:
+                yield name, wire.view(self._map, entry)
+
+    def release(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # Linux; elsewhere the system finds out by itself
+            self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,446 @@
+"""The server's half of a round, without Flower: who is asked for what, what comes in, and commit or discard."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fomoe_flwr import wire
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.config import RunConfig, StrategyConfig
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.load import averaged
+from fomoe_flwr.messages import Reply, deals, federation_digest, make_task
+from fomoe_flwr.model.spec import expert_of
+from fomoe_flwr.placement import Placement, from_residents, holder_groups
+from fomoe_flwr.plan.record import Plan
+from fomoe_flwr.policies import Policy, policy_for
+from fomoe_flwr.server.outer import (
+    Contribution,
+    OuterOptimizer,
+    commit,
+    starved_experts,
+    updated_experts,
+    with_moments,
+)
+from fomoe_flwr.server.replies import (
+    Expected,
+    Inbox,
+    Norms,
+    Refused,
+    check_blobs,
+    check_header,
+    check_load,
+    outliers,
+)
+from fomoe_flwr.server.state import ExpertLedger, ServerState
+
+log = logging.getLogger("fomoe")
+
+
+@dataclass
+class Round:
+    """A round while it runs, and its figures afterwards. Sites are indices into the federation's list."""
+
+    number: int
+    placement: Placement
+    steps_M: tuple[int, ...]
+    site_names: Sequence[str]
+    simulated: bool = False  # the sites are a simulation's, with links and devices that are not their own
+    began: float = field(default_factory=time.perf_counter)
+    asked_at: float = 0.0
+    deadline_s: float = 0.0
+    asked: list[int] = field(default_factory=list)  # in folding order
+    down: wire.Traffic = field(default_factory=wire.Traffic)
+    up: wire.Traffic = field(default_factory=wire.Traffic)
+    replies: dict[int, Reply] = field(default_factory=dict)  # those that are part of the model
+    loads: dict[int, NDArray[np.int64]] = field(
+        default_factory=dict
+    )  # their routers' choices, layers x experts
+    norms: dict[int, Norms] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # site's name -> reason
+    refused: dict[str, str] = field(default_factory=dict)  # site's name -> kind of bad reply
+    committed: bool = True  # False: below the quorum, discarded whole
+    held_back: int = 0  # experts whose holders were below their quorum
+    evaluations: dict[int, Reply] = field(default_factory=dict)  # loss with the site's residents only
+    wire_s: float = 0.0  # encoding, pushing, checking
+    aggregate_s: float = 0.0  # folding and the outer step
+
+    def fail(self, site: int, reason: str, kind: str | None = None) -> None:
+        """A site's reply is not part of the model; `kind` if it was a bad one that was refused."""
+        name = self.site_names[site]
+        self.failures[name] = reason
+        if kind is not None:
+            self.refused[name] = kind
+        log.warning("round %d: site %s: %s", self.number, name, reason)
+
+
+class RoundObserver:
+    """Is told how a round goes. This one does nothing, so that the loop need not ask whether anybody looks."""
+
+    def asked(self, current: Round) -> None:
+        """The sites of a round have their messages."""
+
+    def answered(self, current: Round) -> None:
+        """One more good reply is in."""
+
+    def collected(self, current: Round, state: ServerState, inbox: Inbox) -> None:
+        """All good replies are in and can be read from the inbox; the model is still the one that was sent."""
+
+    def finished(self, current: Round, state: ServerState, memory: Mapping[str, Any]) -> None:
+        """The round is over and the model updated; round 0 is the start. `memory` is for a checkpoint."""
+
+
+class Outgoing(NamedTuple):
+    """What one site is sent."""
+
+    task: str  # the Task as JSON
+    bundles: dict[str, bytes]  # by key; the same objects for all sites that need them
+
+
+class Server:
+    """The global model and a round on it.
+
+    Args:
+        run: identity of the run; sites keep their state under it.
+        run_dir: the server's run directory; simulated sites keep their state in it.
+        inbox: folder for the replies of the round in progress.
+        plan: for a planned placement, if it has been made.
+    """
+
+    def __init__(
+        self, config: RunConfig, run: str, run_dir: str, inbox: Path, plan: Plan | None = None
+    ) -> None:
+        sites = config.federation.sites
+        self.config, self.run, self.run_dir = config, run, run_dir
+        self.site_names = [site.name for site in sites]
+        self.policy: Policy = policy_for(config, plan)
+        self.round = Round(0, *self.policy.intended(0), self.site_names)
+        self.inbox = Inbox(inbox)
+        self._state: ServerState | None = None
+        self._codec = CODECS[config.strategy.wire_dtype]
+        self._deals, self._federation = deals(config.data, sites), federation_digest(sites)
+        self._expected: dict[int, Expected] = {}
+        self._answered: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def state(self) -> ServerState:
+        """What the rounds change.
+
+        Raises:
+            RunError: no model was loaded.
+        """
+        if self._state is None:
+            raise RunError("no model: give initial_arrays or call load()")
+        return self._state
+
+    @property
+    def loaded(self) -> bool:
+        return self._state is not None
+
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        outer: Mapping[str, Tensor] | None = None,
+        rounds_done: int = 0,
+        memory: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`.
+
+        Args:
+            outer: the outer optimizer's tensors.
+            memory: what `memory()` gave when the checkpoint was made.
+        """
+        config = self.config
+        if config.strategy.outer == "local_adamw":
+            tensors = with_moments(tensors)
+        # In one order whatever the source: bundles of a resumed run are the same bytes.
+        tensors = dict(sorted(tensors.items()))
+        optimizer = OuterOptimizer(tensors, config.strategy, config.model, config.train)
+        optimizer.load_state_tensors(outer or {})
+        experts = ExpertLedger(config.model.num_layers, config.model.num_experts)
+        self._state = ServerState(tensors, optimizer, experts, rounds_done)
+        if memory is not None:
+            self._state.remember(memory)
+            if memory["plan"] is not None:
+                self.policy.remember(memory["plan"], memory["placement"])
+            placement = from_residents(memory["placement"], config.model.num_experts)
+            self.round = Round(rounds_done, placement, self.policy.intended(0).steps_M, self.site_names)
+
+    def memory(self) -> dict[str, Any]:
+        """What the server must remember besides the tensors to go on as if nothing had happened; JSON values."""
+        residents = [self.round.placement.residents(site) for site in range(len(self.site_names))]
+        return self.state.memory() | {"plan": self.policy.memory(), "placement": residents}
+
+    # ----- out
+
+    def begin(self, number: int, alive: Sequence[int], deadline_s: float) -> list[int]:
+        """Open a round for the sites that are connected; returns those of them that take part in it.
+
+        Replies of this round that are on the disk from before the server's death wait to be taken
+        (`take_saved`).
+        """
+        state = self.state
+        state.experts.look(self.policy.intended(number).placement, alive)
+        placement, steps_M = self.policy.for_round(number, alive)
+        # The round's clock starts when there are sites to ask.
+        self.round = Round(number, placement, steps_M, self.site_names, deadline_s=deadline_s)
+        self._saved = self.inbox.begin(number)
+        return [site for site in alive if steps_M[site]]
+
+    def outgoing(self, sites: Sequence[int], training: bool) -> dict[int, Outgoing]:
+        """Task and shard of these sites; their answers are expected from here on.
+
+        Args:
+            training: False: they shall evaluate their shard, and need no moments.
+        """
+        current, config, state = self.round, self.config, self.state
+        tensors = state.tensors if training else state.parameters()
+        residents = [current.placement.residents(site) for site in range(len(self.site_names))]
+        bundles, digests = shared_bundles(tensors, residents, sites, self._codec)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._expected, self._answered, out = {}, set(), {}
+        for site in sites:
+            steps = current.steps_M[site]
+            task = make_task(
+                config,
+                site,
+                run=self.run,
+                run_dir=self.run_dir,
+                round_=current.number,
+                after=state.counted.get(self.site_names[site], 0),
+                deal=self._deals[site],
+                federation=self._federation,
+                residents=residents[site],
+                local_steps=steps,
+                global_load=state.global_load,
+                model=self.policy.model(site),
+            )
+            self._expected[site] = Expected(
+                run=self.run,
+                round=current.number,
+                site=self.site_names[site],
+                digests=digests[site],
+                shapes=shapes,
+                codec=self._codec,
+                tokens=steps * task.train.batch_size * task.train.seq_len,
+                top_k=config.model.top_k,
+                load_shape=(config.model.num_layers, config.model.num_experts),
+                step_scale=config.train.local_steps / steps,
+            )
+            out[site] = Outgoing(task.to_json(), bundles[site])
+        return out
+
+    # ----- in
+
+    def expect_once(self, site: int) -> bool:
+        """Whether this is a site's first answer to its message; a second one is refused."""
+        current, name = self.round, self.site_names[site]
+        if site not in self._answered:
+            self._answered.add(site)
+            return True
+        current.refused.setdefault(name, "duplicate")
+        log.warning("round %d: site %s: answered twice, the second is refused", current.number, name)
+        return False
+
+    def take(self, site: int, header: str, blobs: Mapping[str, bytes]) -> bool:
+        """A reply to a training message has come; whether it is good. May be called from several threads."""
+        classes = [wire.byte_classes(blob) for blob in blobs.values()]
+        with self._lock:
+            self.round.up.count(site, classes, len(header.encode()))
+        try:
+            self._check(site, header, blobs)
+        except Refused as refused:
+            with self._lock:
+                self.round.fail(site, str(refused), refused.kind)
+            return False
+        self.inbox.put(site, header, blobs)
+        return True
+
+    def take_saved(self) -> list[int]:
+        """The sites whose reply from before the server's death answers what is asked now; others' are dropped."""
+        taken = []
+        for site in self._saved:
+            try:
+                header, blobs = self.inbox.get(site)
+                self._check(site, header, blobs)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with the files: the site is asked anew
+                log.info(
+                    "round %d: the saved reply of site %d is not used: %r", self.round.number, site, error
+                )
+                self.inbox.drop(site)
+                continue
+            classes = [wire.byte_classes(blob) for blob in blobs.values()]
+            self.round.up.count(site, classes, len(header.encode()))
+            log.info("round %d: site %s has answered before", self.round.number, self.site_names[site])
+            taken.append(site)
+        self._answered |= set(taken)
+        return taken
+
+    def _check(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
+        """Let a reply in, or raise Refused. Its figures are kept, its tensors are not."""
+        expected = self._expected[site]
+        reply = check_header(header, expected)
+        load_LE = check_load(reply, expected)
+        norms = check_blobs(blobs, reply, expected)
+        with self._lock:
+            self.round.replies[site], self.round.loads[site] = reply, load_LE
+            self.round.norms[site] = norms
+
+    def take_evaluation(self, site: int, header: str) -> None:
+        """A reply to an evaluation message."""
+        self.round.up.count(site, [], len(header.encode()))
+        try:
+            self.round.evaluations[site] = check_header(header, self._expected[site])
+        except Refused as refused:
+            self.round.fail(site, str(refused), refused.kind)
+
+    # ----- decide
+
+    def close(self, needed: int, expert_share: float, observer: RoundObserver) -> bool:
+        """All answers are in, or time is up: commit the round, or discard it whole. Returns which.
+
+        Args:
+            needed: good replies.
+            expert_share: of an expert's holders that must have answered well for it to be updated.
+        """
+        current, state = self.round, self.state
+        for site, reason in outliers(
+            current.norms, list(state.norms), self.config.strategy.norm_bound
+        ).items():
+            current.fail(site, reason, "norm")
+            del current.replies[site], current.loads[site], current.norms[site]
+            self.inbox.drop(site)
+        current.committed = len(current.replies) >= needed
+        observer.collected(current, state, self.inbox)
+        started = time.perf_counter()
+        if current.committed:
+            self._commit(expert_share)
+        state.discarded = 0 if current.committed else state.discarded + 1
+        state.round = current.number
+        self.inbox.close()
+        current.aggregate_s += time.perf_counter() - started
+        return current.committed
+
+    def _commit(self, expert_share: float) -> None:
+        current, state = self.round, self.state
+        updated = updated_experts(current.placement, current.replies, expert_share)
+        current.held_back = state.experts.updated_LE.size - len(updated)
+        contributions = {
+            site: Contribution(reply.num_examples, current.steps_M[site], current.loads[site])
+            for site, reply in current.replies.items()
+        }
+        starved, least = starved_experts(current.placement, contributions, self.config)
+        state.experts.starve(current.number, starved & updated, least)
+        updated -= starved
+        commit(current.number, state.outer, self.inbox, self.config, contributions, updated)
+        for site, reply in current.replies.items():
+            state.counted[reply.site] = current.number
+            if "last_loss" in reply.metrics:
+                state.last_losses[reply.site] = reply.metrics["last_loss"]
+            held_LE = current.placement.holds_LEM[:, :, site]
+            state.experts.record(current.number, updated, current.loads[site] * held_LE)
+            state.norms.append(current.norms[site])
+        load_LE = np.sum(list(current.loads.values()), axis=0)
+        state.global_load = averaged(state.global_load, load_LE)
+        self.policy.heard({reply.site: current.loads[site] for site, reply in current.replies.items()})
+
+
+# ----- shards
+
+
+_ALL: tuple[int, ...] = ()  # key of the dense group, which every site gets
+
+
+def group_names(
+    names: Sequence[str], residents_by_site: Sequence[Sequence[Sequence[int]]]
+) -> dict[tuple[int, ...], list[str]]:
+    """Names by the set of sites that get them. Dense names go to all, an expert that nobody holds to nobody."""
+    holders = holder_groups(residents_by_site)
+    groups: dict[tuple[int, ...], list[str]] = {_ALL: []}
+    for name in names:
+        expert = expert_of(name)
+        if expert is None:
+            groups[_ALL].append(name)
+        elif expert in holders:
+            groups.setdefault(holders[expert], []).append(name)
+    return groups
+
+
+def shared_bundles(
+    tensors: Mapping[str, Tensor],
+    residents_by_site: Sequence[Sequence[Sequence[int]]],
+    sites: Sequence[int],
+    codec: Any,
+) -> tuple[dict[int, dict[str, bytes]], dict[int, dict[str, bytes]]]:
+    """The bundles of a round, encoded once each, by site and key; and the digest of every tensor, by site and name."""
+    bundles: dict[int, dict[str, bytes]] = {site: {} for site in sites}
+    digests: dict[int, dict[str, bytes]] = {site: {} for site in sites}
+    for index, (holders, names) in enumerate(group_names(list(tensors), residents_by_site).items()):
+        receivers = [site for site in sites if holders == _ALL or site in holders]
+        if not receivers or not names:
+            continue
+        parts, _ = codec.encode({name: tensors[name] for name in names}, {})
+        blobs = wire.encode_bundles("dense" if holders == _ALL else f"expert-{index}", parts)
+        known: dict[str, bytes] = {}
+        for blob in blobs.values():
+            known |= wire.blob_digests(blob)
+        for site in receivers:
+            bundles[site] |= blobs
+            digests[site] |= known
+    return bundles, digests
+
+
+# ----- how long to wait
+
+ROUNDS = 10  # the rounds that count
+FEWEST = 2  # before that the ceiling holds: the first round also prepares data and compiles
+SPREADS = 4.0
+MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution to its standard deviation
+
+
+class Deadline:
+    """Seconds to wait for a round's replies: a multiple of the median round, and its spread, within bounds.
+
+    A fixed time-out is wrong twice: too short when the links are slow, and hours too long when a site has died. A
+    round's time is that of its last good reply. A site that is cut off does not lengthen the deadline: if it is dead
+    it would do so for ever.
+    """
+
+    def __init__(self, settings: StrategyConfig, ceiling: float) -> None:
+        self._floor, self._ceiling = min(settings.timeout_floor_s, ceiling), ceiling
+        self._factor = settings.timeout_factor
+        self._rounds: deque[float] = deque(maxlen=ROUNDS)
+
+    def took(self, seconds: float) -> None:
+        """A round's last good reply came after so many seconds."""
+        self._rounds.append(seconds)
+
+    def seconds(self) -> float:
+        """What the next round gets."""
+        if len(self._rounds) < FEWEST:
+            return self._ceiling
+        median = statistics.median(self._rounds)
+        spread = MAD_TO_SIGMA * statistics.median(abs(took - median) for took in self._rounds)
+        return min(max(self._factor * median + SPREADS * spread, self._floor), self._ceiling)
+
+
+def missing(current: Round) -> Collection[int]:
+    """The sites of a round that have neither answered nor failed."""
+    return [
+        site
+        for site in current.asked
+        if site not in current.replies and current.site_names[site] not in current.failures
+    ]

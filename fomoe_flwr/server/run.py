@@ -1,0 +1,366 @@
+"""A run around its rounds: what is checked before the first, recorded after each, and judged after the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fomoe_flwr.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    forget_later,
+    resume_from,
+    save_checkpoint,
+)
+from fomoe_flwr.compose import Composed
+from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
+from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare, validation_batches
+from fomoe_flwr.engine.device import cpu_threads, resolve_device
+from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.evaluation import (
+    FINAL_DRAWS,
+    Judged,
+    as_json,
+    describe_text,
+    evaluate,
+    evaluate_model,
+    text_of,
+)
+from fomoe_flwr.files import write_atomically
+from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.plan.clock import Measured, virtual_round
+from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.record import Plan, load_plan
+from fomoe_flwr.plan.sites import BYTES_A_GIB, plan_sites
+from fomoe_flwr.report.evaluation import FILE
+from fomoe_flwr.server.health import RoutingHealth, probe_batch
+from fomoe_flwr.server.replies import Inbox
+from fomoe_flwr.server.rounds import Round, RoundObserver, Server
+from fomoe_flwr.server.state import ServerState
+from fomoe_flwr.telemetry import Telemetry
+
+log = logging.getLogger("fomoe")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to start: what the Strategy is made from."""
+
+    name: str  # its identity; sites keep their state under it
+    plan: Plan
+    recorder: RunRecorder
+    checkpoint: Checkpoint | None
+    plan_changed: bool  # what was asked of the planner is not what the checkpoint's plan was made for
+
+    def load_into(self, server: Server, config: RunConfig) -> int:
+        """Give the server its model, fresh or from the checkpoint; returns the rounds that are done."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            everything = full_residents(config.model.num_layers, config.model.num_experts)
+            server.load(initial_state(config.model, everything, config.strategy.routing, config.seed))
+            return 0
+        log.info("resuming run %s after round %d", self.name, checkpoint.round)
+        memory = checkpoint.manifest["memory"]
+        if self.plan_changed:
+            memory = {**memory, "plan": None}
+        server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
+        return checkpoint.round
+
+
+@contextmanager
+def open_run(composed: Composed) -> Iterator[Run]:
+    """Check what can be checked before a site is asked, and open the run's records; they are closed at the end.
+
+    Raises:
+        FomoeError: nothing can be trained, or the run cannot go on.
+    """
+    config, run_dir = composed.config, composed.run_dir
+    checkpoint = resume_from(config.resume)[1] if config.resume else None
+    if checkpoint is not None:
+        check_resumable(checkpoint, config)
+        forget_later(checkpoint)
+    else:
+        check_unused(composed)
+    name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
+    corpus = open_validation(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
+    log.info("run directory: %s", run_dir)
+
+    before, plan = load_plan(run_dir), plan_for_run(run_dir, config)
+    warn_of_memory(plan, config)
+    telemetry = Telemetry(config, run_dir, name, checkpoint.manifest["metrics"] if checkpoint else None)
+    tokens = checkpoint.manifest["tokens"] if checkpoint else 0
+    failed = True
+    try:
+        yield Run(
+            name, plan, RunRecorder(composed, name, corpus, telemetry, tokens), checkpoint, plan != before
+        )
+        failed = False
+    finally:
+        telemetry.close(failed)
+
+
+class RunRecorder(RoundObserver):
+    """Turns each round into an evaluation, a line of metrics and a checkpoint."""
+
+    def __init__(
+        self, composed: Composed, run: str, corpus: TokenCorpus | None, telemetry: Telemetry, tokens: int
+    ) -> None:
+        self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
+        self._tokens = tokens  # trained so far, by all sites together
+        self._health = RoutingHealth(composed.config, probe_batch(corpus, composed.config.train.seq_len))
+        self._collected_s = 0.0
+
+    def asked(self, current: Round) -> None:
+        self._telemetry.begin_round(current.number, len(current.asked))
+
+    def answered(self, current: Round) -> None:
+        self._telemetry.site_answered()
+
+    def collected(self, current: Round, state: ServerState, inbox: Inbox) -> None:
+        started = time.perf_counter()
+        self._health.collected(current, state, inbox)
+        self._collected_s = time.perf_counter() - started
+
+    def finished(self, current: Round, state: ServerState, memory: Mapping[str, Any]) -> None:
+        if current.committed:
+            self._tokens += sum(reply.num_examples for reply in current.replies.values())
+        started = time.perf_counter()
+        val_loss = self._evaluate(current, state)
+        evaluated = time.perf_counter()
+        routing = self._health.finished(current, state)
+        looked = time.perf_counter()
+        seconds = {
+            "round": looked - current.began,
+            "train": max(
+                (reply.metrics.get("seconds", 0.0) for reply in current.replies.values()), default=0.0
+            ),
+            "wire": current.wire_s,
+            "aggregate": current.aggregate_s,
+            "evaluate": evaluated - started,
+            "routing": self._collected_s + looked - evaluated,
+            "checkpoint": 0.0,
+        }
+        bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
+        line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
+        line["routing"] = routing
+        if current.simulated and current.replies:
+            line["virtual"] = self._virtual(current)
+        if current.number:
+            line["experts"] = state.experts.summary(current.number)
+            table = json.dumps(state.experts.table(current.number))
+            write_atomically(self._composed.run_dir / "experts.json", lambda path: path.write_text(table))
+        if current.number and self._is_checkpoint_round(current.number):
+            self._save(current, state, memory, line)
+            seconds["checkpoint"] = time.perf_counter() - looked
+            seconds["round"] += seconds["checkpoint"]
+        self._telemetry.end_round(line)
+
+    def conclude(self, current: Round, state: ServerState) -> None:
+        """The figures that `fomoe eval` prints, of the model as the last round left it, into `evaluation.json`."""
+        config, corpus = self._composed.config, self._corpus
+        train = config.train
+        if corpus is None or not train.final_eval_batches or not current.number:
+            return
+        documents = corpus.val_documents
+        placement = {name: current.placement.residents(i) for i, name in enumerate(current.site_names)}
+        judged = Judged(config.model, config.strategy.routing, state.parameters(), placement)
+        text = text_of(corpus, documents, train.seq_len, train.batch_size, train.final_eval_batches)
+        with cpu_threads(train.threads):
+            device = resolve_device(train.device)
+            evaluation = evaluate_model(judged, text, train.dtype, device, FINAL_DRAWS)
+        content = {
+            "checkpoint": str(checkpoint_path(self._composed.run_dir, current.number)),
+            "round": current.number,
+            "text": describe_text(config.data, "validation", corpus, documents),
+            **as_json(evaluation),
+        }
+        as_text = json.dumps(content, indent=1)
+        write_atomically(self._composed.run_dir / FILE, lambda path: path.write_text(as_text))
+        self._telemetry.end_run(content)
+
+    def _virtual(self, current: Round) -> dict[str, Any]:
+        """What the round would have taken with the federation's own devices and links."""
+        measured = {
+            site: Measured(
+                reply.metrics.get("seconds", 0.0),
+                current.down.by_site.get(site, 0),
+                current.up.by_site.get(site, 0),
+            )
+            for site, reply in current.replies.items()
+        }
+        return virtual_round(plan_sites(self._composed.config), measured)
+
+    def _is_checkpoint_round(self, number: int) -> bool:
+        every, last = self._composed.config.checkpoint.every, self._composed.config.train.rounds
+        return number == last or (every > 0 and number % every == 0)
+
+    def _evaluate(self, current: Round, state: ServerState) -> float | None:
+        """Loss of the whole model, all experts, on the validation documents: what a user would deploy."""
+        config, number = self._composed.config, current.number
+        train = config.train
+        if self._corpus is None:
+            losses = [reply.metrics.get("val_loss", 0.0) for reply in current.evaluations.values()]
+            return sum(losses) / len(losses) if losses else None
+        if number % train.eval_every and number != train.rounds:
+            return None
+        device = resolve_device(train.device)
+        everything = full_residents(config.model.num_layers, config.model.num_experts)
+        module = build(config.model, everything, config.strategy.routing, state.parameters(), device)
+        batches = validation_batches(self._corpus, None, train.seq_len, train.batch_size, train.eval_batches)
+        with cpu_threads(train.threads):
+            return evaluate(module, batches, train.dtype, device)[0]
+
+    def _save(
+        self, current: Round, state: ServerState, memory: Mapping[str, Any], line: dict[str, Any]
+    ) -> None:
+        config, number, placement = self._composed.config, current.number, current.placement
+        facts: dict[str, Any] = {
+            "run": self._run,
+            "tokens": self._tokens,
+            "memory": memory,
+            "metrics": line,  # for a run that is killed before it has written the line
+            "config": dataclasses.asdict(config),
+            "overrides": list(self._composed.overrides),
+            "placement": {name: placement.residents(site) for site, name in enumerate(current.site_names)},
+            # Every random choice is drawn anew from the seed and a counter, so this is the generator's whole state.
+            "rng": {"seed": config.seed, "round": number},
+        }
+        save_checkpoint(
+            self._composed.run_dir,
+            number,
+            state.tensors,
+            state.outer.state_tensors(),
+            facts,
+            config.checkpoint.keep,
+        )
+
+
+def metrics_line(
+    current: Round,
+    tokens: int,
+    val_loss: float | None,
+    bytes_per_token: float | None,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """A round as its line in `metrics.jsonl`. Means over sites are weighted by tokens."""
+    replies = [(site, current.replies[site]) for site in sorted(current.replies)]
+    trained = sum(reply.num_examples for _, reply in replies)
+
+    def mean(key: str) -> float | None:
+        total = sum(reply.metrics.get(key, 0.0) * reply.num_examples for _, reply in replies)
+        return total / trained if trained else None
+
+    val_bpb = None
+    if val_loss is not None and bytes_per_token is not None:
+        val_bpb = val_loss / math.log(2) / bytes_per_token
+    sites = []
+    for site, reply in replies:
+        seconds_trained = reply.metrics.get("seconds", 0.0)
+        evaluation = current.evaluations[site].metrics if site in current.evaluations else {}
+        sites.append(
+            {
+                "site": reply.site,
+                "tokens": reply.num_examples,
+                "bytes_down": current.down.by_site.get(site, 0),
+                "bytes_up": current.up.by_site.get(site, 0),
+                "tokens_per_second": reply.num_examples / seconds_trained if seconds_trained > 0 else 0.0,
+                **reply.metrics,
+                **evaluation,
+            }
+        )
+    return {
+        "round": current.number,
+        "tokens": tokens,
+        "train_loss": mean("train_loss"),
+        "val_loss": val_loss,
+        "val_bpb": val_bpb,
+        "bytes_down": current.down.total,
+        "bytes_up": current.up.total,
+        "bytes_by_class": {
+            name: getattr(current.down, name) + getattr(current.up, name)
+            for name in ("dense", "expert", "other")
+        },
+        "resident_share": mean("resident_share"),
+        "seconds": seconds,
+        "sites": sites,
+        "committed": current.committed,
+        "experts_held_back": current.held_back,
+        "deadline_s": current.deadline_s,
+        "failures": current.failures,
+        "refused": current.refused,
+    }
+
+
+# ----- before the first round
+
+
+def warn_of_memory(plan: Plan, config: RunConfig) -> None:
+    """Say which sites are given more than they say they have; a planned placement never does."""
+    for site, planned in zip(config.federation.sites, plan.sites, strict=True):
+        if site.memory_gib is not None and planned.memory_bytes > site.memory_gib * BYTES_A_GIB:
+            log.warning(
+                "site %s: %d experts a layer need %.3g GiB, it has memory_gib=%g; fomoe plan says what fits",
+                site.name,
+                planned.experts_per_layer,
+                planned.memory_bytes / BYTES_A_GIB,
+                site.memory_gib,
+            )
+
+
+def check_unused(composed: Composed) -> None:
+    """Refuse to begin a run where another one lives: its metrics and checkpoints would be lost.
+
+    Raises:
+        ConfigError: naming both ways out.
+    """
+    run_dir = composed.run_dir
+    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        raise ConfigError(
+            f"hydra.run.dir={run_dir}: holds a run already; go on with it by resume={run_dir}, or choose another"
+        )
+
+
+def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to continue a checkpoint with what it cannot be continued with.
+
+    Raises:
+        CheckpointError: naming the key and both values.
+    """
+    saved = checkpoint.manifest["config"]
+    current = dataclasses.asdict(config)
+    default = {"model": ModelConfig(), "strategy": StrategyConfig()}
+    fixed = [("model", key) for key in current["model"] if key not in ("experts_impl", "load_balance")]
+    fixed += [("strategy", key) for key in ("routing", "outer", "overlap", "placement", "reshuffle_every")]
+    for section, key in fixed:
+        # A key that is newer than the checkpoint had what is now its default.
+        before, now = saved[section].get(key, getattr(default[section], key)), current[section][key]
+        if before != now:
+            raise CheckpointError(
+                f"resume={config.resume}: {section}.{key}={now}, but the checkpoint was made with {before}"
+            )
+    if len(saved["federation"]["sites"]) != len(config.federation.sites) or saved["seed"] != config.seed:
+        raise CheckpointError(f"resume={config.resume}: other sites or another seed than the checkpoint's")
+
+
+def open_validation(config: RunConfig) -> TokenCorpus | None:
+    """The corpus for the server's evaluation; None where it is switched off.
+
+    Raises:
+        ConfigError, DataError: before anything starts.
+    """
+    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    return prepare(config.data) if config.train.eval_batches else None
