@@ -216,6 +216,9 @@ def named_views(module: Transformer) -> list[NamedView]:
     """The site's shard as views into the module: stacked experts (and, partitioned, router rows) one by one.
 
     In the order of the module's parameters.
+
+    Raises:
+        KeyError: module and table (`spec.table`) do not list the same parameters.
     """
     views: dict[str, list[NamedView]] = {path: [] for path, _ in module.named_parameters()}
     parameter_at = dict(module.named_parameters())
@@ -223,6 +226,10 @@ def named_views(module: Transformer) -> list[NamedView]:
     for name, param, path in slots(module.config, residents, module.routing):
         slot = len(views[path]) if param.stack else None
         views[path].append(NamedView(name, parameter_at[path], slot))
+    # It would neither be trained nor sent; only the stack of a layer without residents has no slot.
+    for path, parameter in parameter_at.items():
+        if parameter.numel() and not views[path]:
+            raise KeyError(f"{path} is not in the table of tensors")
     return [view for in_one in views.values() for view in in_one]
 
 

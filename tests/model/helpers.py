@@ -8,6 +8,7 @@ Letters: T tokens, S positions, D d_model, W width of a head, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.placement import full_residents
 
 Shard = Mapping[str, Tensor]
 
@@ -35,6 +37,9 @@ SMALL = ModelConfig(
     load_balance=0.1,
     rope_theta=50.0,
 )
+SHARED = dataclasses.replace(SMALL, num_shared_experts=2)
+FULL = full_residents(SMALL.num_layers, SMALL.num_experts)
+SOME = [[0, 2, 5], [1, 3]]  # layers need not hold equally many
 
 
 @contextlib.contextmanager

@@ -16,14 +16,34 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model import transformer
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, rope_tables, rotate
+from fomoe_flwr.errors import WireError
+from fomoe_flwr.model import sigma_moe
+from fomoe_flwr.model.sigma_moe import (
+    Transformer,
+    build,
+    initial_state,
+    load_shard,
+    named_views,
+    read_shard,
+    rope_tables,
+    rotate,
+)
+from fomoe_flwr.model.spec import expert_name, gate_name, parameter_shapes
 from fomoe_flwr.placement import full_residents
-from tests.model.helpers import SMALL, plain_logits, plain_loss, poisoned_memory, randomized
+from tests.model.helpers import (
+    FULL,
+    SHARED,
+    SMALL,
+    SOME,
+    plain_logits,
+    plain_loss,
+    poisoned_memory,
+    randomized,
+)
 
-FULL = full_residents(SMALL.num_layers, SMALL.num_experts)
-SOME = [[0, 2, 5], [1, 3]]  # layers need not hold equally many
-SHARED = dataclasses.replace(SMALL, num_shared_experts=1)
+models = pytest.mark.parametrize("model", [SMALL, SHARED], ids=["plain", "shared experts"])
+routings = pytest.mark.parametrize("routing", ["skip", "partitioned"])
+shards = pytest.mark.parametrize("residents", [FULL, SOME], ids=["everything", "some"])
 
 
 def site(
@@ -234,14 +254,14 @@ def test_logits_in_pieces_give_the_same_loss_and_gradient(
     (expected.cross_entropy + expected.balance).backward()
 
     pieces: list[int] = []
-    real_checkpoint = transformer.checkpoint
+    real_checkpoint = sigma_moe.checkpoint
 
     def counting_checkpoint(function: Any, hidden_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
         pieces.append(len(hidden_TD))
         return real_checkpoint(function, hidden_TD, *args, **kwargs)
 
-    monkeypatch.setattr(transformer, "checkpoint", counting_checkpoint)
-    monkeypatch.setattr(transformer, "_LOGITS_AT_ONCE", rows_at_once * SMALL.vocab_size)
+    monkeypatch.setattr(sigma_moe, "checkpoint", counting_checkpoint)
+    monkeypatch.setattr(sigma_moe, "_LOGITS_AT_ONCE", rows_at_once * SMALL.vocab_size)
     losses = chunked(tokens_BT)
     (losses.cross_entropy + losses.balance).backward()
 
@@ -254,7 +274,7 @@ def test_logits_in_pieces_give_the_same_loss_and_gradient(
 def test_a_vocabulary_larger_than_the_limit_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     module, tokens_BT = site(SOME), random_tokens()
     expected = module(tokens_BT).cross_entropy
-    monkeypatch.setattr(transformer, "_LOGITS_AT_ONCE", SMALL.vocab_size // 2)
+    monkeypatch.setattr(sigma_moe, "_LOGITS_AT_ONCE", SMALL.vocab_size // 2)
     torch.testing.assert_close(module(tokens_BT).cross_entropy, expected)
 
 
@@ -293,3 +313,111 @@ def test_a_compiled_model_agrees_with_the_eager_one(backend: str) -> None:
     assert [moe.gate.load_C.tolist() for moe in module.moe_layers] == [
         moe.gate.load_C.tolist() for moe in eager.moe_layers
     ]
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+@models
+@routings
+@shards
+def test_a_shard_comes_back_as_it_was_loaded(
+    model: ModelConfig, routing: str, residents: list[list[int]]
+) -> None:
+    """On poisoned memory: nothing of what to_empty() left is still there."""
+    shard = initial_state(model, residents, routing, seed=1)
+    with poisoned_memory():
+        module = build(model, residents, routing, shard, "cpu")
+    back = read_shard(module)
+    assert back.keys() == shard.keys()
+    assert all(back[name].equal(shard[name]) for name in shard)
+    assert not any(buffer.isnan().any() for buffer in module.buffers())
+    assert not any(moe.gate.load_C.any() for moe in module.moe_layers)
+
+
+def test_reading_copies_nothing() -> None:
+    module = build(SMALL, SOME, "skip", initial_state(SMALL, SOME, "skip", 0), "cpu")
+    read_shard(module)[expert_name(0, 5, "up_proj")].fill_(7.0)
+    slot = SOME[0].index(5)
+    assert (module.moe_layers[0].experts.up_EHD[slot] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.norm.weight": None}, r"lacks model\.norm\.weight \(1 such names\)"),
+        (
+            {expert_name(0, 2, "up_proj"): None, expert_name(0, 2, "down_proj"): None},
+            r"lacks .*\(2 such names\)",
+        ),
+        (
+            {expert_name(0, 1, "up_proj"): torch.zeros(8, 16)},
+            r"unexpected model\.layers\.0\.mlp\.experts\.1\.",
+        ),
+        ({"model.norm.weight": torch.zeros(15)}, r"model\.norm\.weight: shape \(15,\), expected \(16,\)"),
+        ({expert_name(0, 2, "up_proj"): torch.zeros(1, 16)}, r"experts\.2\.up_proj\.weight: shape \(1, 16\)"),
+    ],
+    ids=[
+        "a name missing",
+        "an expert missing",
+        "a ghost's tensor",
+        "a wrong shape",
+        "a shape that would broadcast",
+    ],
+)
+def test_a_shard_that_does_not_fit_is_refused(change: dict[str, torch.Tensor | None], said: str) -> None:
+    shard = initial_state(SMALL, SOME, "skip", 0)
+    module = build(SMALL, SOME, "skip", shard, "cpu")
+    wrong = {name: value for name, value in (shard | change).items() if value is not None}
+    with pytest.raises(WireError, match=said) as error:
+        load_shard(module, wrong)
+    assert "\n" not in str(error.value)
+
+
+# -- the state at step 0 -------------------------------------------------------------------------------------
+
+
+@models
+@routings
+def test_any_shard_starts_as_its_slice_of_the_full_state(model: ModelConfig, routing: str) -> None:
+    """So nobody needs to hold the whole model to draw a part of it."""
+    full, part = initial_state(model, FULL, routing, 5), initial_state(model, SOME, routing, 5)
+    assert part.keys() == parameter_shapes(model, SOME, routing).keys()
+    assert all(part[name].equal(full[name]) for name in part)
+
+
+def test_both_routing_modes_start_alike() -> None:
+    skip, partitioned = (initial_state(SMALL, FULL, routing, 5) for routing in ("skip", "partitioned"))
+    assert all(skip[name].equal(partitioned[name]) for name in skip.keys() & partitioned.keys())
+    for layer in range(SMALL.num_layers):
+        for expert in range(SMALL.num_experts):
+            row_D = partitioned[expert_name(layer, expert, "gate")]
+            assert skip[gate_name(layer)][expert].equal(row_D)
+
+
+def test_the_state_depends_on_the_seed_and_on_nothing_else() -> None:
+    first, again = initial_state(SMALL, SOME, "skip", 5), initial_state(SMALL, SOME, "skip", 5)
+    other = initial_state(SMALL, SOME, "skip", 6)
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not any(first[name].equal(other[name]) for name in first if not name.endswith("norm.weight"))
+
+
+def test_no_two_tensors_start_alike() -> None:
+    state = initial_state(SMALL, FULL, "partitioned", 5)
+    drawn = [value.flatten()[:16] for name, value in state.items() if not name.endswith("norm.weight")]
+    assert torch.stack(drawn).unique(dim=0).shape[0] == len(drawn)
+
+
+def test_hidden_weights_start_with_variance_one_over_fan_in() -> None:
+    model = dataclasses.replace(SMALL, d_model=256, d_expert=64, num_experts=8, vocab_size=400, init_std=0.02)
+    state = initial_state(model, [[0], [0]], "skip", 0)
+    deviations = {
+        "model.layers.0.self_attn.o_proj.weight": 256**-0.5,
+        expert_name(0, 0, "up_proj"): 256**-0.5,
+        expert_name(0, 0, "down_proj"): 64**-0.5,
+        gate_name(0): 256**-0.5,
+        "model.embed_tokens.weight": 0.02,
+    }
+    for name, deviation in deviations.items():
+        assert state[name].std().item() == pytest.approx(deviation, rel=0.05), name
+    assert (state["model.layers.0.input_layernorm.weight"] == 1).all()
