@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.data import LabelledBatch
@@ -18,6 +18,7 @@ from fomoe_flwr.evaluation import (
     Necessity,
     Text,
     as_json,
+    evaluate,
     evaluate_all,
     evaluate_model,
     evaluate_residents,
@@ -25,7 +26,7 @@ from fomoe_flwr.evaluation import (
     random_routing,
     token_losses,
 )
-from fomoe_flwr.model.sigma_moe import Transformer, initial_state
+from fomoe_flwr.model.sigma_moe import Losses, Transformer, build, initial_state, read_shard
 from fomoe_flwr.model.spec import expert_name, gate_name
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL, plain_logits, plain_loss, randomized
@@ -346,3 +347,48 @@ def test_as_json_holds_the_necessity_where_programs_look_and_null_for_infinity()
     assert content["all_experts"]["bits_per_byte"] is None
     assert set(content["residents"]) == {"a", "b"}
     assert content["all_experts"]["by_domain"]["one"]["tokens"] == 16
+
+
+# -- the loss after a round ----------------------------------------------------------------------------------
+
+
+def whole_model() -> Transformer:
+    everything = full_residents(SMALL.num_layers, SMALL.num_experts)
+    return build(SMALL, everything, "skip", initial_state(SMALL, everything, "skip", 0), "cpu")
+
+
+def random_batches(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(SMALL.vocab_size, (2, 9), generator=generator) for _ in range(count)]
+
+
+def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess() -> None:
+    module = whole_model()
+    with torch.no_grad():
+        module.model.norm.weight.zero_()  # all logits are 0
+    loss, tokens = evaluate(module, random_batches(3), "fp32", "cpu")
+    assert loss == pytest.approx(math.log(SMALL.vocab_size), rel=1e-6)
+    assert tokens == 3 * 2 * 8
+    assert evaluate(module, [], "fp32", "cpu") == (0.0, 0)  # no division by zero
+
+
+class Known(nn.Module):
+    """Its cross-entropy is the first token of the batch."""
+
+    def forward(self, tokens_BT: Tensor) -> Losses:
+        return Losses(tokens_BT[0, 0].float(), torch.tensor(100.0))
+
+
+def test_batches_count_by_their_tokens_and_the_balance_loss_does_not_count() -> None:
+    # 2 sequences of 4 predictions with loss 1, and 1 of 2 with loss 6: (8·1 + 2·6) / 10.
+    unequal = [torch.full((2, 5), 1), torch.full((1, 3), 6)]
+    assert evaluate(Known(), unequal, "fp32", "cpu") == (pytest.approx(2.0), 10)
+
+
+def test_evaluation_leaves_no_trace() -> None:
+    module = whole_model()
+    before = {name: value.clone() for name, value in read_shard(module).items()}
+    evaluate(module, random_batches(2), "fp32", "cpu")
+    assert all(value.equal(before[name]) for name, value in read_shard(module).items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not any(moe.gate.load_C.any() for moe in module.moe_layers)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
 from fomoe_flwr.engine.device import autocast
+from fomoe_flwr.errors import WireError
 from fomoe_flwr.load import Shares, averaged, difference
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.sigma_moe import Losses, build, load_shard, named_views, read_shard
@@ -31,7 +32,7 @@ EDGE_STEPS = 3
 class EngineState:
     """What the engine keeps from round to round besides the model, which the server sends."""
 
-    moments: Mapping[str, Moments] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
     # Towards residents, with its trend, by layer (model.locality=bias); else empty.
     bias: list[list[float]] = field(default_factory=list)
     load: Shares | None = None  # the site's own, with model.balance=global
@@ -59,6 +60,9 @@ class Engine:
     def load(self, task: Task, shard: Mapping[str, Tensor], state: EngineState) -> None:
         """Take over what the server sent, parameters and with LocalAdamW their moments, and the site's own state.
 
+        Args:
+            state: its moments are emptied while they are taken over, so that they are not held twice.
+
         Raises:
             WireError: the shard is not what the task says.
         """
@@ -71,17 +75,9 @@ class Engine:
         if task.strategy.inner == "gradient":
             self.new_tensors = 0
             return
-        moments = dict(state.moments)
+        moments = state.moments
         if task.moments_travel:
-            moments = {
-                name: Moments(
-                    shard[moment_name("exp_avg", name)],
-                    shard[moment_name("exp_avg_sq", name)],
-                    task.first_step,
-                    0,
-                )
-                for name in self._sent
-            }
+            moments = {name: _moments_sent(shard, name, task.first_step) for name in self._sent}
         # Moments that are missing at the start, or dropped on purpose, are no reason for a warm-up.
         newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
         self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
@@ -128,7 +124,7 @@ class Engine:
 
     def state(self) -> EngineState:
         """What the next `load` at this site wants back."""
-        kept: Mapping[str, Moments] = {}
+        kept: dict[str, Moments] = {}
         if self._optimizer is not None and self._task.strategy.keep_moments and not self._task.moments_travel:
             kept = self._optimizer.moments()
         return EngineState(kept, self.module.biases(), self._own_load)
@@ -234,6 +230,15 @@ class Engine:
             + sum(moment.numel() * moment.itemsize for moment in moments)
             + self._shard_bytes
         )
+
+
+def _moments_sent(shard: Mapping[str, Tensor], name: str, step: int) -> Moments:
+    """Both moments of a parameter, as they came with it."""
+    average, square = (moment_name(moment, name) for moment in MOMENTS)
+    for key in (average, square):
+        if key not in shard or shard[key].shape != shard[name].shape:
+            raise WireError(f"shard lacks {key} of shape {tuple(shard[name].shape)}")
+    return Moments(shard[average], shard[square], step, 0)
 
 
 @dataclass

@@ -1,0 +1,287 @@
+"""AdamW over stacks, held against `torch.optim.AdamW` with a leaf for every slot; and what is new to a site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fomoe_flwr.config import TrainConfig
+from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, warmup
+from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
+from fomoe_flwr.model.spec import expert_name
+from tests.engine.helpers import FULL, MODEL, SOME, TRAIN, WARMUP, multiplier_of, set_gradients
+
+NEWCOMER = expert_name(0, 2, "up_proj")
+START = 100  # global step at which the rounds of most tests begin
+
+routings = pytest.mark.parametrize("routing", ["skip", "partitioned"])
+
+
+def site(residents: Sequence[Sequence[int]] = SOME, routing: str = "skip") -> Transformer:
+    return build(MODEL, residents, routing, initial_state(MODEL, residents, routing, seed=0), "cpu")
+
+
+def optimizer_of(
+    module: Transformer,
+    moments: dict[str, Moments] | None = None,
+    train: TrainConfig = TRAIN,
+    first_step: int = 0,
+    pace: float = 1.0,
+    warmup_steps: int = WARMUP,
+    newcomer_reset_at: int = 0,
+) -> StackedAdamW:
+    schedule = Schedule(first_step, pace, warmup_steps, newcomer_reset_at)
+    return StackedAdamW(module, train, schedule, {} if moments is None else moments)
+
+
+def copied(moments: dict[str, Moments]) -> dict[str, Moments]:
+    return {
+        name: Moments(m.exp_avg.clone(), m.exp_avg_sq.clone(), m.step, m.reset_at)
+        for name, m in moments.items()
+    }
+
+
+# -- the reference -------------------------------------------------------------------------------------------
+
+
+class OneLeafASlot:
+    """PyTorch's AdamW over a parameter of its own for every name, with the schedule written out."""
+
+    def __init__(
+        self, module: Transformer, moments: dict[str, Moments], first_step: int, pace: float, newcomer: int
+    ) -> None:
+        self.step_number, self.pace = float(first_step), pace
+        self.leaves: dict[str, nn.Parameter] = {}
+        self.reset_at: dict[str, int] = {}
+        self.views = named_views(module)
+        for view in self.views:
+            leaf = nn.Parameter(view.of(view.parameter.data).clone())
+            self.leaves[view.name] = leaf
+            self.reset_at[view.name] = moments[view.name].reset_at if view.name in moments else newcomer
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [leaf], "name": name} for name, leaf in self.leaves.items()],
+            lr=0.0,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            fused=True,
+        )
+        for name, given_ in moments.items():
+            self.optimizer.state[self.leaves[name]] = {
+                "step": torch.tensor(float(given_.step)),
+                "exp_avg": given_.exp_avg.clone(),
+                "exp_avg_sq": given_.exp_avg_sq.clone(),
+            }
+
+    def step(self) -> None:
+        for group in self.optimizer.param_groups:
+            name = group["name"]
+            factor = min(1.0, (self.step_number + 1) / WARMUP)
+            if self.reset_at[name]:
+                factor = min(factor, (self.step_number - self.reset_at[name] + 1) / 5)
+            group["lr"] = 0.01 * factor * multiplier_of(name)
+        for view in self.views:
+            grad = view.parameter.grad
+            self.leaves[view.name].grad = None if grad is None else view.of(grad).clone()
+        self.optimizer.step()
+        self.step_number += self.pace
+
+
+# A slot was never at the site, or for long, or came a while ago; experts come and go one by one, so neighbours differ.
+ages = st.sampled_from([None, (60, 0), (3, 97), (1, 98)])
+
+
+@routings
+@given(data=st.data())
+@settings(max_examples=25)
+def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(routing: str, data: st.DataObject) -> None:
+    """Bit for bit: parameters, both moments, step counts and resets; also where a gradient or some rows are missing."""
+    module = site(FULL, routing)
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for name, value in read_shard(module).items():
+        age = data.draw(ages) if "experts" in name else (60, 0)
+        if age is not None:
+            average, square = (torch.randn(value.shape, generator=generator) for _ in range(2))
+            moments[name] = Moments(average, square**2, *age)
+    first_step, pace = data.draw(st.sampled_from([(START, 1.0), (START, 2.5), (2, 0.5)]))
+    reference = OneLeafASlot(module, moments, first_step, pace, newcomer=first_step)
+    optimizer = optimizer_of(
+        module, copied(moments), first_step=first_step, pace=pace, newcomer_reset_at=first_step
+    )
+    without = data.draw(st.sampled_from(["", "experts.up_EHD", "q_proj", "gate"]))
+    for step in range(4):
+        set_gradients(module, step)
+        for path, parameter in module.named_parameters():
+            if without and without in path and step == 1:
+                parameter.grad = None
+            elif "experts" in path and parameter.grad is not None:
+                parameter.grad[step % 4] = 0  # no token came to this expert
+        optimizer.step()
+        reference.step()
+    stepped = read_shard(module)
+    for name, leaf in reference.leaves.items():
+        assert stepped[name].equal(leaf.data), name
+    got = optimizer.moments()
+    for name, leaf in reference.leaves.items():
+        if wanted := reference.optimizer.state.get(leaf):
+            assert got[name].exp_avg.equal(wanted["exp_avg"]), name
+            assert got[name].exp_avg_sq.equal(wanted["exp_avg_sq"]), name
+            assert (got[name].step, got[name].reset_at) == (int(wanted["step"]), reference.reset_at[name])
+
+
+def test_a_step_of_a_single_weight_by_hand() -> None:
+    # AdamW's first step is lr·g/|g| = lr, whatever the gradient's size; weight decay takes lr·0.1·w before.
+    module = site()
+    optimizer = optimizer_of(module, warmup_steps=0)
+    set_gradients(module, 0)
+    weight = module.model.norm.weight
+    weight.grad = torch.full_like(weight, -123.0)
+    optimizer.step()  # the norm's weights are 1
+    torch.testing.assert_close(weight.data, torch.full_like(weight, 1 - 0.01 * 0.1 + 0.01))
+
+
+def test_what_has_no_gradient_stays_and_gets_no_moments() -> None:
+    module = site()
+    optimizer = optimizer_of(module)
+    before = {name: value.clone() for name, value in read_shard(module).items()}
+    module.model.norm.weight.grad = torch.ones(MODEL.d_model)
+    optimizer.step()
+    changed = {name for name, value in read_shard(module).items() if not value.equal(before[name])}
+    assert changed == {"model.norm.weight"}
+    assert set(optimizer.moments()) == {"model.norm.weight"}
+
+
+def test_a_layer_without_residents_has_nothing_to_step() -> None:
+    module = site([[], [1]])
+    optimizer = optimizer_of(module)
+    set_gradients(module, 0)
+    optimizer.step()
+    assert optimizer.moments().keys() == read_shard(module).keys()
+
+
+# -- what is kept --------------------------------------------------------------------------------------------
+
+
+@routings
+def test_moments_are_those_of_the_shard_by_name_and_shape(routing: str) -> None:
+    module = site(routing=routing)
+    optimizer = optimizer_of(module)
+    set_gradients(module, 0)
+    optimizer.step()
+    shard, moments = read_shard(module), optimizer.moments()
+    assert moments.keys() == shard.keys()
+    for name, state in moments.items():
+        assert state.exp_avg.shape == state.exp_avg_sq.shape == shard[name].shape
+        assert (state.step, state.reset_at) == (1, 0)
+
+
+@routings
+def test_saved_moments_go_on_bit_for_bit(routing: str) -> None:
+    straight, interrupted = site(routing=routing), site(routing=routing)
+    optimizer, half = optimizer_of(straight), optimizer_of(interrupted)
+    for step in range(6):
+        if step == 3:
+            half = optimizer_of(interrupted, copied(half.moments()), first_step=3)
+        for module, stepper in ((straight, optimizer), (interrupted, half)):
+            set_gradients(module, step)
+            stepper.step()
+    expected, wanted = read_shard(straight), optimizer.moments()
+    assert all(value.equal(expected[name]) for name, value in read_shard(interrupted).items())
+    for name, state in half.moments().items():
+        assert state.exp_avg.equal(wanted[name].exp_avg)
+        assert state.exp_avg_sq.equal(wanted[name].exp_avg_sq)
+        assert (state.step, state.reset_at) == (wanted[name].step, wanted[name].reset_at)
+
+
+def test_given_moments_are_copied_and_not_held_twice() -> None:
+    """Their tensors may be a message's, which nobody writes to; their table is emptied, so that they can be freed."""
+    module = site()
+    shape = read_shard(module)[NEWCOMER].shape
+    own = Moments(torch.zeros(shape), torch.zeros(shape), 3, 0)
+    moments = {NEWCOMER: own, "of an expert that went away": own}
+    optimizer = optimizer_of(module, moments)
+    assert NEWCOMER not in moments
+    set_gradients(module, 0)
+    optimizer.step()
+    assert not own.exp_avg.any()
+    assert not own.exp_avg_sq.any()
+    assert optimizer.moments()[NEWCOMER].step == 4
+    assert optimizer.moments().keys() == read_shard(module).keys()
+
+
+def test_moments_that_were_given_are_there_before_the_first_step() -> None:
+    """LocalAdamW's at the start of a run: zeros, of step 0."""
+    module = site()
+    zeros: Tensor = torch.zeros(read_shard(module)[NEWCOMER].shape)
+    assert optimizer_of(module, {NEWCOMER: Moments(zeros, zeros, 0, 0)}).moments().keys() == {NEWCOMER}
+
+
+# -- warm-up and what is new to the site ---------------------------------------------------------------------
+
+
+def test_warmup_is_linear_and_then_constant() -> None:
+    assert [warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert warmup(0, 0) == warmup(1000, 0) == 1.0
+    assert warmup(0, 1) == 1.0
+
+
+def with_a_newcomer(module: Transformer) -> StackedAdamW:
+    """At global step 100 the site has had all its names for 60 steps, but one expert's tensor just came."""
+    moments = {
+        name: Moments(torch.zeros_like(value), torch.full_like(value, 1e-4), 60, 0)
+        for name, value in read_shard(module).items()
+        if name != NEWCOMER
+    }
+    return optimizer_of(module, moments, first_step=START, newcomer_reset_at=START)
+
+
+def test_a_newcomer_warms_up_and_counts_by_itself() -> None:
+    module = site()
+    optimizer = with_a_newcomer(module)
+    rates = []
+    for step in range(7):
+        rates.append((optimizer.learning_rate(0), optimizer.learning_rate(START)))
+        set_gradients(module, step)
+        optimizer.step()
+    assert [old for old, _ in rates] == [pytest.approx(0.01)] * 7  # the run's warm-up is long over
+    assert [new for _, new in rates] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01, 0.01])
+    moments = optimizer.moments()
+    assert (moments[NEWCOMER].step, moments[NEWCOMER].reset_at) == (7, START)
+    assert {(m.step, m.reset_at) for name, m in moments.items() if name != NEWCOMER} == {(67, 0)}
+
+
+def test_a_newcomer_goes_on_warming_up_in_the_next_round() -> None:
+    """Its reset is part of what is kept: the second half of a warm-up is the second half."""
+    module = site()
+    optimizer = with_a_newcomer(module)
+    for step in range(3):
+        set_gradients(module, step)
+        optimizer.step()
+    resumed = optimizer_of(module, optimizer.moments(), first_step=103, newcomer_reset_at=103)
+    assert resumed.moments()[NEWCOMER].reset_at == START
+    assert resumed.learning_rate(START) == pytest.approx(0.008)
+
+
+def test_a_newcomer_in_the_runs_warmup_takes_the_smaller_rate() -> None:
+    optimizer = optimizer_of(site(), first_step=10, warmup_steps=100, newcomer_reset_at=10)
+    assert optimizer.learning_rate(10) == pytest.approx(0.01 * 11 / 100)  # its own would be 1/5
+    optimizer.step_number = 99
+    assert optimizer.learning_rate(98) == pytest.approx(0.01 * 2 / 5)  # the run's is over
+
+
+def test_a_pace_goes_through_the_schedule_faster() -> None:
+    module = site()
+    optimizer = optimizer_of(module, pace=2.0, warmup_steps=8)
+    rates = []
+    for step in range(4):
+        rates.append(optimizer.learning_rate(0))
+        set_gradients(module, step)
+        optimizer.step()
+    assert rates == pytest.approx([0.01 * count / 8 for count in (1, 3, 5, 7)])
+    assert optimizer.step_number == 8
