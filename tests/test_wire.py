@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,25 +11,25 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import BUNDLE, blobs_of
+from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of, bundle_digests, header_in
+from fomoe_flwr.codecs import CODECS, Part
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.wire import (
-    Ledger,
+    Traffic,
     byte_classes,
     decode,
-    encode,
+    encode_bundles,
+    encode_update,
     from_blobs,
-    from_record,
-    named_from_flower,
+    read_header,
     split_bundle,
-    to_arrays,
 )
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -71,6 +72,14 @@ def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
         assert one[name].dtype == other[name].dtype
         assert one[name].shape == other[name].shape
         assert bits(one[name]) == bits(other[name])
+
+
+def parts(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Part]:
+    return {name: Part(tensor, dtype) for name, tensor in named.items()}
+
+
+def encode(named: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
+    return wire.encode(parts(named, dtype))
 
 
 named_fp32 = st.dictionaries(names, fp32_tensors(), max_size=4)
@@ -119,6 +128,27 @@ def test_what_bf16_can_say_survives_the_cast(named: dict[str, Tensor]) -> None:
 def test_every_bf16_pattern_survives() -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
     assert_same_bits(decode(encode({"x": every}, BF16)), {"x": every})
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@given(st.data())
+def test_a_bundle_carries_integers_beside_floats(data: st.DataObject) -> None:
+    """What a codec makes of a tensor: codes of a few bits, positions, and a scale."""
+    named: dict[str, Tensor] = {"scale": data.draw(fp32_tensors())}
+    for dtype in INTEGERS:
+        info = torch.iinfo(dtype)
+        values = data.draw(st.lists(st.integers(info.min, info.max), max_size=5))
+        named[str(dtype)] = torch.tensor(values, dtype=dtype)
+    blob = wire.encode({name: Part(tensor, tensor.dtype) for name, tensor in named.items()})
+    decoded, theirs = decode(blob), safetensors.torch.load(blob)
+    assert list(decoded) == list(named)
+    for name, tensor in named.items():
+        assert decoded[name].dtype == theirs[name].dtype == tensor.dtype
+        if name != "scale":
+            assert decoded[name].tolist() == theirs[name].tolist() == tensor.tolist()
+    assert byte_classes(blob)["dense"] == sum(tensor.numel() * tensor.itemsize for tensor in named.values())
 
 
 def test_a_tensor_need_not_be_contiguous() -> None:
@@ -242,7 +272,7 @@ def test_the_header_that_the_next_test_damages_is_a_good_one() -> None:
         (b"[" * 100_000, bytes(16), "not JSON"),
         ([1], bytes(16), "not a table of names"),
         ({"x": None}, bytes(16), "x: unreadable entry"),
-        (entry(dtype="I64"), bytes(16), "x: unreadable entry.*I64"),
+        (entry(dtype="F16"), bytes(16), "x: unreadable entry.*F16"),
         (entry(dtype=["F32"]), bytes(16), "x: unreadable entry"),
         (entry(shape=[4.0]), bytes(16), "whole numbers"),
         (entry(shape=[math.inf]), bytes(16), "whole numbers"),
@@ -256,6 +286,11 @@ def test_the_header_that_the_next_test_damages_is_a_good_one() -> None:
         (entry(shape=[2**62, 4, 0], data_offsets=[0, 0]), b"", "cannot have the shape"),
         (entry(shape=[0, 2**70], data_offsets=[0, 0]), b"", "cannot have the shape"),
         (entry() | {"y": entry()["x"]}, bytes(16), "overlap"),
+        # The sum of the sizes is right: an overlap, and a gap as large.
+        (entry() | {"y": entry(data_offsets=[8, 24])["x"]}, bytes(32), "overlap"),
+        (entry() | {"y": entry(data_offsets=[0, 16])["x"]}, bytes(32), "overlap"),
+        (entry() | {"y": entry(data_offsets=[24, 40])["x"]}, bytes(40), "leave bytes over at y"),
+        (entry(data_offsets=[4, 20]), bytes(20), "leave bytes over at x"),
         ({}, bytes(16), "leave bytes over"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -265,63 +300,86 @@ def test_a_damaged_header_is_named(header: object, body: bytes, said: str) -> No
         decode(with_header(header, body))
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=5), st.integers(0, 8))
+def test_a_bundle_is_read_exactly_where_its_tensors_tile_it(places: list[tuple[int, int]], size: int) -> None:
+    header = {
+        str(index): {"dtype": "U8", "shape": [length], "data_offsets": [begin, begin + length]}
+        for index, (begin, length) in enumerate(places)
+    }
+    # How often each byte is named, and whether an empty tensor lies at the end of another one.
+    named = [sum(begin <= at < begin + length for begin, length in places) for at in range(size)]
+    ends = {0} | {begin + length for begin, length in places if length}
+    tiled = all(count == 1 for count in named) and all(begin + length <= size for begin, length in places)
+    tiled &= all(begin in ends for begin, _ in places)
+    try:
+        entries = read_header(with_header(header, bytes(size)))
+    except WireError:
+        assert not tiled
+    else:
+        assert tiled
+        assert [entry.begin for entry in entries] == sorted(entry.begin for entry in entries)
+
+
 def test_a_header_longer_than_the_blob_is_not_believed() -> None:
     with pytest.raises(WireError, match="truncated"):
         decode((2**63).to_bytes(8, "little") + bytes(100))
 
 
-# -- bundles as Flower sees them -----------------------------------------------------------------------------
+# -- bundles -------------------------------------------------------------------------------------------------
 
 
-def record_of(named: Mapping[str, Tensor], dtype: torch.dtype = FP32) -> ArrayRecord:
-    return ArrayRecord(to_arrays("dense", named, dtype))
+def record_of(blobs: Mapping[str, bytes]) -> ArrayRecord:
+    return ArrayRecord({key: as_array(blob) for key, blob in blobs.items()})
 
 
 def test_a_group_is_one_array_of_bytes() -> None:
-    arrays = to_arrays("dense", example(), BF16)
-    assert list(arrays) == ["dense"]
-    array = arrays["dense"]
+    blobs = encode_bundles("dense", parts(example(), BF16))
+    assert blobs == {"dense": encode(example(), BF16)}
+    array = as_array(blobs["dense"])
     assert (array.dtype, array.shape, array.stype) == ("uint8", (len(array.data),), BUNDLE)
-    assert array.data == encode(example(), BF16)
+    assert array.data == blobs["dense"]
+    assert blobs_of(record_of(blobs)) == blobs
+    assert bundle_digests(blobs) == {"dense": hashlib.sha256(blobs["dense"]).hexdigest()}
 
 
-def test_an_empty_group_is_no_array() -> None:
-    assert to_arrays("expert-1", {}, FP32) == {}
-
-
-def test_a_record_comes_back_by_name() -> None:
-    assert_same_bits(from_record(record_of(example())), example())
-    assert_same_bits(named_from_flower(record_of(example())), example())
-
-
-def test_a_record_made_by_flower_itself_can_be_read() -> None:
-    assert_same_bits(named_from_flower(ArrayRecord(dict(example()))), example())
+def test_an_empty_group_is_no_bundle() -> None:
+    assert encode_bundles("expert-1", {}) == {}
 
 
 def test_no_bundle_is_larger_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_BUNDLE_BYTES", 100)
     named = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}  # 40 bytes each: two fit
-    arrays = to_arrays("dense", named, FP32)
-    assert {key: list(decode(array.data)) for key, array in arrays.items()} == {
+    blobs = encode_bundles("dense", parts(named, FP32))
+    assert {key: list(decode(blob)) for key, blob in blobs.items()} == {
         "dense": ["t0", "t1"],
         "dense.1": ["t2", "t3"],
         "dense.2": ["t4"],
     }
-    assert_same_bits(from_record(ArrayRecord(arrays)), named)
+    assert_same_bits(from_blobs(blobs.values()), named)
 
 
 @given(st.lists(st.integers(0, 60), max_size=12))
 def test_bundles_are_cut_in_order_and_only_where_they_must_be(lengths: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "MAX_BUNDLE_BYTES", 50)
-        sizes = {str(index): length for index, length in enumerate(lengths)}
-        bundles = list(split_bundle(list(sizes), sizes, 50))
+    sizes = {str(index): length for index, length in enumerate(lengths)}
+    bundles = list(split_bundle(list(sizes), sizes, 50))
     assert [name for bundle in bundles for name in bundle] == list(sizes)
     totals = [sum(sizes[name] for name in bundle) for bundle in bundles]
     for bundle, total in zip(bundles, totals, strict=True):
         assert total <= 50 or len(bundle) == 1  # a tensor larger than the limit travels alone
     for total, following in zip(totals, bundles[1:], strict=False):
         assert total + sizes[following[0]] > 50
+
+
+def test_an_update_is_dense_and_experts_apart() -> None:
+    moment = f"exp_avg.{EXPERT}"
+    named = example() | {moment: torch.zeros(2, 3)}
+    blobs, state = encode_update(named, CODECS["fp32"], {})
+    assert {key: set(decode(blob)) for key, blob in blobs.items()} == {
+        "dense": {DENSE},
+        "expert": {EXPERT, moment},
+    }
+    assert state == {}
+    assert from_blobs(blobs.values()).keys() == named.keys()
 
 
 def test_a_name_sent_twice_is_an_error() -> None:
@@ -332,31 +390,41 @@ def test_a_name_sent_twice_is_an_error() -> None:
 
 def test_a_foreign_array_is_an_error() -> None:
     record = ArrayRecord({"dense": Array(dtype="uint8", shape=(1,), stype="pickle", data=b"x")})
-    with pytest.raises(WireError, match=r"'dense' has stype 'pickle', expected 'fomoe\.safetensors'"):
+    with pytest.raises(WireError, match=r"dense.*pickle.*fomoe\.safetensors"):
         blobs_of(record)
 
 
-# -- the ledger ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"config": ConfigRecord({"task": "{}"})}, "{}"),
+        ({"config": ConfigRecord({"task": b"{}"})}, ""),
+        ({"config": ConfigRecord({"reply": "{}"})}, ""),
+        ({"config": ArrayRecord()}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_header_is_text_or_none(record: dict[str, ConfigRecord | ArrayRecord], text: str) -> None:
+    assert header_in(RecordDict(record), "config", "task") == text
 
 
-def test_the_ledger_adds_up_to_the_payload_by_class_and_by_site() -> None:
+# -- traffic -------------------------------------------------------------------------------------------------
+
+
+def test_traffic_adds_up_to_the_payload_by_class_and_by_site() -> None:
     named = example() | {f"exp_avg.{EXPERT}": torch.zeros(2, 3)}
-    arrays, config, metrics = record_of(named, BF16), ConfigRecord({"round": 3}), MetricRecord({"loss": 1.5})
-    message = RecordDict({"arrays": arrays, "config": config, "metrics": metrics})
-    blobs = sum(len(blob) for blob in blobs_of(arrays).values())
-    sides = len(config.deflate()) + len(metrics.deflate())
+    blob = encode(named, BF16)
+    traffic = Traffic()
+    traffic.count(7, [byte_classes(blob)], 30)
+    assert traffic.dense == 2 * 5
+    assert traffic.expert == 2 * (6 + 6)  # an expert's moment is the expert's
+    assert traffic.other == len(blob) - 2 * 17 + 30
+    assert traffic.total == len(blob) + 30
 
-    ledger = Ledger()
-    ledger.count(7, message)
-    assert ledger.dense == 2 * 5
-    assert ledger.expert == 2 * (6 + 6)  # an expert's moment is the expert's
-    assert ledger.other == blobs - 2 * 17 + sides
-    assert ledger.total == blobs + sides
-
-    ledger.count(7, message)
-    ledger.count(2, RecordDict({"config": config}))
-    assert ledger.by_site == {7: 2 * (blobs + sides), 2: len(config.deflate())}
-    assert sum(ledger.by_site.values()) == ledger.total
+    traffic.count(7, [byte_classes(blob)] * 2, 30)
+    traffic.count(2, [], 12)
+    assert traffic.by_site == {7: 3 * len(blob) + 60, 2: 12}
+    assert sum(traffic.by_site.values()) == traffic.total
 
 
 @given(named_fp32, st.sampled_from([FP32, BF16]))
@@ -370,7 +438,4 @@ def test_the_classes_of_a_bundle_add_up_to_its_length(named: dict[str, Tensor], 
 @pytest.mark.parametrize("damaged", [b"", b"garbage", with_header(entry(data_offsets=[0, math.inf]))])
 def test_a_damaged_bundle_counts_with_all_its_bytes(damaged: bytes) -> None:
     """It crossed the wire all the same, and what it says of its sizes is not believed."""
-    array = Array(dtype="uint8", shape=(len(damaged),), stype=BUNDLE, data=damaged)
-    ledger = Ledger()
-    ledger.count(0, RecordDict({"arrays": ArrayRecord({"dense": array})}))
-    assert (ledger.dense, ledger.expert, ledger.other) == (0, 0, len(damaged))
+    assert byte_classes(damaged) == {"dense": 0, "expert": 0, "other": len(damaged)}

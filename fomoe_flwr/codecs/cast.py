@@ -49,8 +49,9 @@ class Cast:
     def digest(self, tensor: Tensor) -> bytes:
         import torch
 
-        flat = tensor.detach().to("cpu", self._dtype()).contiguous().view(-1).view(torch.uint8)
-        return hashlib.blake2b(flat.numpy().data, digest_size=DIGEST_BYTES).digest()
+        flat = tensor.detach().to("cpu", self._dtype()).contiguous().view(-1)
+        data = flat.view(torch.uint8).numpy().data if len(flat) else b""  # strides of nothing may be anything
+        return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
     def _dtype(self) -> torch.dtype:
         import torch
