@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -208,7 +208,7 @@ class Reply:
             values["start_digests"] = bytes.fromhex(values["start_digests"])
             reply = cls(**values)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise WireError(f"the reply's header is not one: {str(error)[:200]}") from error
+            raise WireError(f"the reply's header is not one: {error!r:.200}") from error
         wanted: dict[str, type | tuple[type, ...]] = {
             "run": str, "round": int, "site": str, "num_examples": int, "metrics": dict, "load_LE": list,
             "bundle_digests": dict,
@@ -218,6 +218,9 @@ class Reply:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise WireError(f"the reply's {key} is a {type(value).__name__}")
         for key, value in reply.metrics.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise WireError(f"metric {key[:80]}={value!r:.80}: must be a finite number")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if (
+                not number or not abs(value) <= sys.float_info.max
+            ):  # not isfinite, which some integers overflow
+                raise WireError(f"metric {key!r:.80}={value!r:.80}: must be a finite number")
         return reply
