@@ -1,16 +1,37 @@
-"""Server arithmetic: means over holders, PyTorch's own optimizers."""
+"""The second half of a round: means over holders, PyTorch's own optimizers, and who takes part in them."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
-from fomoe_flwr.model.spec import MOMENTS, moment_name
-from fomoe_flwr.outer import OuterOptimizer, RunningMean, with_moments
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig, TrainConfig
+from fomoe_flwr.model.moe import orthonormal_rows
+from fomoe_flwr.model.spec import MOMENTS, expert_name, gate_name, moment_name
+from fomoe_flwr.placement import Placement
+from fomoe_flwr.server import outer as outer_module
+from fomoe_flwr.server.outer import (
+    Contribution,
+    OuterOptimizer,
+    RunningMean,
+    commit,
+    least_tokens,
+    separation_probability,
+    starved_experts,
+    step_scales,
+    updated_experts,
+    with_moments,
+)
+from fomoe_flwr.server.replies import Inbox
+from fomoe_flwr.wire import encode_update
 
 NORM = "model.norm.weight"  # learns at lr
 UP, DOWN = (f"model.layers.0.mlp.experts.3.{part}_proj.weight" for part in ("up", "down"))
@@ -304,3 +325,213 @@ def test_loading_takes_copies() -> None:
     outer.load_state_tensors(saved)
     outer.step(gradients_of_round(0), 0, 0)
     assert all((value == 1).all() for value in saved.values())
+
+
+# -- from replies to a new model -----------------------------------------------------------------------------
+
+SHARED, FIRST, SECOND = (expert_name(0, expert, "up_proj") for expert in range(3))
+# One layer, three experts: 0 at all three sites, 1 at site 0, 2 at site 1.
+PLACEMENT = Placement(np.array([[[True, True, True], [True, False, False], [False, True, False]]]))
+SENT = {0: (NORM, SHARED, FIRST), 1: (NORM, SHARED, SECOND), 2: (NORM, SHARED)}
+STEPS = RunConfig().train.local_steps
+
+
+def contribution(*load_E: int, tokens: int = 100, steps: int = STEPS) -> Contribution:
+    return Contribution(tokens, steps, np.array([load_E], dtype=np.int64))
+
+
+def reply(site: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(site)
+    return {name: torch.randn(40, generator=generator) * 1e4**site for name in SENT[site]}
+
+
+def committed(
+    folder: Path,
+    arrivals: Sequence[int],
+    strategy: StrategyConfig,
+    updated: set[tuple[int, int]] | None = None,
+    steps: Sequence[int] = (STEPS,) * 3,
+) -> dict[str, Tensor]:
+    """The model after a round in which the replies arrived in this order; it was zero before."""
+    strategy.wire_dtype = "fp32"
+    config = RunConfig(strategy=strategy)
+    inbox = Inbox(folder)
+    assert inbox.begin(1) == []
+    contributions = {}
+    for site in arrivals:
+        inbox.put(site, "", encode_update(reply(site), CODECS["fp32"], {})[0])
+        contributions[site] = contribution(site, 0, 0, tokens=100 + site, steps=steps[site])
+    state = {name: torch.zeros(40) for name in (NORM, SHARED, FIRST, SECOND)}
+    optimizer = OuterOptimizer(state, strategy, ModelConfig(num_experts=3, num_layers=1), config.train)
+    updated = updated_experts(PLACEMENT, contributions, 0.5) if updated is None else updated
+    commit(1, optimizer, inbox, config, contributions, updated)
+    inbox.clear()
+    return state
+
+
+@pytest.mark.parametrize("outer", ["average", "nesterov", "adamw"])
+def test_any_order_of_arrival_and_any_size_of_piece_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: str
+) -> None:
+    expected = committed(tmp_path, [0, 1, 2], StrategyConfig(outer=outer))
+    assert all(value.any() for value in expected.values())
+    for order, size in itertools.product(itertools.permutations(range(3)), (1, 200, 2**20)):
+        monkeypatch.setattr(outer_module, "CHUNK_BYTES", size)
+        got = committed(tmp_path, order, StrategyConfig(outer=outer))
+        assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_each_name_is_the_weighted_mean_of_its_senders(tmp_path: Path) -> None:
+    state = committed(tmp_path, [2, 0, 1], StrategyConfig(outer="average"))
+    replies = [reply(site) for site in range(3)]
+    mean = sum((100 + site) * replies[site][NORM] for site in range(3)) / 303
+    torch.testing.assert_close(state[NORM], -mean)
+    torch.testing.assert_close(state[FIRST], -replies[0][FIRST])
+    torch.testing.assert_close(state[SECOND], -replies[1][SECOND])
+
+
+def test_experts_may_weigh_the_tokens_they_got(tmp_path: Path) -> None:
+    state = committed(tmp_path, [0, 1, 2], StrategyConfig(outer="average", expert_weighting="routed"))
+    torch.testing.assert_close(state[SHARED], -(reply(1)[SHARED] + 2 * reply(2)[SHARED]) / 3)
+
+
+def test_an_expert_that_is_held_back_keeps_its_value(tmp_path: Path) -> None:
+    state = committed(tmp_path, [0, 1, 2], StrategyConfig(), updated={(0, 1), (0, 2)})
+    assert not state[SHARED].any()
+    assert state[FIRST].any()
+    assert state[NORM].any()
+
+
+def test_updates_of_unequal_steps_are_scaled_and_gradients_are_not(tmp_path: Path) -> None:
+    """Weights 100 and 101: each update is divided by its own steps, times the mean number of steps."""
+    steps = (10, 40, 1)
+    for inner in ("adamw", "gradient"):
+        state = committed(tmp_path, [0, 1], StrategyConfig(outer="average", inner=inner), steps=steps)
+        mean_steps = (100 * 10 + 101 * 40) / 201
+        scale = [mean_steps / 10, mean_steps / 40] if inner == "adamw" else [1.0, 1.0]
+        expected = -sum((100 + site) * scale[site] * reply(site)[NORM] for site in range(2)) / 201
+        torch.testing.assert_close(state[NORM], expected)
+
+
+def test_step_scales_by_hand() -> None:
+    equal = {site: contribution(tokens=tokens, steps=50) for site, tokens in enumerate((7, 1001, 333))}
+    assert step_scales(equal) == {0: 1.0, 1: 1.0, 2: 1.0}  # exactly
+    # Weights 3 : 1, so the mean K is 25; each site's own K is taken out.
+    unequal = {0: contribution(tokens=300, steps=30), 2: contribution(tokens=100, steps=10)}
+    assert step_scales(unequal) == {0: 25 / 30, 2: 25 / 10}
+    assert step_scales({}) == {}
+
+
+def test_orthogonal_routers_are_projected_after_the_step(tmp_path: Path) -> None:
+    gate = gate_name(0)
+    config = RunConfig(
+        model=ModelConfig(router="orthogonal", d_model=8, num_layers=1),
+        strategy=StrategyConfig(outer="nesterov", wire_dtype="fp32"),
+    )
+    inbox = Inbox(tmp_path)
+    inbox.begin(1)
+    rows = {name: torch.randn(3, 8, generator=torch.Generator().manual_seed(1)) for name in (gate, NORM)}
+    inbox.put(0, "", encode_update(rows, CODECS["fp32"], {})[0])
+    state = {name: torch.eye(3, 8) for name in rows}
+    optimizer = OuterOptimizer(state, config.strategy, config.model, config.train)
+    commit(1, optimizer, inbox, config, {0: contribution(1, 0, 0)}, set())
+    stepped = state[NORM]  # the same start and the same update
+    torch.testing.assert_close(state[gate], orthonormal_rows(stepped))
+    assert not torch.allclose(state[gate], stepped)
+
+
+# -- who takes part ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("good", "share", "expected"),
+    [
+        ([0, 1, 2], 1.0, {(0, 0), (0, 1), (0, 2)}),
+        ([0], 0.5, {(0, 1)}),  # expert 0 has three holders, of which two are needed
+        ([0, 2], 0.5, {(0, 0), (0, 1)}),
+        ([2], 0.0, {(0, 0)}),  # one at the least
+        ([], 0.0, set()),
+    ],
+)
+def test_which_experts_have_enough_holders(
+    good: list[int], share: float, expected: set[tuple[int, int]]
+) -> None:
+    assert updated_experts(PLACEMENT, good, share) == expected
+
+
+# With a confidence of 0.95 eight tokens are the least in 256 dimensions (below).
+FLOOR = RunConfig(model=ModelConfig(d_model=256), strategy=StrategyConfig(capacity_floor=0.95))
+
+
+@pytest.mark.parametrize(
+    ("loads", "expected"),
+    [
+        (([3, 8, 0], [3, 0, 8], [2, 0, 0]), set()),  # expert 0 gets 8 tokens from its three holders together
+        (([3, 8, 0], [3, 0, 8], [1, 0, 0]), {(0, 0)}),
+        (([9, 7, 0], [9, 90, 8], [9, 90, 0]), {(0, 1)}),  # a ghost's tokens reach nobody
+        (([0, 0, 0], [9, 0, 8], [9, 0, 0]), set()),  # site 0 does not say; expert 1 is only there
+    ],
+)
+def test_starved_is_who_got_too_few_tokens_at_its_holders_together(
+    loads: Sequence[list[int]], expected: set[tuple[int, int]]
+) -> None:
+    contributions = {site: contribution(*load_E) for site, load_E in enumerate(loads)}
+    assert starved_experts(PLACEMENT, contributions, FLOOR) == (expected, 8)
+    assert starved_experts(PLACEMENT, contributions, RunConfig()) == (
+        set(),
+        0,
+    )  # without a floor nobody starves
+
+
+# -- the least number of tokens, against Monte Carlo ---------------------------------------------------------
+
+DRAWS = 200_000
+
+
+def cosines(d_model: int, draws: int) -> np.ndarray:
+    """Of random directions with a fixed one, the first axis."""
+    x_TD = np.random.default_rng(d_model).standard_normal((draws, d_model), dtype=np.float32)
+    return x_TD[:, 0] / np.linalg.norm(x_TD, axis=1)
+
+
+@pytest.mark.parametrize(("delta", "d_model"), [(0.03, 32), (0.1, 32), (0.3, 32), (0.5, 3), (0.9, 2)])
+def test_the_probability_is_that_of_random_directions(delta: float, d_model: int) -> None:
+    p = separation_probability(delta, d_model)
+    measured = (cosines(d_model, DRAWS) > delta).mean()
+    assert abs(measured - p) < 5 * math.sqrt(p * (1 - p) / DRAWS)
+
+
+def test_in_closed_form() -> None:
+    # On a circle the angle is uniform: P(cos > δ) = arccos(δ)/π. On a sphere the coordinate is: (1-δ)/2.
+    for delta in (0.1, 0.5, 0.9):
+        assert separation_probability(delta, 2) == pytest.approx(math.acos(delta) / math.pi)
+        assert separation_probability(delta, 3) == pytest.approx((1 - delta) / 2)
+    # In many dimensions √d·cos is standard normal.
+    normal = 0.5 * math.erfc(0.03 * math.sqrt(4096) / math.sqrt(2))
+    assert separation_probability(0.03, 4096) == pytest.approx(normal, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "delta", "d_model"), [(0.95, 0.03, 64), (0.99, 0.2, 64), (0.5, 0.3, 16)]
+)
+def test_so_many_tokens_are_enough_with_this_confidence_and_one_less_is_not(
+    confidence: float, delta: float, d_model: int
+) -> None:
+    least = least_tokens(confidence, delta, d_model, tokens=10**9)
+    above = cosines(d_model, DRAWS) > delta
+    spread = 5 * math.sqrt(confidence * (1 - confidence) / (DRAWS // (least + 1)))
+    for count, enough in ((least, True), (least - 1, False)):
+        groups = above[: DRAWS // count * count].reshape(-1, count)
+        measured = groups.any(axis=1).mean()
+        assert measured > confidence - spread if enough else measured < confidence + spread
+    p = separation_probability(delta, d_model)
+    assert 1 - (1 - p) ** least >= confidence > 1 - (1 - p) ** (least - 1)
+
+
+def test_it_is_a_floor_and_not_a_budget() -> None:
+    """A handful at the measured δ of 0.03; and never more than there are, nor less than one."""
+    assert least_tokens(0.95, 0.03, 256, 10**6) == 8
+    assert least_tokens(0.95, 0.03, 256, 5) == 5
+    assert least_tokens(0.01, 0.03, 256, 10**6) == 1
+    assert least_tokens(0.95, 0.99, 4096, 1000) == 1000  # such a cosine never happens
+    assert least_tokens(0.0, 0.03, 256, 10**6) == 0  # off
