@@ -80,9 +80,9 @@ def train_round(
     stream = site_stream(task, settings, memory)
     beat(WORK)
     folder, batch, steps = state_folder(task, settings), task.train.batch_size, task.train.local_steps
-    discard_later(folder, task.after)
-    state = memory.take_state(folder, task.after) or load_state(
-        folder, task.after, task.after * steps * batch
+    discard_later(folder, task.counted_round)
+    state = memory.take_state(folder, task.counted_round) or load_state(
+        folder, task.counted_round, task.counted_round * steps * batch
     )
     position, encoder_state, codec = state.position, state.encoder, CODECS[task.strategy.wire_dtype]
 
@@ -104,7 +104,7 @@ def train_round(
         task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state
     )
     beat(WORK)  # the last chance to break off: from here on there is a state of this round
-    save_state(folder, new_state, task.after, task.checkpoint_every, task.keep)
+    save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)
     reply = Reply(
         task.run,

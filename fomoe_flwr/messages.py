@@ -63,13 +63,15 @@ class Task:
     run: str  # identity of the run, the same after a resume
     run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
     round: int  # counted from 1
-    after: int  # the last round of this site that counts: its state after that is where it begins; 0: afresh
+    counted_round: (
+        int  # the last one of this site whose reply is in the model: it goes on from there; 0: afresh
+    )
     site: SiteConfig
     deal: Deal  # which part of the corpus is this site's
     federation: str  # digest of all sites' configurations
     residents: list[list[int]]  # experts held, one list a layer
     first_step: int  # of the run's schedule, at which the round begins
-    pace: float  # steps of the schedule for each step of this site
+    lr_stride: float  # steps of the run's schedule for each step of this site
     model: ModelConfig
     train: TrainConfig  # with this site's own local_steps and batch_size
     strategy: StrategyConfig
@@ -128,7 +130,7 @@ def make_task(
     run: str,
     run_dir: str,
     round_: int,
-    after: int,
+    counted_round: int,
     deal: Deal,
     federation: str,
     residents: list[list[int]],
@@ -150,13 +152,13 @@ def make_task(
         run=run,
         run_dir=run_dir,
         round=round_,
-        after=after,
+        counted_round=counted_round,
         site=own,
         deal=deal,
         federation=federation,
         residents=residents,
         first_step=(round_ - 1) * nominal,
-        pace=nominal / local_steps,
+        lr_stride=nominal / local_steps,
         model=model or config.model,
         train=dataclasses.replace(
             config.train, local_steps=local_steps, batch_size=own.batch_size or config.train.batch_size

@@ -220,7 +220,7 @@ class Server:
                 run=self.run,
                 run_dir=self.run_dir,
                 round_=current.number,
-                after=state.counted.get(self.site_names[site], 0),
+                counted_round=state.counted.get(self.site_names[site], 0),
                 deal=self._deals[site],
                 federation=self._federation,
                 residents=residents[site],
