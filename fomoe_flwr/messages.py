@@ -28,6 +28,9 @@ from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.load import Shares
 
 
+MAX_METRICS = 64  # in a reply, and characters in the name of one
+
+
 @dataclass(frozen=True)
 class Deal:
     """What a site must know of the others to work out which documents are its own: how many, not who they are.
@@ -219,6 +222,8 @@ class Reply:
             value: Any = getattr(reply, key)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise WireError(f"the reply's {key} is a {type(value).__name__}")
+        if len(reply.metrics) > MAX_METRICS or any(len(key) > MAX_METRICS for key in reply.metrics):
+            raise WireError(f"the reply has {len(reply.metrics)} metrics or long names; at most {MAX_METRICS}")
         for key, value in reply.metrics.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise WireError(f"metric {key[:80]}={value!r:.80}: must be a finite number")

@@ -273,13 +273,14 @@ def metrics_line(
         evaluation = current.evaluations[site].metrics if site in current.evaluations else {}
         sites.append(
             {
+                # First, so that no site can report what is counted here.
+                **reply.metrics,
+                **evaluation,
                 "site": reply.site,
                 "tokens": reply.num_examples,
                 "bytes_down": current.down.by_site.get(site, 0),
                 "bytes_up": current.up.by_site.get(site, 0),
                 "tokens_per_second": reply.num_examples / seconds_trained if seconds_trained > 0 else 0.0,
-                **reply.metrics,
-                **evaluation,
             }
         )
     return {
