@@ -27,7 +27,6 @@ from fomoe_flwr.config import (
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.load import Shares
 
-
 MAX_METRICS = 64  # in a reply, and characters in the name of one
 
 
@@ -35,7 +34,8 @@ MAX_METRICS = 64  # in a reply, and characters in the name of one
 class Deal:
     """What a site must know of the others to work out which documents are its own: how many, not who they are.
 
-    Sites are counted in one order: those that name a domain (data.partition=domain), domain by domain, then the rest.
+    Only sites that share the common corpus count; one with text of its own is dealt all of that (`OWN`). Sites are
+    counted in one order: those that name a domain (data.partition=domain), domain by domain, then the rest.
     """
 
     place: int  # of this site
@@ -48,15 +48,21 @@ class Deal:
         return named + [None] * (self.sites - len(named))
 
 
+OWN = Deal(0, 1)
+
+
 def deals(data: DataConfig, sites: Sequence[SiteConfig]) -> list[Deal]:
     """What each site of the federation is told of the deal."""
-    if data.partition != "domain":
-        return [Deal(site, len(sites)) for site in range(len(sites))]
-    claims = Counter(site.domain for site in sites if site.domain is not None)
-    rank = {domain: index for index, domain in enumerate(claims)}
-    order = sorted(range(len(sites)), key=lambda site: rank.get(sites[site].domain or "", len(rank)))
-    place = {site: index for index, site in enumerate(order)}
-    return [Deal(place[site], len(sites), tuple(claims.items())) for site in range(len(sites))]
+    sharing = [
+        index for index, site in enumerate(sites) if site.data_path is None and data.partition != "own"
+    ]
+    claims: tuple[tuple[str, int], ...] = ()
+    if data.partition == "domain":
+        counts = Counter(domain for index in sharing if (domain := sites[index].domain) is not None)
+        claims, rank = tuple(counts.items()), {domain: number for number, domain in enumerate(counts)}
+        sharing.sort(key=lambda index: rank.get(sites[index].domain or "", len(rank)))
+    dealt = {index: Deal(place, len(sharing), claims) for place, index in enumerate(sharing)}
+    return [dealt.get(index, OWN) for index in range(len(sites))]
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,9 @@ class Reply:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise WireError(f"the reply's {key} is a {type(value).__name__}")
         if len(reply.metrics) > MAX_METRICS or any(len(key) > MAX_METRICS for key in reply.metrics):
-            raise WireError(f"the reply has {len(reply.metrics)} metrics or long names; at most {MAX_METRICS}")
+            raise WireError(
+                f"the reply has {len(reply.metrics)} metrics or long names; at most {MAX_METRICS}"
+            )
         for key, value in reply.metrics.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise WireError(f"metric {key[:80]}={value!r:.80}: must be a finite number")
