@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fomoe_flwr.checks import check_own_source
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import state_home
@@ -75,12 +76,25 @@ def device_of(task: Task, settings: NodeSettings) -> str:
 
 
 def data_of(task: Task, settings: NodeSettings) -> DataConfig:
-    """The corpus as this node sees it."""
-    return replace(
-        task.data,
-        path=settings.data_path or task.data.path,
-        cache_dir=settings.cache_dir or task.data.cache_dir,
-    )
+    """The corpus of this site: text of its own, or its part of the common one.
+
+    Text that the node was given (`--data-path`) goes before that of the federation file. A corpus of the site's own
+    has data.partition=own: all of it is this site's.
+
+    Raises:
+        ConfigError: the site must have text of its own and has none, or data.source reads no files.
+    """
+    data = replace(task.data, cache_dir=settings.cache_dir or task.data.cache_dir)
+    own = settings.data_path or task.site.data_path
+    if own is not None:
+        check_own_source(data, f"data_path={own} of site {task.name}")
+        return replace(data, path=own, partition="own")
+    if data.partition == "own":
+        raise ConfigError(
+            f"data.partition=own: site {task.name} has no text of its own; give it by fomoe site --data-path, or by "
+            "data_path in the federation file"
+        )
+    return data
 
 
 def state_root(settings: NodeSettings) -> Path:

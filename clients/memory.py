@@ -50,10 +50,10 @@ class Memory:
             self.empty()
             raise
 
-    def take_state(self, folder: Path, after: int) -> SiteState | None:
+    def take_state(self, folder: Path, round_: int) -> SiteState | None:
         """The state after this round, if it is the one in memory. It is handed out, not shared."""
         state, self._state = self._state, None
-        return state if state is not None and (self._folder, state.round) == (folder, after) else None
+        return state if state is not None and (self._folder, state.round) == (folder, round_) else None
 
     def keep_state(self, folder: Path, state: SiteState) -> None:
         """The state as it was just written to the folder."""

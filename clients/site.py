@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from fomoe_flwr.data import (
 )
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.evaluation import evaluate
-from fomoe_flwr.messages import Deal, Reply, Task
+from fomoe_flwr.messages import OWN, Deal, Reply, Task
 from fomoe_flwr.model.sigma_moe import load_shard, read_shard
 
 log = logging.getLogger("fomoe.site")
@@ -37,6 +38,8 @@ log = logging.getLogger("fomoe.site")
 Beat = Callable[[str], None]
 DATA = "data"  # opening the corpus; the first time it is read and tokenised, and nobody knows how long that takes
 WORK = "work"
+
+CORPORA = 64  # kept open in a process; simulated sites may each have text of their own
 
 
 def perform(
@@ -80,9 +83,9 @@ def train_round(
     stream = site_stream(task, settings, memory)
     beat(WORK)
     folder, batch, steps = state_folder(task, settings), task.train.batch_size, task.train.local_steps
-    discard_later(folder, task.after)
-    state = memory.take_state(folder, task.after) or load_state(
-        folder, task.after, task.after * steps * batch
+    discard_later(folder, task.counted_round)
+    state = memory.take_state(folder, task.counted_round) or load_state(
+        folder, task.counted_round, task.counted_round * steps * batch
     )
     position, encoder_state, codec = state.position, state.encoder, CODECS[task.strategy.wire_dtype]
 
@@ -104,7 +107,7 @@ def train_round(
         task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state
     )
     beat(WORK)  # the last chance to break off: from here on there is a state of this round
-    save_state(folder, new_state, task.after, task.checkpoint_every, task.keep)
+    save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)
     reply = Reply(
         task.run,
@@ -148,22 +151,22 @@ def evaluate_shard(
 
 
 def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStream:
-    """The site's own part of the corpus."""
+    """The site's own text, or its part of the common corpus.
+
+    Raises:
+        FomoeError: there is none, it cannot be read, or it holds less than one sequence.
+    """
     data, vocab_size, seq_len = data_of(task, settings), task.model.vocab_size, task.train.seq_len
+    deal = OWN if data.partition == "own" else task.deal
 
     def open_stream() -> TokenStream:
-        dealt = _dealt(data, vocab_size, replace_place(task.deal), seq_len, task.seed)
-        return TokenStream(open_corpus(data, vocab_size), dealt[task.deal.place], seq_len, task.seed)
+        dealt = _dealt(data, vocab_size, replace(deal, place=0), seq_len, task.seed)
+        return TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
 
-    return memory.stream((data, vocab_size, task.deal, seq_len, task.seed), open_stream)
-
-
-def replace_place(deal: Deal) -> Deal:
-    """The deal as it is the same for all sites."""
-    return Deal(0, deal.sites, deal.claims)
+    return memory.stream((data, vocab_size, deal, seq_len, task.seed), open_stream)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=CORPORA)
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenCorpus:
     """The tokenised corpus, once its tokenizer is known to fit the vocabulary.
 
@@ -175,7 +178,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenCorpus:
     return prepare(data)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=CORPORA)
 def _dealt(data: DataConfig, vocab_size: int, deal: Deal, seq_len: int, seed: int) -> list[NDArray[np.int64]]:
     sites = [
         SiteConfig(name=f"{i + 1} of {deal.sites}", domain=domain) for i, domain in enumerate(deal.domains())

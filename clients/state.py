@@ -3,7 +3,7 @@ name, what its routers go by besides their weights), and what its encoder has no
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
-The server says which of them counts (`Task.after`), for only it knows whose replies became part of the model.
+The server says which of them counts (`Task.counted_round`), for only it knows whose replies became part of the model.
 Later ones belong to replies that were lost, refused or discarded, and are removed when the next round begins; so
 whatever is older than the newest counted as well, and the server's checkpoint of round c goes with the newest
 state up to c.
@@ -55,28 +55,28 @@ def _files(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def discard_later(folder: Path, after: int) -> None:
-    """Remove the states of rounds later than `after`, and what a process that died left half written."""
-    for path in [path for round_, path in _files(folder).items() if round_ > after]:
+def discard_later(folder: Path, counted_round: int) -> None:
+    """Remove the states of rounds later than `counted_round`, and what a process that died left half written."""
+    for path in [path for round_, path in _files(folder).items() if round_ > counted_round]:
         path.unlink()
     for path in folder.glob("round_*.partial-*"):
         path.unlink()
 
 
-def load_state(folder: Path, after: int, position: int) -> SiteState:
-    """The state after round `after`; the very first for 0.
+def load_state(folder: Path, counted_round: int, position: int) -> SiteState:
+    """The state after round `counted_round`; the very first for 0.
 
     If it is missing (the disk was lost), the site goes on without moments, from `position` (sequences) on.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    if after == 0:
+    if counted_round == 0:
         return SiteState()
-    path = _files(folder).get(after)
+    path = _files(folder).get(counted_round)
     if path is None:
-        log.warning("no state of round %d in %s: this site goes on with fresh moments", after, folder)
-        return SiteState(after, position)
+        log.warning("no state of round %d in %s: this site goes on with fresh moments", counted_round, folder)
+        return SiteState(counted_round, position)
     with _opened(path) as (_, facts):
         tensors = _tensors(path)
         moments = {
@@ -89,14 +89,14 @@ def load_state(folder: Path, after: int, position: int) -> SiteState:
             if name.startswith("encoder/")
         }
         engine = EngineState(moments, **facts.get("routers", {}))
-        return SiteState(after, int(facts["position"]), int(facts["last_round"]), engine, encoder)
+        return SiteState(counted_round, int(facts["position"]), int(facts["last_round"]), engine, encoder)
 
 
-def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int, keep: int) -> None:
+def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_every: int, keep: int) -> None:
     """Write the state after a round, and drop those that the server cannot come back to.
 
     Args:
-        after: the round whose state this one went on from; it counts until the server has taken the reply.
+        counted_round: the round whose state this one went on from; it counts until the server has taken the reply.
         checkpoint_every: rounds between two checkpoints of the server; 0: it makes one at the end of the run.
         keep: the number of checkpoints it keeps.
     """
@@ -119,7 +119,7 @@ def save_state(folder: Path, state: SiteState, after: int, checkpoint_every: int
         lambda path: save_file(tensors, path, {"state": facts}),
     )
     files = _files(folder)
-    kept = {state.round, after, *_at_checkpoints(files, state.round, checkpoint_every, keep)}
+    kept = {state.round, counted_round, *_at_checkpoints(files, state.round, checkpoint_every, keep)}
     for round_, path in files.items():
         if round_ not in kept:
             path.unlink()

@@ -7,9 +7,11 @@ import math
 import re
 from typing import Any
 
-from fomoe_flwr.config import FederationConfig, RunConfig, SiteConfig
+from fomoe_flwr.config import DataConfig, FederationConfig, RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
+
+FILE_SOURCES = ("text", "jsonl", "parquet")
 
 
 def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
@@ -112,10 +114,37 @@ def check_combinations(config: RunConfig) -> None:
     ):
         if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{key}={device}: allowed are auto, cpu, cuda, cuda:N")
-    if data.source in ("text", "jsonl", "parquet") and data.path is None:
-        raise ConfigError(f"data.path=null: data={data.source} needs data.path=FILE_OR_FOLDER")
+    shared = data.partition != "own" and any(site.data_path is None for site in config.federation.sites)
+    if data.source in FILE_SOURCES and data.path is None and (shared or train.eval_batches):
+        raise ConfigError(
+            f"data.path=null: data={data.source} needs data.path=FILE_OR_FOLDER, for "
+            + (
+                "the sites without data_path"
+                if shared
+                else "the server's validation (or train.eval_batches=0)"
+            )
+        )
+    for site in config.federation.sites:
+        if site.data_path is not None:
+            check_own_source(data, f"federation.sites: data_path={site.data_path} of site {site.name}")
     if data.source == "huggingface" and data.name is None:
         raise ConfigError("data.name=null: data=huggingface needs data.name=NAME")
+
+
+def check_own_source(data: DataConfig, given: str) -> None:
+    """Whether a site's own text can be read as data.source says.
+
+    Args:
+        given: the key and its value.
+
+    Raises:
+        ConfigError: the source reads no files.
+    """
+    if data.source not in FILE_SOURCES:
+        raise ConfigError(
+            f"{given}: needs data.source={', '.join(FILE_SOURCES)} to say how it is read; data.source={data.source} "
+            "reads no files"
+        )
 
 
 def _check_routing(config: RunConfig) -> None:

@@ -134,8 +134,15 @@ def check_job(composed: Composed) -> None:
     from fomoe_flwr.engine.device import resolve_device
     from fomoe_flwr.server.run import open_validation
 
-    resolve_device(composed.config.train.device)
-    open_validation(composed.config)
+    config = composed.config
+    resolve_device(config.train.device)
+    if config.data.partition == "own":
+        for site in config.federation.sites:
+            if site.data_path is None:  # simulated sites have no operators who could give it
+                raise ConfigError(
+                    f"data.partition=own: site {site.name} has no data_path in the federation file"
+                )
+    open_validation(config)
 
 
 def _job(tree: DictConfig) -> None:

@@ -81,6 +81,9 @@ class SiteConfig:
     speed: float = above(1.0, 0.0)  # relative to the others
     batch_size: int | None = at_least(None, 1)  # overrides train.batch_size
     domain: str | None = None  # data domain, for data.partition=domain
+    # Text of its own, instead of a share of the common corpus: all of it is used. Read as data.source says (text, jsonl
+    # or parquet), and at the site only.
+    data_path: str | None = None
 
 
 @dataclass
@@ -179,7 +182,8 @@ class DataConfig:
     domain_key: str | None = None  # field with the domain
     max_documents: int | None = at_least(None, 1)
     tokenizer: str = "bytes"  # or the path of a tokenizer.json
-    partition: str = choice("iid", "iid", "domain", "dirichlet")
+    # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
+    partition: str = choice("iid", "iid", "domain", "dirichlet", "own")
     dirichlet_alpha: float = at_least(0.5, 0.0)
     val_fraction: float = at_least(0.05, 0.0)  # share of documents kept for validation
     cache_dir: str | None = None  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr

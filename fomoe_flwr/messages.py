@@ -27,12 +27,15 @@ from fomoe_flwr.config import (
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.load import Shares
 
+MAX_METRICS = 64  # in a reply, and characters in the name of one
+
 
 @dataclass(frozen=True)
 class Deal:
     """What a site must know of the others to work out which documents are its own: how many, not who they are.
 
-    Sites are counted in one order: those that name a domain (data.partition=domain), domain by domain, then the rest.
+    Only sites that share the common corpus count; one with text of its own is dealt all of that (`OWN`). Sites are
+    counted in one order: those that name a domain (data.partition=domain), domain by domain, then the rest.
     """
 
     place: int  # of this site
@@ -45,15 +48,21 @@ class Deal:
         return named + [None] * (self.sites - len(named))
 
 
+OWN = Deal(0, 1)
+
+
 def deals(data: DataConfig, sites: Sequence[SiteConfig]) -> list[Deal]:
     """What each site of the federation is told of the deal."""
-    if data.partition != "domain":
-        return [Deal(site, len(sites)) for site in range(len(sites))]
-    claims = Counter(site.domain for site in sites if site.domain is not None)
-    rank = {domain: index for index, domain in enumerate(claims)}
-    order = sorted(range(len(sites)), key=lambda site: rank.get(sites[site].domain or "", len(rank)))
-    place = {site: index for index, site in enumerate(order)}
-    return [Deal(place[site], len(sites), tuple(claims.items())) for site in range(len(sites))]
+    sharing = [
+        index for index, site in enumerate(sites) if site.data_path is None and data.partition != "own"
+    ]
+    claims: tuple[tuple[str, int], ...] = ()
+    if data.partition == "domain":
+        counts = Counter(domain for index in sharing if (domain := sites[index].domain) is not None)
+        claims, rank = tuple(counts.items()), {domain: number for number, domain in enumerate(counts)}
+        sharing.sort(key=lambda index: rank.get(sites[index].domain or "", len(rank)))
+    dealt = {index: Deal(place, len(sharing), claims) for place, index in enumerate(sharing)}
+    return [dealt.get(index, OWN) for index in range(len(sites))]
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,15 @@ class Task:
     run: str  # identity of the run, the same after a resume
     run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
     round: int  # counted from 1
-    after: int  # the last round of this site that counts: its state after that is where it begins; 0: afresh
+    counted_round: (
+        int  # the last one of this site whose reply is in the model: it goes on from there; 0: afresh
+    )
     site: SiteConfig
     deal: Deal  # which part of the corpus is this site's
     federation: str  # digest of all sites' configurations
     residents: list[list[int]]  # experts held, one list a layer
     first_step: int  # of the run's schedule, at which the round begins
-    pace: float  # steps of the schedule for each step of this site
+    lr_stride: float  # steps of the run's schedule for each step of this site
     model: ModelConfig
     train: TrainConfig  # with this site's own local_steps and batch_size
     strategy: StrategyConfig
@@ -128,7 +139,7 @@ def make_task(
     run: str,
     run_dir: str,
     round_: int,
-    after: int,
+    counted_round: int,
     deal: Deal,
     federation: str,
     residents: list[list[int]],
@@ -150,13 +161,13 @@ def make_task(
         run=run,
         run_dir=run_dir,
         round=round_,
-        after=after,
+        counted_round=counted_round,
         site=own,
         deal=deal,
         federation=federation,
         residents=residents,
         first_step=(round_ - 1) * nominal,
-        pace=nominal / local_steps,
+        lr_stride=nominal / local_steps,
         model=model or config.model,
         train=dataclasses.replace(
             config.train, local_steps=local_steps, batch_size=own.batch_size or config.train.batch_size
@@ -217,6 +228,10 @@ class Reply:
             value: Any = getattr(reply, key)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise WireError(f"the reply's {key} is a {type(value).__name__}")
+        if len(reply.metrics) > MAX_METRICS or any(len(key) > MAX_METRICS for key in reply.metrics):
+            raise WireError(
+                f"the reply has {len(reply.metrics)} metrics or long names; at most {MAX_METRICS}"
+            )
         for key, value in reply.metrics.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if (

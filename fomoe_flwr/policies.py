@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,39 +28,20 @@ class Assignment(NamedTuple):
     steps_M: tuple[int, ...]
 
 
-class Policy(Protocol):
-    """What a policy offers."""
-
-    def intended(self, round_: int) -> Assignment:
-        """What a round (counted from 1) would be if all sites were there."""
-
-    def for_round(self, round_: int, alive: Sequence[int]) -> Assignment:
-        """What the round is with these sites. Called once a round, in order."""
-
-    def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
-        """By site, what its routers chose in a committed round (layers x experts, ghosts too)."""
-
-    def model(self, site: int) -> ModelConfig:
-        """The model's configuration with values for this site alone."""
-
-    def memory(self) -> dict[str, Any] | None:
-        """What `remember` needs to go on as if nothing had happened; JSON values."""
-
-    def remember(self, memory: Mapping[str, Any], residents: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Take over what `memory` gave, and who held what then."""
-
-
-class Drawn:
-    """Equal shares, drawn from the seed: once (`fixed`), or anew every T rounds (`random`).
+class Policy:
+    """Equal shares, drawn from the seed: once (`fixed`), or anew every T rounds (`random`). Other policies build on it.
 
     Only a random placement gives an expert without a connected holder to another site; a fixed one keeps it as it is.
+
+    Args:
+        plan: of the run, for the policies that go by one; None: they make it.
     """
 
     def __init__(self, config: RunConfig, plan: Plan | None = None) -> None:
         self._config = config
-        self._random = config.strategy.placement == "random"
 
     def intended(self, round_: int) -> Assignment:
+        """What a round (counted from 1) would be if all sites were there."""
         config, sites = self._config, len(self._config.federation.sites)
         placement = draw_placement(
             sites,
@@ -73,34 +54,33 @@ class Drawn:
         return Assignment(placement, (config.train.local_steps,) * sites)
 
     def for_round(self, round_: int, alive: Sequence[int]) -> Assignment:
+        """What the round is with these sites. Called once a round, in order."""
         placement, steps_M = self.intended(round_)
-        if self._random and uncovered(placement, alive):
+        if self._config.strategy.placement == "random" and uncovered(placement, alive):
             log.info("round %d: experts without a connected holder are given to other sites", round_)
             placement = adopt(placement, alive)
         return Assignment(placement, steps_M)
 
     def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
-        pass
+        """By site, what its routers chose in a committed round (layers x experts, ghosts too)."""
 
     def model(self, site: int) -> ModelConfig:
+        """The model's configuration with values for this site alone."""
         return self._config.model
 
-    def memory(self) -> None:
+    def memory(self) -> dict[str, Any] | None:
+        """What `remember` needs to go on as if nothing had happened; JSON values."""
         return None
 
     def remember(self, memory: Mapping[str, Any], residents: Sequence[Sequence[Sequence[int]]]) -> None:
-        pass
+        """Take over what `memory` gave, and who held what then."""
 
 
-class Planned:
-    """By a plan (plan.policy says of what kind), made anew when sites leave, return, or ask for other experts.
-
-    Args:
-        plan: to begin with; None: it is made here.
-    """
+class Planned(Policy):
+    """By a plan (plan.policy says of what kind), made anew when sites leave, return, or ask for other experts."""
 
     def __init__(self, config: RunConfig, plan: Plan | None = None) -> None:
-        self._config = config
+        super().__init__(config)
         self.plan = plan or make_plan(config)
         self._placement = plan_placement(config, self.plan)
         self._seen: list[int] = []  # sites of the round before, where they are not the plan's
@@ -174,13 +154,5 @@ class Planned:
         self._placement = from_residents(residents, self._config.model.num_experts)
 
 
-POLICIES: dict[str, type[Drawn] | type[Planned]] = {"fixed": Drawn, "random": Drawn, "planned": Planned}
-
-
-def policy_for(config: RunConfig, plan: Plan | None = None) -> Policy:
-    """The policy that strategy.placement names.
-
-    Args:
-        plan: of the run, if it has been made.
-    """
-    return POLICIES[config.strategy.placement](config, plan)
+# By strategy.placement.
+POLICIES: dict[str, type[Policy]] = {"fixed": Policy, "random": Policy, "planned": Planned}

@@ -45,13 +45,13 @@ tasks = st.builds(
     run=st.from_regex(r"[\w-]{1,64}", fullmatch=True),
     run_dir=st.text(max_size=12),
     round=counts,
-    after=counts,
+    counted_round=counts,
     site=site_configs,
     deal=st.builds(Deal, counts, counts, st.lists(st.tuples(names, counts), max_size=3).map(tuple)),
     federation=st.text("0123456789abcdef", min_size=64, max_size=64),
     residents=st.lists(st.lists(counts, max_size=4), max_size=3),
     first_step=counts,
-    pace=finite,
+    lr_stride=finite,
     model=st.builds(
         ModelConfig, name=names, d_model=counts, rope_theta=finite, locality_target=st.none() | finite
     ),
@@ -92,7 +92,7 @@ def task_of(config: RunConfig, site: int, **changes: Any) -> Task:
         "run": "run",
         "run_dir": "/run",
         "round_": 3,
-        "after": 2,
+        "counted_round": 2,
         "deal": deals(config.data, sites)[site],
         "federation": federation_digest(sites),
         "residents": [[0, 1]],
@@ -140,7 +140,7 @@ def test_a_task_is_the_sites_own_part_of_the_configuration() -> None:
     config.train.warmup_fraction, config.train.rounds = 0.5, 10
     task = task_of(config, 1, local_steps=5, global_load=[[1.0]])
     assert (task.name, task.train.batch_size, task.train.local_steps) == ("small", 2, 5)
-    assert (task.first_step, task.pace, task.warmup_steps) == (40, 4.0, 100)
+    assert (task.first_step, task.lr_stride, task.warmup_steps) == (40, 4.0, 100)
     assert task.global_load is None  # nobody balances the federation's
     assert config.train == dataclasses.replace(train, warmup_fraction=0.5, rounds=10)
     config.model.balance = "global"
@@ -255,6 +255,8 @@ def test_a_reply_with_any_value_is_refused_or_read(key: str, value: Any) -> None
         ({"metrics": {"loss": True}}, "metric.*loss.*finite"),
         ({"metrics": {"loss": [[]]}}, "metric.*loss.*finite"),
         ({"metrics": {"los\ns": None}}, "metric.*finite"),
+        ({"metrics": {str(index): 1.0 for index in range(65)}}, "65 metrics"),
+        ({"metrics": {"x" * 65: 1.0}}, "long names"),
         ({"start_digests": "0"}, "header"),
         ({"start_digests": None}, "header"),
         ({"load_LE": {}}, "load_LE"),

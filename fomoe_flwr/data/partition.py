@@ -24,7 +24,7 @@ Documents = NDArray[np.int64]  # indices of documents
 def deal_documents(
     corpus: TokenCorpus, sites: Sequence[SiteConfig], config: DataConfig, seed: int, seq_len: int = 1
 ) -> list[Documents]:
-    """Deal every training document to one site, as `data.partition` says.
+    """Deal every training document to one site, as `data.partition` says; `own`: all of them to each.
 
     `seq_len` is the length of a sequence in tokens, of which each site must be able to form one. The result
     has one array of document indices a site, ascending; together they are `corpus.train_documents`.
@@ -39,6 +39,8 @@ def deal_documents(
             shares = _deal_balanced(corpus, corpus.train_documents, len(sites), rng)
         case "domain":
             shares = _deal_by_domain(corpus, sites, rng)
+        case "own":
+            shares = [corpus.train_documents for _ in sites]
         case _:
             shares = _deal_dirichlet(corpus, len(sites), config.dirichlet_alpha, rng)
     for site, share in zip(sites, shares, strict=True):

@@ -38,14 +38,14 @@ class Schedule:
 
     Args:
         first_step: global step of the first update; a warm-up counts global steps.
-        pace: global steps for each step taken here.
+        stride: global steps for each step taken here.
         warmup_steps: length of the run's linear warm-up.
         newcomer_reset_at: the step that counts as the reset of a tensor without moments; 0: it needs no warm-up of
             its own.
     """
 
     first_step: int
-    pace: float
+    stride: float
     warmup_steps: int
     newcomer_reset_at: int
 
@@ -154,7 +154,7 @@ class StackedAdamW:
                 eps=self.train.eps,
                 maximize=False,
             )
-        self.step_number += self.schedule.pace
+        self.step_number += self.schedule.stride
 
     def moments(self) -> dict[str, Moments]:
         """State by name, of every tensor that was ever updated or came with moments; views, no copies."""

@@ -25,7 +25,7 @@ from fomoe_flwr.messages import Reply, deals, federation_digest, make_task
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import Placement, from_residents, holder_groups
 from fomoe_flwr.plan.record import Plan
-from fomoe_flwr.policies import Policy, policy_for
+from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import (
     Contribution,
     OuterOptimizer,
@@ -125,7 +125,7 @@ class Server:
         sites = config.federation.sites
         self.config, self.run, self.run_dir = config, run, run_dir
         self.site_names = [site.name for site in sites]
-        self.policy: Policy = policy_for(config, plan)
+        self.policy = POLICIES[config.strategy.placement](config, plan)
         self.round = Round(0, *self.policy.intended(0), self.site_names)
         self.inbox = Inbox(inbox)
         self._state: ServerState | None = None
@@ -220,7 +220,7 @@ class Server:
                 run=self.run,
                 run_dir=self.run_dir,
                 round_=current.number,
-                after=state.counted.get(self.site_names[site], 0),
+                counted_round=state.counted.get(self.site_names[site], 0),
                 deal=self._deals[site],
                 federation=self._federation,
                 residents=residents[site],

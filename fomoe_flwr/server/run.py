@@ -271,15 +271,18 @@ def metrics_line(
     for site, reply in replies:
         seconds_trained = reply.metrics.get("seconds", 0.0)
         evaluation = current.evaluations[site].metrics if site in current.evaluations else {}
-        entry = {
-            "site": reply.site,
-            "tokens": reply.num_examples,
-            "bytes_down": current.down.by_site.get(site, 0),
-            "bytes_up": current.up.by_site.get(site, 0),
-            "tokens_per_second": reply.num_examples / seconds_trained if seconds_trained > 0 else 0.0,
-        }
-        # Its own entries last: no metric of a site can take their place.
-        sites.append(entry | reply.metrics | evaluation | entry)
+        sites.append(
+            {
+                # First, so that no site can report what is counted here.
+                **reply.metrics,
+                **evaluation,
+                "site": reply.site,
+                "tokens": reply.num_examples,
+                "bytes_down": current.down.by_site.get(site, 0),
+                "bytes_up": current.up.by_site.get(site, 0),
+                "tokens_per_second": reply.num_examples / seconds_trained if seconds_trained > 0 else 0.0,
+            }
+        )
     return {
         "round": current.number,
         "tokens": tokens,

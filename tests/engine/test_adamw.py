@@ -31,11 +31,11 @@ def optimizer_of(
     moments: dict[str, Moments] | None = None,
     train: TrainConfig = TRAIN,
     first_step: int = 0,
-    pace: float = 1.0,
+    stride: float = 1.0,
     warmup_steps: int = WARMUP,
     newcomer_reset_at: int = 0,
 ) -> StackedAdamW:
-    schedule = Schedule(first_step, pace, warmup_steps, newcomer_reset_at)
+    schedule = Schedule(first_step, stride, warmup_steps, newcomer_reset_at)
     return StackedAdamW(module, train, schedule, {} if moments is None else moments)
 
 
@@ -53,9 +53,9 @@ class OneLeafASlot:
     """PyTorch's AdamW over a parameter of its own for every name, with the schedule written out."""
 
     def __init__(
-        self, module: Transformer, moments: dict[str, Moments], first_step: int, pace: float, newcomer: int
+        self, module: Transformer, moments: dict[str, Moments], first_step: int, stride: float, newcomer: int
     ) -> None:
-        self.step_number, self.pace = float(first_step), pace
+        self.step_number, self.stride = float(first_step), stride
         self.leaves: dict[str, nn.Parameter] = {}
         self.reset_at: dict[str, int] = {}
         self.views = named_views(module)
@@ -89,7 +89,7 @@ class OneLeafASlot:
             grad = view.parameter.grad
             self.leaves[view.name].grad = None if grad is None else view.of(grad).clone()
         self.optimizer.step()
-        self.step_number += self.pace
+        self.step_number += self.stride
 
 
 # A slot was never at the site, or for long, or came a while ago; experts come and go one by one, so neighbours differ.
@@ -109,10 +109,10 @@ def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(routing: str, data
         if age is not None:
             average, square = (torch.randn(value.shape, generator=generator) for _ in range(2))
             moments[name] = Moments(average, square**2, *age)
-    first_step, pace = data.draw(st.sampled_from([(START, 1.0), (START, 2.5), (2, 0.5)]))
-    reference = OneLeafASlot(module, moments, first_step, pace, newcomer=first_step)
+    first_step, stride = data.draw(st.sampled_from([(START, 1.0), (START, 2.5), (2, 0.5)]))
+    reference = OneLeafASlot(module, moments, first_step, stride, newcomer=first_step)
     optimizer = optimizer_of(
-        module, copied(moments), first_step=first_step, pace=pace, newcomer_reset_at=first_step
+        module, copied(moments), first_step=first_step, stride=stride, newcomer_reset_at=first_step
     )
     without = data.draw(st.sampled_from(["", "experts.up_EHD", "q_proj", "gate"]))
     for step in range(4):
@@ -275,9 +275,9 @@ def test_a_newcomer_in_the_runs_warmup_takes_the_smaller_rate() -> None:
     assert optimizer.learning_rate(98) == pytest.approx(0.01 * 2 / 5)  # the run's is over
 
 
-def test_a_pace_goes_through_the_schedule_faster() -> None:
+def test_a_stride_goes_through_the_schedule_faster() -> None:
     module = site()
-    optimizer = optimizer_of(module, pace=2.0, warmup_steps=8)
+    optimizer = optimizer_of(module, stride=2.0, warmup_steps=8)
     rates = []
     for step in range(4):
         rates.append(optimizer.learning_rate(0))
