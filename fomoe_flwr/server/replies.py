@@ -129,7 +129,8 @@ def check_load(reply: Reply, expected: Expected) -> NDArray[np.int64]:
         good = load_LE.shape == expected.load_shape and load_LE.dtype.kind == "i"
     except ValueError:  # rows of different lengths
         good = False
-    if not good or load_LE.min() < 0 or load_LE.sum(axis=1).max() > most:
+    # Each number before their sum, which large ones could overflow.
+    if not good or load_LE.min() < 0 or load_LE.max() > most or load_LE.sum(axis=1).max() > most:
         raise Refused(
             "weight", f"load_LE: not at most {most} choices in each of {expected.load_shape[0]} layers"
         )
