@@ -1,0 +1,82 @@
+"""A server without Flower, and sites that answer what a test wants."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr import wire
+from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.messages import Reply, Task
+from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.server.rounds import Outgoing, RoundObserver, Server
+
+Answer = Callable[[Task, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def server_of(config: RunConfig, folder: Path) -> Server:
+    """With a fresh model."""
+    server = Server(config, "run", str(folder), folder / "inbox")
+    everything = full_residents(config.model.num_layers, config.model.num_experts)
+    server.load(initial_state(config.model, everything, config.strategy.routing, config.seed))
+    return server
+
+
+def nothing(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in shard.items()}
+
+
+def constant(value: float) -> Answer:
+    """The same number everywhere."""
+    return lambda task, shard: {name: torch.full_like(tensor, value) for name, tensor in shard.items()}
+
+
+def answer_to(outgoing: Outgoing, answer: Answer = nothing, **changes: Any) -> tuple[str, dict[str, bytes]]:
+    """Header and bundles of a site's reply; `changes` are of the Reply."""
+    task = Task.from_json(outgoing.task)
+    codec = CODECS[task.strategy.wire_dtype]
+    shard = codec.decode(wire.from_blobs(outgoing.bundles.values()))
+    blobs, _ = wire.encode_update(answer(task, shard), codec, {})
+    tokens = task.train.local_steps * task.train.batch_size * task.train.seq_len
+    reply = Reply(
+        task.run,
+        task.round,
+        task.name,
+        tokens,
+        {"train_loss": 1.0, "first_loss": 1.5, "last_loss": 0.5},
+        wire.digests(shard, codec),
+        bundle_digests=bundle_digests(blobs),
+    )
+    return dataclasses.replace(reply, **changes).to_json(), blobs
+
+
+def play(
+    server: Server,
+    number: int,
+    answer: Answer = nothing,
+    alive: Iterable[int] | None = None,
+    answering: Iterable[int] | None = None,
+    observer: RoundObserver | None = None,
+    needed: int = 1,
+    **changes: Any,
+) -> bool:
+    """A whole round; whether it was committed.
+
+    Args:
+        alive: the sites that are connected; None: all.
+        answering: those of them that answer; None: all.
+    """
+    everybody = range(len(server.site_names))
+    sites = server.begin(number, list(everybody if alive is None else alive), 60.0)
+    out = server.outgoing(sites, training=True)
+    for site in sites if answering is None else answering:
+        server.take(site, *answer_to(out[site], answer, **changes))
+    return server.close(needed, 0.5, observer or RoundObserver())

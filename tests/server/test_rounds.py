@@ -1,0 +1,373 @@
+"""The server's half of a round: who is sent what, what comes in, commit or discard, and how long to wait."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fomoe_flwr import wire
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.config import RunConfig, StrategyConfig
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.messages import Reply, Task
+from fomoe_flwr.model.spec import MOMENTS, expert_name, expert_of, moment_name
+from fomoe_flwr.placement import Placement, draw_placement
+from fomoe_flwr.server.outer import with_moments
+from fomoe_flwr.server.replies import Inbox
+from fomoe_flwr.server.rounds import (
+    Deadline,
+    Round,
+    RoundObserver,
+    Server,
+    group_names,
+    missing,
+    shared_bundles,
+)
+from fomoe_flwr.server.state import ServerState
+from tests.conftest import Compose
+from tests.server.federation import answer_to, constant, play, server_of
+
+LAYERS = 2
+FP32 = CODECS["fp32"]
+Bundles = dict[int, dict[str, bytes]]
+
+
+@pytest.fixture
+def config(small: Compose) -> RunConfig:
+    return small(
+        "federation.num_sites=4",
+        "strategy.overlap=2",
+        "strategy.wire_dtype=fp32",
+        "strategy.outer=average",
+        "strategy.norm_bound=10",
+    ).config
+
+
+# -- shards --------------------------------------------------------------------------------------------------
+
+
+def state_of(num_experts: int) -> dict[str, Tensor]:
+    """A dense tensor and two for each expert, in the order of a model, every value its own."""
+    names = ["model.norm.weight"] + [
+        expert_name(layer, expert, part)
+        for layer in range(LAYERS)
+        for expert in range(num_experts)
+        for part in ("up_proj", "down_proj")
+    ]
+    return {name: torch.full((4,), float(index)) for index, name in enumerate(names)}
+
+
+def residents_of(num_sites: int, num_experts: int, overlap: int) -> list[list[list[int]]]:
+    placement = draw_placement(num_sites, num_experts, overlap, LAYERS, seed=0)
+    return [placement.residents(site) for site in range(num_sites)]
+
+
+def belongs(name: str, residents: list[list[int]]) -> bool:
+    """Whether a name is in the shard of a site with these residents."""
+    expert = expert_of(name)
+    return expert is None or expert[1] in residents[expert[0]]
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 3, 4])
+@pytest.mark.parametrize("moments", [False, True], ids=["parameters", "with moments"])
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_each_site_gets_exactly_its_shard_once(overlap: int, moments: bool, codec: str) -> None:
+    """Values as they are on the wire, with their digests; moments in the same bundles as their parameters."""
+    state, residents = state_of(8), residents_of(4, 8, overlap)
+    if moments:
+        state = with_moments(state)
+    bundles, digests = shared_bundles(state, residents, range(4), CODECS[codec])
+    for site in range(4):
+        named = wire.from_blobs(bundles[site].values())  # refuses a name that comes twice
+        assert named.keys() == {
+            name for name in state if belongs(name.removeprefix("exp_avg."), residents[site])
+        }
+        for name, value in named.items():
+            assert value.equal(CODECS[codec].round_trip(state[name]))
+            assert digests[site][name] == CODECS[codec].digest(state[name])
+        assert digests[site].keys() == named.keys()
+        if moments:
+            parameters = [name for name in named if not name.startswith(MOMENTS)]
+            assert {moment_name(m, name) for m in MOMENTS for name in parameters} <= named.keys()
+
+
+@pytest.mark.parametrize(("overlap", "expert_bundles"), [(1, 1), (2, 1), (3, 3), (4, 1)])
+def test_bundles_are_few_and_shared_and_do_not_grow_in_number_with_the_experts(
+    overlap: int, expert_bundles: int
+) -> None:
+    """O_e / gcd(M, O_e) sets of holders have a given site among them: here M = 4. Equal bundles are one object."""
+    for num_experts in (8, 32):
+        state = state_of(num_experts)
+        bundles, _ = shared_bundles(state, residents_of(4, num_experts, overlap), range(4), FP32)
+        assert [len(bundles[site]) for site in range(4)] == [1 + expert_bundles] * 4
+        by_key: dict[str, list[bytes]] = {}
+        for site in range(4):
+            for key, blob in bundles[site].items():
+                by_key.setdefault(key, []).append(blob)
+        assert all(blob is blobs[0] for blobs in by_key.values() for blob in blobs)
+        assert len(by_key.pop("dense")) == 4
+        assert {len(blobs) for blobs in by_key.values()} == {overlap}
+
+
+def test_only_the_sites_asked_get_something() -> None:
+    state, residents = state_of(8), residents_of(4, 8, 2)
+    everybody, some = (shared_bundles(state, residents, sites, FP32) for sites in (range(4), [1, 3]))
+    for of_everybody, of_some in zip(everybody, some, strict=True):
+        assert of_some == {site: of_everybody[site] for site in (1, 3)}
+
+
+def test_an_expert_that_nobody_holds_goes_to_nobody() -> None:
+    groups = group_names(list(state_of(3)), [[[0], [1]], [[0], [0]]])
+    sent = [name for names in groups.values() for name in names]
+    assert not [name for name in sent if "experts.2." in name]
+    assert expert_name(0, 0, "up_proj") in groups[0, 1]
+
+
+# -- out -----------------------------------------------------------------------------------------------------
+
+
+def test_a_site_is_asked_for_its_own_part(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    assert play(server, 1, answering=[0, 1, 2])
+    assert server.begin(2, [0, 1, 3], 60.0) == [0, 1, 3]
+    out = server.outgoing([0, 3], training=True)
+    assert out.keys() == {0, 3}
+    for site, counted in ((0, 1), (3, 0)):  # site 3 has not answered yet
+        task = Task.from_json(out[site].task)
+        assert (task.run, task.round, task.counted_round) == ("run", 2, counted)
+        assert task.site == config.federation.sites[site]
+        assert task.residents == server.round.placement.residents(site)
+        named = wire.from_blobs(out[site].bundles.values())
+        assert named.keys() == {name for name in server.state.tensors if belongs(name, task.residents)}
+
+
+def test_moments_travel_for_training_only(small: Compose, tmp_path: Path) -> None:
+    config = small("strategy.outer=local_adamw", "federation.num_sites=2").config
+    server = server_of(config, tmp_path)
+    server.begin(1, [0, 1], 60.0)
+    for training in (True, False):
+        out = server.outgoing([0], training)
+        names = wire.from_blobs(out[0].bundles.values()).keys()
+        assert any(name.startswith(MOMENTS) for name in names) == training
+
+
+def test_there_is_no_round_without_a_model(config: RunConfig, tmp_path: Path) -> None:
+    server = Server(config, "run", "", tmp_path)
+    assert not server.loaded
+    with pytest.raises(RunError, match="no model"):
+        server.begin(1, [0], 60.0)
+
+
+# -- in ------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_reply_is_in_the_model_and_a_bad_one_leaves_no_trace(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """Sites 0 and 2 have descended by 1; the others' replies are wrong in one way each."""
+    server = server_of(config, tmp_path)
+    before = {name: value.clone() for name, value in server.state.tensors.items()}
+    out = server.outgoing(server.begin(1, range(4), 60.0), training=True)
+    answers = {site: answer_to(out[site], constant(1.0)) for site in (0, 2)}
+    answers[1] = answer_to(out[1], constant(float("nan")))
+    answers[3] = answer_to(out[3], constant(1.0), site="site-0")
+    assert [site for site, answer in answers.items() if server.take(site, *answer)] == [0, 2]
+    assert server.round.refused == {"site-1": "not_finite", "site-3": "site"}
+    assert server.round.failures.keys() == {"site-1", "site-3"}
+    for site, (header, blobs) in answers.items():  # what is refused has crossed the wire too
+        assert server.round.up.by_site[site] == len(header) + sum(map(len, blobs.values()))
+    assert server.close(2, 0.5, RoundObserver())
+    norm = "model.norm.weight"
+    torch.testing.assert_close(server.state.tensors[norm], before[norm] - 1)
+    assert server.state.counted == {"site-0": 1, "site-2": 1}
+    assert server.state.last_losses == {"site-0": 0.5, "site-2": 0.5}
+    assert len(server.state.norms) == 2
+
+
+def test_a_round_below_its_quorum_is_discarded_whole(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    before = {name: value.clone() for name, value in server.state.tensors.items()}
+    for number in (1, 2):
+        assert not play(server, number, constant(1.0), answering=[0], needed=2)
+        assert (server.state.discarded, server.state.round) == (number, number)
+    assert all(value.equal(before[name]) for name, value in server.state.tensors.items())
+    assert (server.state.counted, list(server.state.norms)) == ({}, [])
+    assert play(server, 3, constant(1.0))
+    assert server.state.discarded == 0
+
+
+def test_an_outlier_is_found_when_all_are_in(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    before = server.state.tensors["model.norm.weight"].clone()
+    assert play(
+        server, 1, lambda task, shard: constant(1e4 if task.name == "site-2" else 1.0)(task, shard), needed=3
+    )
+    assert server.round.refused == {"site-2": "norm"}
+    torch.testing.assert_close(server.state.tensors["model.norm.weight"], before - 1)
+
+
+def test_an_expert_of_which_too_few_holders_answered_is_held_back(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    before = {name: value.clone() for name, value in server.state.tensors.items()}
+    assert play(server, 1, constant(1.0), answering=[0])
+    holds_LEM = server.round.placement.holds_LEM
+    for name, value in server.state.tensors.items():
+        expert = expert_of(name)
+        assert value.equal(before[name]) == (expert is not None and not holds_LEM[(*expert, 0)]), name
+    assert server.round.held_back == 2 * 8 - holds_LEM[:, :, 0].sum()
+    assert (server.state.experts.updated_LE == holds_LEM[:, :, 0]).all()
+
+
+def test_a_second_answer_is_refused_and_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    server.outgoing(server.begin(1, range(4), 60.0), training=True)
+    assert server.expect_once(1)
+    assert not server.expect_once(1)
+    assert server.round.refused == {"site-1": "duplicate"}
+    assert "site-1" not in server.round.failures  # its first answer counts
+
+
+def test_an_evaluation_is_held_against_what_was_asked(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    server.begin(1, range(4), 60.0)
+    out = server.outgoing([0, 1], training=False)
+    server.take_evaluation(0, answer_to(out[0], metrics={"val_loss": 2.0})[0])
+    server.take_evaluation(1, answer_to(out[1], run="another")[0])
+    assert {site: reply.metrics for site, reply in server.round.evaluations.items()} == {0: {"val_loss": 2.0}}
+    assert server.round.refused == {"site-1": "run"}
+
+
+# -- after a crash, and observers ----------------------------------------------------------------------------
+
+
+def test_replies_from_before_a_crash_count_where_they_answer_what_is_asked(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """A damaged one is dropped; the model is that of a round that was never stopped."""
+    straight = server_of(config, tmp_path / "straight")
+    play(straight, 1, constant(1.0))
+    crashed = server_of(config, tmp_path / "crashed")
+    out = crashed.outgoing(crashed.begin(1, range(4), 60.0), training=True)
+    for site in (0, 1, 2):
+        assert crashed.take(site, *answer_to(out[site], constant(1.0)))
+    path = next((tmp_path / "crashed/inbox/round_00001/1").glob("bundle-*"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+    again = server_of(config, tmp_path / "crashed")
+    out = again.outgoing(again.begin(1, range(4), 60.0), training=True)
+    assert again.take_saved() == [0, 2]
+    assert again.round.up.by_site.keys() == {0, 2}
+    assert not again.expect_once(0)
+    for site in (1, 3):
+        assert again.expect_once(site)
+        assert again.take(site, *answer_to(out[site], constant(1.0)))
+    again.close(4, 0.5, RoundObserver())
+    assert all(value.equal(straight.state.tensors[name]) for name, value in again.state.tensors.items())
+
+
+def test_replies_to_another_model_do_not_count(config: RunConfig, tmp_path: Path) -> None:
+    server = server_of(config, tmp_path)
+    out = server.outgoing(server.begin(1, range(4), 60.0), training=True)
+    assert server.take(0, *answer_to(out[0]))
+    other = server_of(dataclasses.replace(config, seed=7), tmp_path)
+    other.outgoing(other.begin(1, range(4), 60.0), training=True)
+    assert other.take_saved() == []
+
+
+def test_a_resumed_server_goes_on_as_one_that_was_never_stopped(small: Compose, tmp_path: Path) -> None:
+    config = small(
+        "federation.num_sites=4", "strategy.overlap=2", "strategy.placement=random", "strategy.outer=nesterov"
+    ).config
+
+    def drifting(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: 0.01 * task.round * value for name, value in shard.items()}
+
+    straight = server_of(config, tmp_path / "a")
+    for number in (1, 2):
+        play(straight, number, drifting, load_LE=[[40] * 8] * 2)
+    tensors = {name: value.clone() for name, value in straight.state.tensors.items()}
+    outer = {name: value.clone() for name, value in straight.state.outer.state_tensors().items()}
+    memory = json.loads(json.dumps(straight.memory()))
+    resumed = Server(config, "run", str(tmp_path / "b"), tmp_path / "b/inbox")
+    resumed.load(tensors, outer, 2, memory)
+    assert resumed.memory() == straight.memory()
+    for server in (straight, resumed):
+        assert play(server, 3, drifting, load_LE=[[40] * 8] * 2)
+    assert all(value.equal(resumed.state.tensors[name]) for name, value in straight.state.tensors.items())
+    assert resumed.memory() == straight.memory()
+
+
+class Looking(RoundObserver):
+    def collected(self, current: Round, state: ServerState, inbox: Inbox) -> None:
+        self.replies = set(current.replies)
+        self.norm = state.tensors["model.norm.weight"].clone()
+        self.update = inbox.tensors(0, ["model.norm.weight"])["model.norm.weight"].clone()
+
+
+def test_an_observer_sees_the_replies_beside_the_model_that_was_sent(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    server, observer = server_of(config, tmp_path), Looking()
+    before = server.state.tensors["model.norm.weight"].clone()
+    play(server, 1, constant(1.0), observer=observer)
+    assert observer.replies == {0, 1, 2, 3}
+    assert observer.norm.equal(before)
+    assert observer.update.equal(torch.ones_like(before))
+
+
+def test_who_is_missing_has_neither_answered_nor_failed() -> None:
+    placement = Placement(np.ones((1, 1, 3), dtype=bool))
+    current = Round(1, placement, (1, 1, 1), ["a", "b", "c"], asked=[2, 0, 1])
+    current.replies[0] = Reply("run", 1, "a", 1, {})
+    current.fail(1, "lost")
+    assert missing(current) == [2]
+
+
+# -- how long to wait ----------------------------------------------------------------------------------------
+
+SETTINGS = StrategyConfig(timeout_s=1000.0, timeout_floor_s=10.0, timeout_factor=3.0)
+
+
+def deadline_after(*rounds: float, ceiling: float = 1000.0) -> float:
+    deadline = Deadline(SETTINGS, ceiling)
+    for seconds in rounds:
+        deadline.took(seconds)
+    return deadline.seconds()
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [
+        ((), 1000.0),  # before anything is known it is the ceiling
+        ((20.0,), 1000.0),
+        ((20.0, 20.0, 20.0), 60.0),  # no spread: three medians
+        ((20.0, 22.0, 24.0), 3 * 22 + 4 * 1.4826 * 2),  # median 22, median deviation 2
+        ((1.0, 1.0, 1.0), 10.0),  # the floor
+        ((500.0, 500.0), 1000.0),  # the ceiling
+        ((20.0, 20.0, 900.0, 20.0), 60.0),  # one slow round is no reason to wait for ever
+        ((300.0,) * 10 + (20.0,) * 10, 60.0),  # what was long ago is forgotten
+    ],
+)
+def test_deadlines_in_closed_form(rounds: tuple[float, ...], expected: float) -> None:
+    assert deadline_after(*rounds) == pytest.approx(expected)
+
+
+def test_a_ceiling_below_the_floor_wins() -> None:
+    assert deadline_after(1.0, 1.0, ceiling=2.0) == 2.0
+
+
+@given(st.lists(st.floats(0.0, 1e6), max_size=30))
+def test_it_is_always_within_its_bounds_and_never_below_the_median_round(rounds: list[float]) -> None:
+    seconds = deadline_after(*rounds)
+    assert 10.0 <= seconds <= 1000.0
+    recent = sorted(rounds[-10:])
+    if len(recent) >= 2:
+        assert seconds >= min(recent[(len(recent) - 1) // 2], 1000.0)
