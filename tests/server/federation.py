@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.engine import Engine, EngineState
 from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.sigma_moe import initial_state
 from fomoe_flwr.placement import full_residents
@@ -58,10 +60,31 @@ def answer_to(outgoing: Outgoing, answer: Answer = nothing, **changes: Any) -> t
     return dataclasses.replace(reply, **changes).to_json(), blobs
 
 
+def trained(outgoing: Outgoing) -> tuple[str, dict[str, bytes]]:
+    """The reply of a site that does what it is asked, on random tokens that depend on the site and the round."""
+    task = Task.from_json(outgoing.task)
+    codec = CODECS[task.strategy.wire_dtype]
+    engine = Engine(task.model, task.residents, task.strategy.routing, "cpu")
+    engine.load(task, codec.decode(wire.from_blobs(outgoing.bundles.values())), EngineState())
+    start = wire.digests(engine.loaded(), codec)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name} {task.round}".encode()))
+    shape = (task.train.batch_size, task.train.seq_len + 1)
+    report = engine.train(
+        torch.randint(task.model.vocab_size, shape, generator=generator)
+        for _ in range(task.train.local_steps)
+    )
+    blobs, _ = wire.encode_update(engine.update(), codec, {})
+    digests = bundle_digests(blobs)
+    reply = Reply(
+        task.run, task.round, task.name, report.tokens, report.metrics, start, report.load_LE, digests
+    )
+    return reply.to_json(), blobs
+
+
 def play(
     server: Server,
     number: int,
-    answer: Answer = nothing,
+    answer: Answer | None = nothing,
     alive: Iterable[int] | None = None,
     answering: Iterable[int] | None = None,
     observer: RoundObserver | None = None,
@@ -71,6 +94,7 @@ def play(
     """A whole round; whether it was committed.
 
     Args:
+        answer: what the sites make of their shards; None: they train.
         alive: the sites that are connected; None: all.
         answering: those of them that answer; None: all.
     """
@@ -78,5 +102,6 @@ def play(
     sites = server.begin(number, list(everybody if alive is None else alive), 60.0)
     out = server.outgoing(sites, training=True)
     for site in sites if answering is None else answering:
-        server.take(site, *answer_to(out[site], answer, **changes))
+        reply = trained(out[site]) if answer is None else answer_to(out[site], answer, **changes)
+        server.take(site, *reply)
     return server.close(needed, 0.5, observer or RoundObserver())
