@@ -17,9 +17,11 @@ from fomoe_flwr.placement import (
     check_overlap,
     draw_for_round,
     draw_placement,
+    from_residents,
     full_residents,
     holder_groups,
     moves,
+    uncovered,
 )
 
 
@@ -86,8 +88,9 @@ def test_there_are_few_sets_of_holders(size: tuple[int, int, int, int], seed: in
 def test_holders_and_residents_tell_the_same(size: tuple[int, int, int, int], seed: int) -> None:
     num_sites, num_experts, _, num_layers = size
     placement = place(size, seed)
-    groups = holder_groups([placement.residents(site) for site in range(num_sites)])
-    assert groups == {
+    residents = [placement.residents(site) for site in range(num_sites)]
+    assert (from_residents(residents, num_experts).holds_LEM == placement.holds_LEM).all()
+    assert holder_groups(residents) == {
         (layer, expert): placement.holders(layer, expert)
         for layer in range(num_layers)
         for expert in range(num_experts)
@@ -224,6 +227,14 @@ def test_orphans_are_given_to_those_who_are_there(
     before = place(size, seed)
     after = adopt(before, alive)
     there = sorted(alive)
+    orphans = uncovered(before, alive)
+    assert orphans == [
+        (layer, expert)
+        for layer in range(size[3])
+        for expert in range(num_experts)
+        if not alive & set(before.holders(layer, expert))
+    ]
+    assert uncovered(after, alive) == []
     assert after.holds_LEM[:, :, there].any(axis=2).all()  # nobody is an orphan
     assert (after.holds_LEM >= before.holds_LEM).all()  # nobody gives anything up
     given_LEM = after.holds_LEM & ~before.holds_LEM

@@ -1,0 +1,122 @@
+"""A run around its rounds: what is checked before the first one, and the line of metrics of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fomoe_flwr.checkpoint import Checkpoint, checkpoint_path, read_checkpoint, save_checkpoint
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.messages import Reply
+from fomoe_flwr.plan.planner import make_plan
+from fomoe_flwr.policies import POLICIES
+from fomoe_flwr.server.rounds import Round
+from fomoe_flwr.server.run import check_resumable, check_unused, metrics_line, warn_of_memory
+from tests.conftest import Compose
+
+
+def round_of(config: RunConfig, *replies: Reply) -> Round:
+    names = [site.name for site in config.federation.sites]
+    current = Round(3, *POLICIES["fixed"](config).intended(3), names)
+    current.replies = {names.index(reply.site): reply for reply in replies}
+    return current
+
+
+def test_means_are_weighted_by_tokens_and_every_metric_is_there(small: Compose) -> None:
+    """A metric that nobody here knows too; the figures that the server counted are its own."""
+    config = small("federation.num_sites=3", "strategy.overlap=3").config
+    current = round_of(
+        config,
+        Reply("run", 3, "site-2", 300, {"train_loss": 2.0, "seconds": 3.0, "a_new_figure": 7}),
+        Reply("run", 3, "site-0", 100, {"train_loss": 4.0, "tokens": 1e9, "site": 5.0, "bytes_up": 1.0}),
+    )
+    current.evaluations[2] = Reply("run", 3, "site-2", 10, {"val_loss": 9.0})
+    current.down.count(2, [{"dense": 10, "expert": 20, "other": 3}], 7)
+    current.up.count(2, [{"dense": 1, "expert": 2, "other": 3}], 4)
+    current.fail(1, "lost")
+    line = json.loads(json.dumps(metrics_line(current, 1000, 1.5, 3.0, {"round": 5.0})))
+    assert (line["round"], line["tokens"], line["val_loss"]) == (3, 1000, 1.5)
+    assert line["train_loss"] == (300 * 2 + 100 * 4) / 400
+    assert line["val_bpb"] == pytest.approx(1.5 / math.log(2) / 3)
+    assert (line["bytes_down"], line["bytes_up"]) == (40, 10)
+    assert line["bytes_by_class"] == {"dense": 11, "expert": 22, "other": 17}
+    assert line["failures"] == {"site-1": "lost"}
+    first, second = line["sites"]
+    assert (first["site"], first["tokens"], first["bytes_up"], first["tokens_per_second"]) == (
+        "site-0",
+        100,
+        0,
+        0,
+    )
+    assert second == {
+        "site": "site-2", "tokens": 300, "bytes_down": 40, "bytes_up": 10, "tokens_per_second": 100.0,
+        "train_loss": 2.0, "seconds": 3.0, "a_new_figure": 7, "val_loss": 9.0,
+    }  # fmt: skip
+
+
+def test_a_round_of_which_nothing_is_known_has_no_means(small: Compose) -> None:
+    line = metrics_line(round_of(small("federation.num_sites=2").config), 0, None, None, {})
+    assert line["train_loss"] is line["val_loss"] is line["val_bpb"] is None
+    assert line["sites"] == []
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
+def test_a_run_does_not_begin_where_another_one_lives(small: Compose, left: str) -> None:
+    composed = small()
+    check_unused(composed)
+    (composed.run_dir / left).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*resume="):
+        check_unused(composed)
+
+
+def test_a_site_that_is_given_more_than_it_has_is_named(
+    small: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small(
+        "federation.sites=[{name:large,memory_gib:1},{name:small,memory_gib:0.0005}]",
+        "federation.num_sites=2",
+    ).config
+    with caplog.at_level(logging.WARNING, logger="fomoe"):
+        warn_of_memory(make_plan(config), config)
+    (line,) = caplog.messages
+    assert "small" in line
+    assert "memory_gib=0.0005" in line
+
+
+def saved(config: RunConfig, folder: Path) -> Checkpoint:
+    facts: dict[str, Any] = {"config": dataclasses.asdict(config)}
+    save_checkpoint(folder, 1, {}, {}, facts, 1)
+    return read_checkpoint(checkpoint_path(folder, 1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ("model.top_k=3", r"model\.top_k=3.*2"),
+        ("model.router=grap", r"model\.router=grap.*linear"),
+        ("strategy.outer=average", r"strategy\.outer=average.*nesterov"),
+        ("strategy.routing=partitioned", r"strategy\.routing=partitioned.*skip"),
+        ("strategy.placement=random", r"strategy\.placement=random.*fixed"),
+        ("federation.num_sites=2", "sites"),
+        ("seed=7", "seed"),
+    ],
+)
+def test_a_checkpoint_is_not_continued_with_what_it_cannot_be(
+    small: Compose, tmp_path: Path, changed: str, key: str
+) -> None:
+    """A key that is newer than the checkpoint had what is now its default; what may change is not asked for."""
+    base = ("federation.num_sites=4", "strategy.overlap=2")
+    checkpoint = saved(small(*base).config, tmp_path)
+    del checkpoint.manifest["config"]["model"]["router"]
+    check_resumable(checkpoint, small(*base, "train.lr=0.5", "model.load_balance=0.5").config)
+    kept = [item for item in base if item.partition("=")[0] != changed.partition("=")[0]]
+    with pytest.raises(CheckpointError, match=key) as error:
+        check_resumable(checkpoint, small(*kept, changed).config)
+    assert "\n" not in str(error.value)
