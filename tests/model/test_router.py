@@ -205,7 +205,7 @@ def test_gradients_are_those_of_finite_differences(router: str) -> None:
     assert torch.autograd.gradcheck(weights_and_loss, (drawn(4, 16).requires_grad_(), rows_CD))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS[1:])  # the linear one: test_sigma_moe.py
 def test_a_compiled_model_routes_as_the_eager_one(router: str) -> None:
     torch.compiler.reset()
     model = dataclasses.replace(with_router(router), num_layers=1)  # as good as two, in half the time

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import CODECS
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import (
+    FederationConfig,
+    ModelConfig,
+    RunConfig,
+    SiteConfig,
+    StrategyConfig,
+    TrainConfig,
+)
 from fomoe_flwr.engine import Engine, EngineState
 from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.sigma_moe import initial_state
@@ -22,6 +30,22 @@ from fomoe_flwr.placement import full_residents
 from fomoe_flwr.server.rounds import Outgoing, RoundObserver, Server
 
 Answer = Callable[[Task, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def config_of(*overrides: str) -> RunConfig:
+    """A small run on four sites with two holders for each expert, but for these keys; without Hydra, which is slow."""
+    config = RunConfig(
+        model=ModelConfig(d_model=32, num_layers=2, num_heads=2, num_experts=8, d_expert=16),
+        train=TrainConfig(local_steps=3, batch_size=2, seq_len=32, warmup_steps=4, rounds=2, device="cpu"),
+        strategy=StrategyConfig(overlap=2),
+        federation=FederationConfig(num_sites=4),
+    )
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, _, name = key.rpartition(".")
+        setattr(getattr(config, section) if section else config, name, yaml.safe_load(value))
+    config.federation.sites = [SiteConfig(name=f"site-{i}") for i in range(config.federation.num_sites or 0)]
+    return config
 
 
 def server_of(config: RunConfig, folder: Path) -> Server:

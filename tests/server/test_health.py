@@ -25,8 +25,7 @@ from fomoe_flwr.server.health import Probe, RoutingHealth, SiteRouters, drift, p
 from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.rounds import Round, RoundObserver
 from fomoe_flwr.server.state import ServerState
-from tests.conftest import Compose
-from tests.server.federation import Answer, constant, nothing, play, server_of
+from tests.server.federation import Answer, config_of, constant, nothing, play, server_of
 
 LAYERS, EXPERTS = 2, 8
 EVERYTHING = full_residents(LAYERS, EXPERTS)
@@ -66,10 +65,10 @@ def numbers(value: Any) -> Iterable[float | None]:
 
 
 @pytest.mark.parametrize("mode", ["skip", "partitioned"])
-def test_every_figure_is_there_and_in_range(small: Compose, tmp_path: Path, mode: str) -> None:
+def test_every_figure_is_there_and_in_range(tmp_path: Path, mode: str) -> None:
     """And the load is that of the sites together."""
     watched = Watched(
-        small(f"strategy.routing={mode}", "federation.num_sites=4", "strategy.overlap=2").config, tmp_path
+        config_of(f"strategy.routing={mode}", "federation.num_sites=4", "strategy.overlap=2"), tmp_path
     )
     start = watched.figures()
     assert start["expert_similarity"] == pytest.approx(0, abs=0.1)  # drawn independently
@@ -99,8 +98,8 @@ def test_every_figure_is_there_and_in_range(small: Compose, tmp_path: Path, mode
         assert np.mean(figures["resident_share_by_layer"]) == pytest.approx(np.mean(shares), rel=1e-5)
 
 
-def test_sites_that_share_no_expert_can_agree_on_nothing(small: Compose, tmp_path: Path) -> None:
-    config = small("strategy.routing=partitioned", "federation.num_sites=4", "strategy.overlap=1").config
+def test_sites_that_share_no_expert_can_agree_on_nothing(tmp_path: Path) -> None:
+    config = config_of("strategy.routing=partitioned", "federation.num_sites=4", "strategy.overlap=1")
     figures = Watched(config, tmp_path).play(1)
     assert set(numbers(figures["residents"])) == {1.0}  # every choice is resident in this mode
     assert figures["agreement"] is figures["js_distance"] is None
@@ -108,10 +107,10 @@ def test_sites_that_share_no_expert_can_agree_on_nothing(small: Compose, tmp_pat
     assert figures["drift"] is not None
 
 
-def test_too_few_shared_experts_are_no_agreement(small: Compose, tmp_path: Path) -> None:
+def test_too_few_shared_experts_are_no_agreement(tmp_path: Path) -> None:
     """Pairs of sites share four experts, and four of four is no choice."""
     overrides = ("federation.num_sites=4", "strategy.overlap=2", "model.top_k=4")
-    config = small("strategy.routing=partitioned", *overrides).config
+    config = config_of("strategy.routing=partitioned", *overrides)
     assert Watched(config, tmp_path).play(1, nothing)["agreement"] is None
 
 
@@ -119,11 +118,11 @@ def test_too_few_shared_experts_are_no_agreement(small: Compose, tmp_path: Path)
 
 
 @pytest.mark.parametrize("mode", ["skip", "partitioned"])
-def test_sites_that_change_nothing_agree_and_do_not_drift(small: Compose, tmp_path: Path, mode: str) -> None:
-    config = small(
+def test_sites_that_change_nothing_agree_and_do_not_drift(tmp_path: Path, mode: str) -> None:
+    config = config_of(
         "strategy.wire_dtype=fp32", "strategy.outer=average", f"strategy.routing={mode}", "strategy.overlap=2",
         "federation.num_sites=4",
-    ).config  # fmt: skip
+    )  # fmt: skip
     figures = Watched(config, tmp_path).play(1, nothing, metrics={})
     assert (figures["agreement"], figures["js_distance"]) == (1, 0)
     assert (figures["drift"], figures["router_change"]) == (0, 0)
@@ -132,11 +131,9 @@ def test_sites_that_change_nothing_agree_and_do_not_drift(small: Compose, tmp_pa
 
 
 @pytest.mark.parametrize("mode", ["skip", "partitioned"])
-def test_a_sites_router_is_what_it_had_before_it_was_averaged(
-    small: Compose, tmp_path: Path, mode: str
-) -> None:
+def test_a_sites_router_is_what_it_had_before_it_was_averaged(tmp_path: Path, mode: str) -> None:
     """It is the router that was sent minus the update; of experts that are elsewhere it is the one that was sent."""
-    config = small("strategy.overlap=2", f"strategy.routing={mode}", "federation.num_sites=4").config
+    config = config_of("strategy.overlap=2", f"strategy.routing={mode}", "federation.num_sites=4")
     seen: dict[int, Tensor] = {}
 
     class Looking(RoundObserver):
@@ -159,25 +156,25 @@ def test_a_sites_router_is_what_it_had_before_it_was_averaged(
         torch.testing.assert_close(update_ED, expected_ED, atol=1e-5, rtol=0)
 
 
-def test_gradients_move_no_site(small: Compose, tmp_path: Path) -> None:
-    config = small("strategy=ddp", "federation.num_sites=2", "train.local_steps=1").config
+def test_gradients_move_no_site(tmp_path: Path) -> None:
+    config = config_of(
+        "strategy.inner=gradient", "strategy.outer=adamw", "federation.num_sites=2", "train.local_steps=1"
+    )
     figures = Watched(config, tmp_path).play(1)
     assert (figures["agreement"], figures["js_distance"]) == (1, 0)
     assert figures["router_change"] > 0
 
 
-def test_a_router_without_weights_cannot_differ_or_drift(small: Compose, tmp_path: Path) -> None:
-    figures = Watched(small("model.router=grap", "federation.num_sites=2").config, tmp_path).play(1)
+def test_a_router_without_weights_cannot_differ_or_drift(tmp_path: Path) -> None:
+    figures = Watched(config_of("model.router=grap", "federation.num_sites=2"), tmp_path).play(1)
     assert (figures["agreement"], figures["js_distance"]) == (1, 0)
     assert (figures["drift"], figures["router_change"]) == (0, 0)
     assert figures["load_entropy"] > 0
 
 
-def test_drift_is_that_of_the_routers_before_and_after_on_the_same_inputs(
-    small: Compose, tmp_path: Path
-) -> None:
+def test_drift_is_that_of_the_routers_before_and_after_on_the_same_inputs(tmp_path: Path) -> None:
     """Worked out again from the two models, by the model's own choices."""
-    watched = Watched(small("federation.num_sites=2").config, tmp_path)
+    watched = Watched(config_of("federation.num_sites=2"), tmp_path)
     before = {name: value.clone() for name, value in watched.server.state.tensors.items()}
     figures = watched.play(1)
     after = watched.server.state.tensors
@@ -215,8 +212,8 @@ def test_pairs_are_all_or_an_even_sample() -> None:
     assert len({site for pair in many for site in pair}) > 40
 
 
-def test_scores_are_the_modules_own(small: Compose) -> None:
-    config = small().config
+def test_scores_are_the_modules_own() -> None:
+    config = config_of()
     state = initial_state(config.model, EVERYTHING, "skip", 0)
     module = build(config.model, EVERYTHING, "skip", state, "cpu")
     x_TD = torch.randn(5, 32)
@@ -229,8 +226,8 @@ def test_scores_are_the_modules_own(small: Compose) -> None:
 # ----- experts, and sick routers
 
 
-def test_experts_that_become_the_same_are_seen(small: Compose, tmp_path: Path) -> None:
-    watched = Watched(small("federation.num_sites=2").config, tmp_path)
+def test_experts_that_become_the_same_are_seen(tmp_path: Path) -> None:
+    watched = Watched(config_of("federation.num_sites=2"), tmp_path)
     state = watched.server.state.tensors
     for expert in range(EXPERTS):
         for part in ("up_proj", "down_proj"):
@@ -241,10 +238,10 @@ def test_experts_that_become_the_same_are_seen(small: Compose, tmp_path: Path) -
 
 
 def test_a_collapsed_router_is_named_within_one_round(
-    small: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All tokens are nearly the same, so that all of them choose the same experts. A healthy one is not named."""
-    config = small("train.lr=0", "model.load_balance=0", "federation.num_sites=2").config
+    config = config_of("train.lr=0", "model.load_balance=0", "federation.num_sites=2")
     for sick in (False, True):
         watched = Watched(config, tmp_path / str(sick))
         if sick:
@@ -269,9 +266,9 @@ def test_a_collapsed_router_is_named_within_one_round(
 # ----- rounds in which something is missing
 
 
-def test_figures_are_of_the_sites_that_answered(small: Compose, tmp_path: Path) -> None:
+def test_figures_are_of_the_sites_that_answered(tmp_path: Path) -> None:
     """Round 2 is discarded with its one answer, round 3 has none at all; the loss before a spike is round 1's."""
-    config = small("federation.num_sites=4", "strategy.overlap=2").config
+    config = config_of("federation.num_sites=4", "strategy.overlap=2")
     watched, other = (Watched(config, tmp_path / name) for name in ("a", "b"))
     watched.play(1)
     figures = watched.play(2, answering=[2], needed=2)
@@ -294,8 +291,8 @@ def test_figures_are_of_the_sites_that_answered(small: Compose, tmp_path: Path) 
     assert other.play(4) == last  # nothing is remembered of what was discarded
 
 
-def test_a_server_without_data_has_the_figures_that_need_none(small: Compose, tmp_path: Path) -> None:
-    watched = Watched(small("federation.num_sites=2").config, tmp_path, probe_BT=None)
+def test_a_server_without_data_has_the_figures_that_need_none(tmp_path: Path) -> None:
+    watched = Watched(config_of("federation.num_sites=2"), tmp_path, probe_BT=None)
     watched.play(1)
     figures = watched.play(2)
     assert figures["agreement"] is figures["js_distance"] is figures["drift"] is None
@@ -304,8 +301,8 @@ def test_a_server_without_data_has_the_figures_that_need_none(small: Compose, tm
     assert probe_batch(None, 32) is None
 
 
-def test_large_tables_are_left_out(small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_health, "MAX_CELLS", LAYERS * EXPERTS - 1)
-    figures = Watched(small("federation.num_sites=8", "strategy.overlap=2").config, tmp_path).play(1)
+    figures = Watched(config_of("federation.num_sites=8", "strategy.overlap=2"), tmp_path).play(1)
     assert figures["load"] is figures["residents"] is None
     assert len(figures["by_layer"]["load_entropy"]) == LAYERS

@@ -32,8 +32,7 @@ from fomoe_flwr.server.rounds import (
     shared_bundles,
 )
 from fomoe_flwr.server.state import ServerState
-from tests.conftest import Compose
-from tests.server.federation import answer_to, constant, play, server_of
+from tests.server.federation import answer_to, config_of, constant, play, server_of
 
 LAYERS = 2
 FP32 = CODECS["fp32"]
@@ -41,14 +40,14 @@ Bundles = dict[int, dict[str, bytes]]
 
 
 @pytest.fixture
-def config(small: Compose) -> RunConfig:
-    return small(
+def config() -> RunConfig:
+    return config_of(
         "federation.num_sites=4",
         "strategy.overlap=2",
         "strategy.wire_dtype=fp32",
         "strategy.outer=average",
         "strategy.norm_bound=10",
-    ).config
+    )
 
 
 # -- shards --------------------------------------------------------------------------------------------------
@@ -149,8 +148,8 @@ def test_a_site_is_asked_for_its_own_part(config: RunConfig, tmp_path: Path) -> 
         assert named.keys() == {name for name in server.state.tensors if belongs(name, task.residents)}
 
 
-def test_moments_travel_for_training_only(small: Compose, tmp_path: Path) -> None:
-    config = small("strategy.outer=local_adamw", "federation.num_sites=2").config
+def test_moments_travel_for_training_only(tmp_path: Path) -> None:
+    config = config_of("strategy.outer=local_adamw", "federation.num_sites=2")
     server = server_of(config, tmp_path)
     server.begin(1, [0, 1], 60.0)
     for training in (True, False):
@@ -282,10 +281,10 @@ def test_replies_to_another_model_do_not_count(config: RunConfig, tmp_path: Path
     assert other.take_saved() == []
 
 
-def test_a_resumed_server_goes_on_as_one_that_was_never_stopped(small: Compose, tmp_path: Path) -> None:
-    config = small(
+def test_a_resumed_server_goes_on_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    config = config_of(
         "federation.num_sites=4", "strategy.overlap=2", "strategy.placement=random", "strategy.outer=nesterov"
-    ).config
+    )
 
     def drifting(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: 0.01 * task.round * value for name, value in shard.items()}

@@ -20,6 +20,7 @@ from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.rounds import Round
 from fomoe_flwr.server.run import check_resumable, check_unused, metrics_line, warn_of_memory
 from tests.conftest import Compose
+from tests.server.federation import config_of
 
 
 def round_of(config: RunConfig, *replies: Reply) -> Round:
@@ -29,9 +30,9 @@ def round_of(config: RunConfig, *replies: Reply) -> Round:
     return current
 
 
-def test_means_are_weighted_by_tokens_and_every_metric_is_there(small: Compose) -> None:
+def test_means_are_weighted_by_tokens_and_every_metric_is_there() -> None:
     """A metric that nobody here knows too; the figures that the server counted are its own."""
-    config = small("federation.num_sites=3", "strategy.overlap=3").config
+    config = config_of()
     current = round_of(
         config,
         Reply("run", 3, "site-2", 300, {"train_loss": 2.0, "seconds": 3.0, "a_new_figure": 7}),
@@ -61,8 +62,8 @@ def test_means_are_weighted_by_tokens_and_every_metric_is_there(small: Compose) 
     }  # fmt: skip
 
 
-def test_a_round_of_which_nothing_is_known_has_no_means(small: Compose) -> None:
-    line = metrics_line(round_of(small("federation.num_sites=2").config), 0, None, None, {})
+def test_a_round_of_which_nothing_is_known_has_no_means() -> None:
+    line = metrics_line(round_of(config_of("federation.num_sites=2")), 0, None, None, {})
     assert line["train_loss"] is line["val_loss"] is line["val_bpb"] is None
     assert line["sites"] == []
 
@@ -108,15 +109,11 @@ def saved(config: RunConfig, folder: Path) -> Checkpoint:
         ("seed=7", "seed"),
     ],
 )
-def test_a_checkpoint_is_not_continued_with_what_it_cannot_be(
-    small: Compose, tmp_path: Path, changed: str, key: str
-) -> None:
+def test_a_checkpoint_is_not_continued_with_what_it_cannot_be(tmp_path: Path, changed: str, key: str) -> None:
     """A key that is newer than the checkpoint had what is now its default; what may change is not asked for."""
-    base = ("federation.num_sites=4", "strategy.overlap=2")
-    checkpoint = saved(small(*base).config, tmp_path)
+    checkpoint = saved(config_of(), tmp_path)
     del checkpoint.manifest["config"]["model"]["router"]
-    check_resumable(checkpoint, small(*base, "train.lr=0.5", "model.load_balance=0.5").config)
-    kept = [item for item in base if item.partition("=")[0] != changed.partition("=")[0]]
+    check_resumable(checkpoint, config_of("train.lr=0.5", "model.load_balance=0.5"))
     with pytest.raises(CheckpointError, match=key) as error:
-        check_resumable(checkpoint, small(*kept, changed).config)
+        check_resumable(checkpoint, config_of(changed))
     assert "\n" not in str(error.value)
