@@ -24,7 +24,7 @@ from fomoe_flwr.config import (
 )
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.hydra_errors import known_keys
-from fomoe_flwr.task import SiteTask, make_task
+from fomoe_flwr.messages import Task, make_task
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -610,7 +610,7 @@ def test_a_task_comes_back_from_its_json() -> None:
         "data.max_documents=9",
     )
     task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]], 2)
-    back = SiteTask.from_json(task.to_json())
+    back = Task.from_json(task.to_json())
     assert back == task
     assert isinstance(back.sites[0], SiteConfig)
     assert (back.name, back.first_step, back.warmup_steps) == ("lab-1", 2 * 50, 125)
@@ -628,15 +628,15 @@ def test_a_task_of_another_version_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"TrainConfig\.momentum: unknown key; server and site differ in version"
     ):
-        SiteTask.from_json(json.dumps(newer))
+        Task.from_json(json.dumps(newer))
     with pytest.raises(ConfigError, match="server and site differ in version"):
-        SiteTask.from_json(json.dumps(values | {"colour": "red"}))
+        Task.from_json(json.dumps(values | {"colour": "red"}))
     for missing in ("keep", "model"):
         older = {key: value for key, value in values.items() if key != missing}
         with pytest.raises(ConfigError, match="server and site differ in version"):
-            SiteTask.from_json(json.dumps(older))
+            Task.from_json(json.dumps(older))
     with pytest.raises(ConfigError, match="server and site differ in version"):
-        SiteTask.from_json("not JSON")
+        Task.from_json("not JSON")
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ class SiteRound:
 
     site: str  # its name in federation.sites
     tokens: int
-    train_loss: float | None
     bytes_down: int
     bytes_up: int
-    tokens_per_second: float | None
-    resident_share: float | None  # of the router's choices, those whose expert the site holds
+    # What the site itself reports; a ClientApp of another make may report less.
+    train_loss: float | None = None
+    tokens_per_second: float | None = None
+    resident_share: float | None = None  # of the router's choices, those whose expert the site holds
     memory_bytes: float | None = None  # the most that its state took
 
 

@@ -258,11 +258,11 @@ def metrics_line(
 ) -> dict[str, Any]:
     """A round as its line in `metrics.jsonl`. Means over sites are weighted by tokens."""
     replies = [(site, current.replies[site]) for site in sorted(current.replies)]
-    trained = sum(reply.num_examples for _, reply in replies)
 
     def mean(key: str) -> float | None:
-        total = sum(reply.metrics.get(key, 0.0) * reply.num_examples for _, reply in replies)
-        return total / trained if trained else None
+        known = [(reply.metrics[key], reply.num_examples) for _, reply in replies if key in reply.metrics]
+        total = sum(weight for _, weight in known)
+        return sum(value * weight for value, weight in known) / total if total else None
 
     val_bpb = None
     if val_loss is not None and bytes_per_token is not None:

@@ -15,21 +15,21 @@ from fomoe_flwr import wire
 from fomoe_flwr.bundles import blobs_of
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.model.sigma_moe import initial_state
-from fomoe_flwr.outer import with_moments
-from fomoe_flwr.task import SiteTask, make_task
+from fomoe_flwr.server.outer import with_moments
+from fomoe_flwr.messages import Task, make_task
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 
 SITE = 1
 
 
-def site_task(config: RunConfig, round_: int, after: int | None = None, run: str = "run") -> SiteTask:
+def site_task(config: RunConfig, round_: int, after: int | None = None, run: str = "run") -> Task:
     """Round after round, unless `after` says otherwise."""
     residents = FoMoE(config).placement(round_).residents(SITE)
     return make_task(config, run, "", round_, SITE, residents, round_ - 1 if after is None else after)
 
 
-def shard_of(config: RunConfig, task: SiteTask, evaluate: bool = False) -> dict[str, Tensor]:
+def shard_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str, Tensor]:
     """Another shard each round, so that what is left of the last one would be noticed."""
     shard = initial_state(task.model, task.residents, task.strategy.routing, config.seed + task.round)
     if config.strategy.outer == "local_adamw" and not evaluate:
@@ -40,13 +40,13 @@ def shard_of(config: RunConfig, task: SiteTask, evaluate: bool = False) -> dict[
     return shard
 
 
-def bundles_of(config: RunConfig, task: SiteTask, evaluate: bool = False) -> dict[str, bytes]:
+def bundles_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str, bytes]:
     dtype = wire.WIRE_DTYPES[config.strategy.wire_dtype]
     return wire.encode_bundles("all", shard_of(config, task, evaluate), dtype)
 
 
 def ask(
-    kind: str, config: RunConfig, task: SiteTask, node: Mapping[str, Any], budget_s: float = 300.0
+    kind: str, config: RunConfig, task: Task, node: Mapping[str, Any], budget_s: float = 300.0
 ) -> tuple[dict[str, bytes], dict[str, Any], dict[str, Any]]:
     """The answer's bundles, its metrics without what the clock says, and its facts."""
     LocalGrid(app, 1).close()  # Flower lets a Message be made only inside a run

@@ -15,7 +15,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.model.sigma_moe import initial_state
-from fomoe_flwr.task import make_task
+from fomoe_flwr.messages import make_task
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose

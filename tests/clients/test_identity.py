@@ -8,12 +8,12 @@ import pytest
 
 from clients.identity import data_of, device_of, node_settings, state_folder
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.task import SiteTask, make_task
+from fomoe_flwr.messages import Task, make_task
 from tests.conftest import Compose
 
 
 @pytest.fixture
-def task(small: Compose) -> SiteTask:
+def task(small: Compose) -> Task:
     config = small("federation=labs", "strategy.overlap=2").config
     return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]], 0)
 
@@ -28,7 +28,7 @@ def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(
     assert device_of(second, node_settings({})) == "cpu"
 
 
-def test_a_node_may_keep_its_data_and_cache_elsewhere(task: SiteTask) -> None:
+def test_a_node_may_keep_its_data_and_cache_elsewhere(task: Task) -> None:
     settings = node_settings({"site": "datacentre", "data-path": "/mnt/text", "cache-dir": "/mnt/cache"})
     data = data_of(task, settings)
     assert (data.path, data.cache_dir) == ("/mnt/text", "/mnt/cache")
@@ -36,7 +36,7 @@ def test_a_node_may_keep_its_data_and_cache_elsewhere(task: SiteTask) -> None:
 
 
 def test_state_lives_with_the_run_in_a_simulation_and_with_the_site_in_a_deployment(
-    task: SiteTask, monkeypatch: pytest.MonkeyPatch
+    task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/home/x/state")
     assert state_folder(task, node_settings({"partition-id": 0})) == Path("/server/run/sites/datacentre")

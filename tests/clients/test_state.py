@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clients.state import SiteState, discard_later, load_state, save_state
 from fomoe_flwr.errors import CheckpointError
-from fomoe_flwr.training import Moments
+from fomoe_flwr.engine import Moments
 
 
 def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:

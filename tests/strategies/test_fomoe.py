@@ -15,16 +15,16 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from clients.app import app as real_client_app
-from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.messages import Task
 from fomoe_flwr.model.sigma_moe import initial_state
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.task import SiteTask
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
+from strategies.packing import named_from_flower
 from tests.conftest import Compose
 from tests.strategies.helpers import answering, metrics, run, without_times
 
@@ -39,9 +39,9 @@ def final_state(composed: Composed) -> dict[str, Tensor]:
     return read_checkpoint(checkpoint_path(composed.run_dir, composed.config.train.rounds)).parameters
 
 
-def site_number(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+def site_number(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every site answers with 2^site everywhere, so that a mean tells who was in it."""
-    return {name: torch.full_like(tensor, 2.0**task.site) for name, tensor in shard.items()}
+    return {name: torch.full_like(tensor, 2.0**task.deal.place) for name, tensor in shard.items()}
 
 
 AVERAGE = ("strategy.outer=average", "strategy.wire_dtype=fp32", "train.rounds=1", "train.eval_batches=0")
@@ -50,7 +50,7 @@ AVERAGE = ("strategy.outer=average", "strategy.wire_dtype=fp32", "train.rounds=1
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
 def test_each_expert_averages_its_holders_and_nobody_else(small: Compose, routing: str) -> None:
     composed = small(*AVERAGE, "strategy.overlap=2", f"strategy.routing={routing}", "federation.num_sites=4")
-    start, placement = start_state(composed), FoMoE(composed.config).placement(1)
+    start, placement = start_state(composed), FoMoE(composed.config).server.policy.intended(1).placement
     run(composed, answering(site_number))
     for name, value in final_state(composed).items():
         expert = expert_of(name)
@@ -62,7 +62,7 @@ def test_each_expert_averages_its_holders_and_nobody_else(small: Compose, routin
 
 def test_the_mean_is_weighted_by_the_examples_a_site_reports(small: Compose) -> None:
     composed = small(*AVERAGE, "strategy.overlap=2", "federation.num_sites=2")
-    run(composed, answering(site_number, examples=lambda task: 1 + 2 * task.site))
+    run(composed, answering(site_number, examples=lambda task: 1 + 2 * task.deal.place))
     name = "model.norm.weight"
     assert torch.allclose(final_state(composed)[name], start_state(composed)[name] - (1 * 1 + 3 * 2) / 4)
 
@@ -71,7 +71,7 @@ def test_the_mean_is_weighted_by_the_examples_a_site_reports(small: Compose) -> 
 def test_a_name_nobody_returned_stays_as_it_was(small: Compose, name: str) -> None:
     composed = small("strategy.wire_dtype=fp32", "train.rounds=2", "train.eval_batches=0")
 
-    def all_but_one(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    def all_but_one(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         sent = {key for key in shard if task.round == 1 or key != name}
         return {key: value for key, value in site_number(task, shard).items() if key in sent}
 
@@ -98,11 +98,11 @@ class ShuffledGrid(LocalGrid):
 
 
 def test_the_result_does_not_depend_on_the_order_of_arrival(small: Compose, tmp_path) -> None:
-    def noisy(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(100 * task.round + task.site)
+    def noisy(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(100 * task.round + task.deal.place)
         time.sleep(random.random() * 0.02)
         return {
-            name: torch.randn(tensor.shape, generator=generator) * 1e3**task.site
+            name: torch.randn(tensor.shape, generator=generator) * 1e3**task.deal.place
             for name, tensor in shard.items()
         }
 
@@ -128,8 +128,13 @@ class CountingGrid(LocalGrid):
         if message.metadata.message_type == "query" or message.has_error():
             return 0
         arrays = [array for record in message.content.array_records.values() for array in record.values()]
-        others = [*message.content.config_records.values(), *message.content.metric_records.values()]
-        return sum(len(array.data) for array in arrays) + sum(len(record.deflate()) for record in others)
+        others = list(message.content.config_records.values())
+        header = (
+            sum(len(record.deflate()) for record in others)
+            if message.metadata.message_type and "task" in others[0]
+            else len(str(others[0]["reply"]).encode())
+        )
+        return sum(len(array.data) for array in arrays) + header
 
     def push_messages(self, messages):
         messages = list(messages)
@@ -179,8 +184,8 @@ def test_the_number_of_objects_does_not_grow_with_the_number_of_experts(small: C
 def test_a_site_that_fails_is_named_and_the_others_go_on(small: Compose) -> None:
     composed = small(*AVERAGE, "strategy.overlap=4", "federation.num_sites=4")
 
-    def third_fails(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        if task.site == 2:
+    def third_fails(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        if task.deal.place == 2:
             raise OSError("disk full")
         return site_number(task, shard)
 
@@ -192,7 +197,7 @@ def test_a_site_that_fails_is_named_and_the_others_go_on(small: Compose) -> None
 
 
 def test_a_run_whose_sites_all_fail_fails_and_says_why(small: Compose) -> None:
-    def fails(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fails(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         raise OSError("disk full")
 
     with pytest.raises(
@@ -205,8 +210,8 @@ def test_a_run_whose_sites_all_fail_fails_and_says_why(small: Compose) -> None:
 def test_a_site_that_never_answers_does_not_hold_the_run_for_ever(small: Compose) -> None:
     composed = small(*AVERAGE, "strategy.timeout_s=1.0")
 
-    def first_is_late(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        if task.site == 0:
+    def first_is_late(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        if task.deal.place == 0:
             time.sleep(2.5)
         return site_number(task, shard)
 
@@ -228,9 +233,9 @@ def test_a_site_that_never_answers_does_not_hold_the_run_for_ever(small: Compose
 def test_a_reply_that_does_not_fit_is_refused_whole(small: Compose, spoil, reason: str) -> None:
     composed = small(*AVERAGE, "strategy.overlap=4", "federation.num_sites=4")
 
-    def spoilt(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    def spoilt(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         update = site_number(task, shard)
-        return spoil(update) if task.site == 3 else update
+        return spoil(update) if task.deal.place == 3 else update
 
     line = metrics(run(composed, answering(spoilt)))[-1]
     assert re.search(reason, line["failures"]["site-3"])
@@ -267,8 +272,9 @@ def test_random_placement_moves_experts_and_warms_them_up(small: Compose) -> Non
     composed = small("strategy.placement=random", "strategy.overlap=2", "train.rounds=3")
     lines = metrics(run(composed))
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
-    strategy = FoMoE(composed.config)
-    assert (strategy.placement(1).holds_LEM != strategy.placement(2).holds_LEM).any()
+    policy = FoMoE(composed.config).server.policy
+    first, second = (policy.intended(round_).placement.holds_LEM for round_ in (1, 2))
+    assert (first != second).any()
 
 
 # ----- as a library, in a ServerApp that is not ours
@@ -312,7 +318,7 @@ def test_somebody_elses_server_app_can_use_the_strategy(small: Compose) -> None:
 
     theirs = []
 
-    def answer(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    def answer(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs.append(sorted(shard))
         return {name: torch.ones_like(tensor) for name, tensor in shard.items()}
 
@@ -357,7 +363,7 @@ def test_user_keys_and_server_round_reach_the_client(small: Compose) -> None:
     grid.push_messages(messages)
     grid.close()
     assert [(config["theirs"], config["server-round"]) for config in configs] == [(7, 1)] * 4
-    assert set(wire.from_record(messages[0].content["their-arrays"])) <= set(foreign_model())
+    assert set(named_from_flower(messages[0].content["their-arrays"])) <= set(foreign_model())
 
 
 def test_the_same_run_twice_gives_the_same_lines(small: Compose, tmp_path) -> None:

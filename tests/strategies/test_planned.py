@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
-from fomoe_flwr.compose import Composed
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.messages import Task
 from fomoe_flwr.plan.cost import token_cost
 from fomoe_flwr.plan.file import plan_for_run
 from fomoe_flwr.plan.record import load_plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.reality import compare, notes
-from fomoe_flwr.task import SiteTask
-from strategies.commit import step_scales
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
-from strategies.round import SiteResult
 from tests.conftest import Compose
 from tests.strategies.helpers import answering, metrics, run, without_times
 
@@ -46,21 +43,6 @@ PLANNED = (
 EXACT = ("strategy.outer=average", "strategy.wire_dtype=fp32", "strategy.norm_bound=0")
 
 
-def result(tokens: int) -> SiteResult:
-    return SiteResult("x", tokens, 0.0, 0.0, 1.0, 1.0, 0.0, np.zeros((1, 1), dtype=np.int64))
-
-
-def test_equal_steps_are_not_scaled_at_all() -> None:
-    results = {site: result(tokens) for site, tokens in enumerate((7, 1001, 333))}
-    assert step_scales(results, [50, 50, 50]) == {0: 1.0, 1: 1.0, 2: 1.0}
-
-
-def test_a_site_that_takes_more_steps_does_not_pull_harder() -> None:
-    # Weights 3 : 1, so the mean K is 25; each site's own K is taken out.
-    assert step_scales({0: result(300), 2: result(100)}, [30, 99, 10]) == {0: 25 / 30, 2: 25 / 10}
-    assert step_scales({}, [1, 2]) == {}
-
-
 def test_the_mean_of_unequal_steps_is_that_of_steps_times_mean_steps(small: Compose) -> None:
     """A pseudo-gradient of exactly its K everywhere: every site moves 1 a step, so the mean moves by the mean K."""
     composed = small(
@@ -70,18 +52,18 @@ def test_the_mean_of_unequal_steps_is_that_of_steps_times_mean_steps(small: Comp
         "train.rounds=1",
         "strategy.norm_bound=0",
     )
-    steps = [site.local_steps for site in FoMoE(composed.config).plan.sites]
+    steps = FoMoE(composed.config).server.policy.intended(1).steps_M
     assert len(set(steps)) > 1
 
-    def one_a_step(task: SiteTask, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        assert task.train.local_steps == steps[task.site]
-        assert task.pace == 6 / steps[task.site]
+    def one_a_step(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert task.train.local_steps == steps[task.deal.place]
+        assert task.lr_stride == 6 / steps[task.deal.place]
         return {
             name: torch.full_like(tensor, float(task.train.local_steps)) for name, tensor in shard.items()
         }
 
     weight = [3, 1, 2]
-    run(composed, answering(one_a_step, examples=lambda task: weight[task.site]))
+    run(composed, answering(one_a_step, examples=lambda task: weight[task.deal.place]))
     before = read_checkpoint(checkpoint_path(composed.run_dir, 1)).parameters["model.norm.weight"]
     mean = sum(w * k for w, k in zip(weight, steps, strict=True)) / 6
     assert torch.allclose(before, torch.full_like(before, 1.0 - mean))  # a norm's weight begins at 1
@@ -187,46 +169,6 @@ def test_plan_json_says_what_it_rests_on(small: Compose, tmp_path: Path) -> None
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["token_cost_s"]["dense_s"] > 0
     assert math.isclose(content["request"]["plan"]["tflops"], 0.002)
-
-
-MOVES = (
-    "strategy.placement=random", "strategy.reshuffle_every=1", "federation.num_sites=4", "strategy.overlap=2",
-    "train.rounds=2",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("routing", ["skip", "partitioned"])
-def test_moved_experts_travel_as_residuals(small: Compose, dtype: str, routing: str) -> None:
-    ratio = 8
-    settings = (*MOVES, f"strategy.wire_dtype={dtype}", f"strategy.routing={routing}")
-    composed = small(*settings, "strategy.moves=residual", f"strategy.move_ratio={ratio}")
-    run(composed)
-    first, second = (line["moves"] for line in metrics(composed.run_dir)[1:])
-    assert first["experts"] == 0  # nobody held anything before
-    assert second["experts"] > 0
-    assert second["tensors"] == 2 * second["experts"]
-    rows = second["experts"] * 32 * (4 if dtype == "fp32" else 2) if routing == "partitioned" else 0
-    assert second["bytes_sent"] - rows <= (second["bytes_full"] - rows) / ratio
-    assert 0 < second["error"] < 1
-    assert metrics(composed.run_dir)[-1]["failures"] == {}  # the sites attested to what they decoded
-
-
-def test_full_moves_are_the_default_and_say_so(small: Compose) -> None:
-    composed = small(*MOVES)
-    run(composed)
-    assert all(line["moves"]["experts"] == 0 for line in metrics(composed.run_dir))
-
-
-def test_residual_moves_survive_a_resume(small: Compose, tmp_path: Path) -> None:
-    def composed(name: str, *more: str) -> Composed:
-        return small(*MOVES, "strategy.moves=residual", f"hydra.run.dir={tmp_path / name}", *more)
-
-    run(composed("whole-run", "train.rounds=3"))
-    run(composed("parts-run"))
-    run(composed("parts-run", "train.rounds=3", f"resume={tmp_path / 'parts-run'}"))
-    whole, parts = (without_times(metrics(tmp_path / name)) for name in ("whole-run", "parts-run"))
-    assert whole[1:] == parts[1:]
 
 
 class BigLeaves(LocalGrid):

@@ -13,7 +13,7 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, load_shard, named_views, read_shard
-from fomoe_flwr.model.spec import is_moment, lr_multiplier
+from fomoe_flwr.model.spec import is_moment, lr_multipliers
 from fomoe_flwr.placement import full_residents
 from tests.conftest import Compose
 from tests.strategies.helpers import run
@@ -37,10 +37,9 @@ def adamw(module: Transformer, config: RunConfig) -> torch.optim.AdamW:
     """PyTorch's AdamW on the stacked parameters; a stack has one learning rate, for its experts have one."""
     train = config.train
     name_of = {id(view.parameter): view.name for view in named_views(module)}
-    groups = [
-        {"params": [p], "multiplier": lr_multiplier(config.model, name_of[id(p)])}
-        for p in module.parameters()
-    ]
+    everything = full_residents(config.model.num_layers, config.model.num_experts)
+    multipliers = lr_multipliers(config.model, everything, config.strategy.routing)
+    groups = [{"params": [p], "multiplier": multipliers[name_of[id(p)]]} for p in module.parameters()]
     return torch.optim.AdamW(
         groups, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
     )

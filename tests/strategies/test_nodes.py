@@ -10,8 +10,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients.app import app
 from fomoe_flwr.errors import RunError
-from strategies.directory import SiteDirectory
 from strategies.local_grid import LocalGrid
+from strategies.nodes import SiteDirectory
 
 NAMES = ["a", "b", "c"]
 
