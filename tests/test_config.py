@@ -24,7 +24,6 @@ from fomoe_flwr.config import (
 )
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.hydra_errors import known_keys
-from fomoe_flwr.messages import Task, make_task
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -595,48 +594,6 @@ def test_a_sweep_that_cannot_be_parsed_is_one_line() -> None:
     with pytest.raises(ConfigError) as error:
         split_sweep(["seed=[1"])
     assert len(str(error.value).splitlines()) == 1
-
-
-# -- what travels to a site ----------------------------------------------------------------------------------
-
-
-def test_a_task_comes_back_from_its_json() -> None:
-    config = config_of(
-        "federation=labs",
-        "strategy=local_adamw",
-        "train.rounds=10",
-        "train.local_steps=50",
-        "train.warmup_fraction=0.25",
-        "data.max_documents=9",
-    )
-    task = make_task(config, "abc", "/runs/x", 3, 2, [[0, 1], [2], [], [15]], 2)
-    back = Task.from_json(task.to_json())
-    assert back == task
-    assert isinstance(back.sites[0], SiteConfig)
-    assert (back.name, back.first_step, back.warmup_steps) == ("lab-1", 2 * 50, 125)
-
-
-def test_a_task_is_one_line_of_json() -> None:
-    text = make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0).to_json()
-    assert "\n" not in text
-    assert json.loads(text)["model"]["d_model"] == 128
-
-
-def test_a_task_of_another_version_is_refused() -> None:
-    values = json.loads(make_task(config_of(), "abc", "x", 1, 0, [[0]] * 4, 0).to_json())
-    newer = values | {"train": values["train"] | {"momentum": 1}}
-    with pytest.raises(
-        ConfigError, match=r"TrainConfig\.momentum: unknown key; server and site differ in version"
-    ):
-        Task.from_json(json.dumps(newer))
-    with pytest.raises(ConfigError, match="server and site differ in version"):
-        Task.from_json(json.dumps(values | {"colour": "red"}))
-    for missing in ("keep", "model"):
-        older = {key: value for key, value in values.items() if key != missing}
-        with pytest.raises(ConfigError, match="server and site differ in version"):
-            Task.from_json(json.dumps(older))
-    with pytest.raises(ConfigError, match="server and site differ in version"):
-        Task.from_json("not JSON")
 
 
 @pytest.mark.parametrize(

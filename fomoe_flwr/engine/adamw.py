@@ -77,6 +77,7 @@ class StackedAdamW:
     Args:
         moments: by name; emptied while they are taken over, so that a model's moments are not held twice. A name
             without any starts afresh.
+        adopt: moments may be changed in place; those of a whole parameter are then used where they are.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class StackedAdamW:
         train: TrainConfig,
         schedule: Schedule,
         moments: MutableMapping[str, Moments],
+        adopt: bool = False,
     ) -> None:
-        self.train, self.schedule = train, schedule
+        self.train, self.schedule, self._adopt = train, schedule, adopt
         self.step_number: float = schedule.first_step
         self._given = set(moments)
         self._views: list[list[NamedView]] = []
@@ -102,16 +104,19 @@ class StackedAdamW:
         self, views: list[NamedView], lr: float, moments: MutableMapping[str, Moments]
     ) -> list[_Run]:
         parameter = views[0].parameter
-        exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        ages: list[tuple[int, int]] = []
-        for view in views:
-            known = moments.pop(view.name, None)
-            ages.append(
-                (0, self.schedule.newcomer_reset_at) if known is None else (known.step, known.reset_at)
-            )
-            if known is not None:
-                view.of(exp_avg).copy_(known.exp_avg)
-                view.of(exp_avg_sq).copy_(known.exp_avg_sq)
+        known = [moments.pop(view.name, None) for view in views]
+        ages = [
+            (0, self.schedule.newcomer_reset_at) if own is None else (own.step, own.reset_at) for own in known
+        ]
+        if self._adopt and views[0].slot is None and known[0] is not None:
+            like = {"device": parameter.device, "dtype": torch.float32}
+            exp_avg, exp_avg_sq = known[0].exp_avg.to(**like), known[0].exp_avg_sq.to(**like)
+        else:
+            exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            for view, own in zip(views, known, strict=True):
+                if own is not None:
+                    view.of(exp_avg).copy_(own.exp_avg)
+                    view.of(exp_avg_sq).copy_(own.exp_avg_sq)
         runs, start = [], 0
         for (step, reset_at), members in groupby(ages):
             end = start + len(list(members))

@@ -82,7 +82,9 @@ class Engine:
         newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
         self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
         schedule = Schedule(task.first_step, task.lr_stride, task.warmup_steps, newcomer)
-        self._optimizer = StackedAdamW(self.module, task.train, schedule, moments)
+        self._optimizer = StackedAdamW(
+            self.module, task.train, schedule, moments, adopt=not task.moments_travel
+        )
 
     def loaded(self) -> dict[str, Tensor]:
         """What `load` took over, read back: views, by name."""

@@ -12,21 +12,48 @@ from torch import Tensor
 
 from clients.app import app
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import blobs_of
+from fomoe_flwr.bundles import as_array, blobs_of
+from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.messages import Reply, Task, deals, federation_digest, make_task
 from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import with_moments
-from fomoe_flwr.messages import Task, make_task
-from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 
 SITE = 1
 
 
-def site_task(config: RunConfig, round_: int, after: int | None = None, run: str = "run") -> Task:
-    """Round after round, unless `after` says otherwise."""
-    residents = FoMoE(config).placement(round_).residents(SITE)
-    return make_task(config, run, "", round_, SITE, residents, round_ - 1 if after is None else after)
+def task_of(
+    config: RunConfig,
+    site: int = SITE,
+    round_: int = 1,
+    residents: list[list[int]] | None = None,
+    counted_round: int = 0,
+    run: str = "run",
+    run_dir: str = "",
+) -> Task:
+    """A site's task, by default with the residents that the run's placement gives it."""
+    if residents is None:
+        residents = POLICIES[config.strategy.placement](config).intended(round_).placement.residents(site)
+    return make_task(
+        config,
+        site,
+        run=run,
+        run_dir=run_dir,
+        round_=round_,
+        counted_round=counted_round,
+        deal=deals(config.data, config.federation.sites)[site],
+        federation=federation_digest(config.federation.sites),
+        residents=residents,
+        local_steps=config.train.local_steps,
+    )
+
+
+def site_task(config: RunConfig, round_: int, counted_round: int | None = None, run: str = "run") -> Task:
+    """Round after round, unless `counted_round` says otherwise."""
+    before = round_ - 1 if counted_round is None else counted_round
+    return task_of(config, SITE, round_, counted_round=before, run=run)
 
 
 def shard_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str, Tensor]:
@@ -40,24 +67,31 @@ def shard_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str,
     return shard
 
 
+def bundled(named: Mapping[str, Tensor], config: RunConfig) -> dict[str, bytes]:
+    parts, _ = CODECS[config.strategy.wire_dtype].encode(named, {})
+    return wire.encode_bundles("all", parts)
+
+
 def bundles_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str, bytes]:
-    dtype = wire.WIRE_DTYPES[config.strategy.wire_dtype]
-    return wire.encode_bundles("all", shard_of(config, task, evaluate), dtype)
+    return bundled(shard_of(config, task, evaluate), config)
+
+
+def without_seconds(reply: Reply) -> Reply:
+    """The reply without what the clock says."""
+    metrics = {key: value for key, value in reply.metrics.items() if key != "seconds"}
+    return dataclasses.replace(reply, metrics=metrics)
 
 
 def ask(
     kind: str, config: RunConfig, task: Task, node: Mapping[str, Any], budget_s: float = 300.0
-) -> tuple[dict[str, bytes], dict[str, Any], dict[str, Any]]:
-    """The answer's bundles, its metrics without what the clock says, and its facts."""
+) -> tuple[dict[str, bytes], Reply]:
+    """The answer's bundles, and its reply without what the clock says."""
     LocalGrid(app, 1).close()  # Flower lets a Message be made only inside a run
-    arrays = wire.to_arrays(
-        "all", shard_of(config, task, kind == "evaluate"), wire.WIRE_DTYPES[config.strategy.wire_dtype]
-    )
+    arrays = {key: as_array(blob) for key, blob in bundles_of(config, task, kind == "evaluate").items()}
     content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord({"task": task.to_json()})})
-    reply = app(Message(content, 7, kind, ttl=budget_s), Context(1, 7, dict(node), RecordDict(), {})).content
-    metrics = {key: value for key, value in reply["metrics"].items() if key != "seconds"}
-    blobs = blobs_of(reply["arrays"]) if kind == "train" else {}
-    return blobs, metrics, dict(reply["config"])
+    answer = app(Message(content, 7, kind, ttl=budget_s), Context(1, 7, dict(node), RecordDict(), {})).content
+    blobs = blobs_of(answer["arrays"]) if kind == "train" else {}
+    return blobs, without_seconds(Reply.from_json(str(answer["config"]["reply"])))
 
 
 def state_files(folder: Path) -> dict[str, bytes]:
@@ -73,5 +107,5 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
 
 
 def as_sent(named: Mapping[str, Tensor], config: RunConfig) -> bytes:
-    """What `start-digests` must be."""
-    return wire.digests(named, wire.WIRE_DTYPES[config.strategy.wire_dtype])
+    """What `Reply.start_digests` must be."""
+    return wire.digests(named, CODECS[config.strategy.wire_dtype])

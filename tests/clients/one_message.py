@@ -26,7 +26,8 @@ def main(folder: Path) -> int:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
     assert "torch" not in sys.modules
-    print(json.dumps({"digests": bundle_digests(answer.blobs), "metrics": answer.metrics}), flush=True)
+    reply = json.loads(answer.header)
+    print(json.dumps({"digests": bundle_digests(answer.blobs), "metrics": reply["metrics"]}), flush=True)
     return 0
 
 

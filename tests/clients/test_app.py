@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -11,13 +10,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 
 from clients.app import app
-from fomoe_flwr import wire
+from fomoe_flwr.bundles import as_array
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, WireError
+from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.sigma_moe import initial_state
-from fomoe_flwr.messages import make_task
-from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
+from strategies.packing import named_from_flower
+from tests.clients.helpers import bundled, task_of
 from tests.conftest import Compose
 
 Ask = Callable[..., Message]
@@ -34,13 +34,13 @@ def ask(small: Compose, tmp_path) -> Ask:
         node: Mapping[str, str] | None = None,
         shard: dict[str, Tensor] | None = None,
     ) -> Message:
-        residents = FoMoE(config).placement(1).residents(1)
-        task = make_task(config, "run", str(tmp_path), 1, 1, residents, 0)
+        task = task_of(config, run_dir=str(tmp_path))
         if shard is None:
-            shard = initial_state(config.model, residents, config.strategy.routing, config.seed)
+            shard = initial_state(config.model, task.residents, config.strategy.routing, config.seed)
+        arrays = {key: as_array(blob) for key, blob in bundled(shard, config).items()}
         content = RecordDict(
             {
-                "arrays": ArrayRecord(wire.to_arrays("all", shard, torch.float32)),
+                "arrays": ArrayRecord(arrays),
                 "config": ConfigRecord({"task": task.to_json()}),
             }
         )
@@ -50,20 +50,24 @@ def ask(small: Compose, tmp_path) -> Ask:
     return send
 
 
+def reply_in(content: RecordDict) -> Reply:
+    return Reply.from_json(str(content["config"]["reply"]))
+
+
 def test_train_answers_with_the_pseudo_gradient_of_what_the_site_holds(ask: Ask, small: Compose) -> None:
     config = small("strategy.wire_dtype=fp32", "strategy.overlap=2").config
     content = ask("train", config).content
-    residents = FoMoE(config).placement(1).residents(1)
+    residents = task_of(config).residents
     shard = initial_state(config.model, residents, "skip", config.seed)
-    update = wire.from_record(content["arrays"])
+    update = named_from_flower(content["arrays"])
     assert update.keys() == shard.keys()
     assert all(update[name].shape == shard[name].shape for name in shard)
     assert any(value.abs().max() > 0 for value in update.values())
-    metrics = content["metrics"]
-    train = config.train
-    assert metrics["num-examples"] == train.local_steps * train.batch_size * train.seq_len
+    reply, train = reply_in(content), config.train
+    metrics = reply.metrics
+    assert reply.num_examples == train.local_steps * train.batch_size * train.seq_len
     assert 0 < metrics["resident_share"] < 1
-    load_LE = json.loads(content["config"]["router-load"])
+    load_LE = reply.load_LE
     resident = sum(load_LE[layer][expert] for layer, experts in enumerate(residents) for expert in experts)
     assigned = (
         train.local_steps * train.batch_size * train.seq_len * config.model.top_k * config.model.num_layers
@@ -75,12 +79,12 @@ def test_train_answers_with_the_pseudo_gradient_of_what_the_site_holds(ask: Ask,
 def test_a_pseudo_gradient_is_a_descent_direction(ask: Ask, small: Compose) -> None:
     """Sent minus returned: subtracting it lowers the loss."""
     config = small("strategy.wire_dtype=fp32", "train.local_steps=20", "train.warmup_steps=0").config
-    residents = FoMoE(config).placement(1).residents(1)
+    residents = task_of(config).residents
     shard = initial_state(config.model, residents, "skip", config.seed)
-    update = wire.from_record(ask("train", config).content["arrays"])
+    update = named_from_flower(ask("train", config).content["arrays"])
     moved = {name: value - update[name] for name, value in shard.items()}
-    before = ask("evaluate", config, shard=shard).content["metrics"]["val_loss"]
-    after = ask("evaluate", config, shard=moved).content["metrics"]["val_loss"]
+    before = reply_in(ask("evaluate", config, shard=shard).content).metrics["val_loss"]
+    after = reply_in(ask("evaluate", config, shard=moved).content).metrics["val_loss"]
     assert after < before - 0.5
 
 
@@ -110,7 +114,7 @@ def test_what_cannot_be_done_is_said(
 
 def test_a_shard_that_lacks_a_name_is_refused(ask: Ask, small: Compose) -> None:
     config = small().config
-    residents = FoMoE(config).placement(1).residents(1)
+    residents = task_of(config).residents
     shard = initial_state(config.model, residents, "skip", config.seed)
     shard.pop("model.norm.weight")
     with pytest.raises(WireError, match=r"lacks model.norm.weight"):

@@ -8,21 +8,22 @@ import pytest
 
 from clients.identity import data_of, device_of, node_settings, state_folder
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.messages import Task, make_task
+from fomoe_flwr.messages import Task
+from tests.clients.helpers import task_of
 from tests.conftest import Compose
 
 
 @pytest.fixture
 def task(small: Compose) -> Task:
     config = small("federation=labs", "strategy.overlap=2").config
-    return make_task(config, "abc", "/server/run", 1, 0, [[0, 1], [2, 3]], 0)
+    return task_of(config, 0, residents=[[0, 1], [2, 3]], run="abc", run_dir="/server/run")
 
 
 def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(small: Compose) -> None:
     config = small(
         "federation.num_sites=null", "federation.sites=[{name: a, device: cuda}, {name: b}]"
     ).config
-    first, second = (make_task(config, "abc", "", 1, site, [], 0) for site in (0, 1))
+    first, second = (task_of(config, site, residents=[], run="abc") for site in (0, 1))
     assert device_of(first, node_settings({"device": "cuda:1"})) == "cuda:1"
     assert device_of(first, node_settings({})) == "cuda"
     assert device_of(second, node_settings({})) == "cpu"

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
-from clients.channel import Answer
 from clients.identity import NodeSettings
 from clients.memory import Memory
-from clients.work import perform
-from fomoe_flwr import wire
+from clients.site import perform
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.engine import local
+from fomoe_flwr.messages import Reply
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import is_moment
-from tests.clients.helpers import as_sent, bundles_of, shard_of, site_task, state_files
+from tests.clients.helpers import (
+    as_sent,
+    bundled,
+    bundles_of,
+    shard_of,
+    site_task,
+    state_files,
+    without_seconds,
+)
 from tests.conftest import Compose
 
-Round = Callable[..., Answer]
+
+class Answer(NamedTuple):
+    bundles: dict[str, bytes]
+    reply: Reply
 
 
 def nothing(phase: str) -> None:
@@ -36,10 +49,9 @@ def work(
 ) -> Answer:
     wanted = site_task(config, round_, **task)
     blobs = bundles_of(config, wanted, kind == "evaluate")
-    answer = perform(kind, wanted.to_json(), blobs, settings(folder), memory, beat)
+    bundles, reply = perform(kind, wanted.to_json(), blobs, settings(folder), memory, beat)
     assert not blobs
-    answer.metrics.pop("seconds", None)
-    return answer
+    return Answer(bundles, without_seconds(reply))
 
 
 SETTINGS = [
@@ -74,15 +86,15 @@ def test_the_same_residents_keep_the_model_and_the_moments_without_a_copy(
     """torch.compile's work hangs on the module, and a copy of the moments is twice the model."""
     config, memory = small("strategy.overlap=2").config, Memory()
     work(config, tmp_path, memory, 1)
-    module, stream = memory._module, memory._stream
-    moments = memory._state.moments["model.norm.weight"]
+    engine, stream = memory._engine, memory._stream
+    moments = memory._state.engine.moments["model.norm.weight"]
     work(config, tmp_path, memory, 2)
-    assert memory._module is module
+    assert memory._engine is engine
     assert memory._stream is stream
-    again = memory._state.moments["model.norm.weight"]
+    again = memory._state.engine.moments["model.norm.weight"]
     assert again.exp_avg.data_ptr() == moments.exp_avg.data_ptr()
     assert again.exp_avg_sq.data_ptr() == moments.exp_avg_sq.data_ptr()
-    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
 
 
 def test_a_state_that_the_server_did_not_take_is_not_gone_on_from(small: Compose, tmp_path: Path) -> None:
@@ -90,9 +102,9 @@ def test_a_state_that_the_server_did_not_take_is_not_gone_on_from(small: Compose
     config, memory = small().config, Memory()
     for round_ in (1, 2):
         work(config, tmp_path / "warm", memory, round_)
-    warm = work(config, tmp_path / "warm", memory, 3, after=1)
+    warm = work(config, tmp_path / "warm", memory, 3, counted_round=1)
     work(config, tmp_path / "cold", Memory(), 1)
-    assert warm == work(config, tmp_path / "cold", Memory(), 3, after=1)
+    assert warm == work(config, tmp_path / "cold", Memory(), 3, counted_round=1)
     assert state_files(tmp_path / "warm") == state_files(tmp_path / "cold")
     assert [Path(name).name for name in state_files(tmp_path / "warm")] == [
         "round_00001.safetensors",
@@ -127,7 +139,7 @@ def test_a_message_that_fails_empties_the_memory(small: Compose, tmp_path: Path,
     work(config, tmp_path, memory, 1)
     task = site_task(config, 2)
     blobs = bundles_of(config, task)
-    blobs["more"] = wire.encode({"model.other": torch.zeros(1)}, torch.bfloat16)
+    blobs["more"] = bundled({"model.other": torch.zeros(1)}, config)["all"]
     with pytest.raises(Exception, match=r"unexpected model.other"):
         perform(kind, task.to_json(), blobs, settings(tmp_path), memory, nothing)
     assert memory == Memory()
@@ -155,31 +167,28 @@ def test_the_answer_attests_what_the_model_really_held(
     task = site_task(config, 1)
     shard = shard_of(config, task)
     shard["model.norm.weight"][:4] = torch.tensor([1e-40, -3e-39, 0.0, -0.0])
-    dtype = wire.WIRE_DTYPES[config.strategy.wire_dtype]
     expected = as_sent(shard, config)
-    blobs = wire.encode_bundles("all", shard, dtype)
-    facts = perform("train", task.to_json(), blobs, settings(tmp_path), Memory(), nothing).facts
-    assert facts["start-digests"] == expected
+    _, reply = perform("train", task.to_json(), bundled(shard, config), settings(tmp_path), Memory(), nothing)
+    assert reply.start_digests == expected
     parameters = {name: value for name, value in shard.items() if not is_moment(name)}
-    blobs = wire.encode_bundles("all", parameters, dtype)
-    facts = perform("evaluate", task.to_json(), blobs, settings(tmp_path), Memory(), nothing).facts
-    assert facts == {"run": "run", "round": 1, "site": "site-1", "start-digests": as_sent(parameters, config)}
+    _, reply = perform(
+        "evaluate", task.to_json(), bundled(parameters, config), settings(tmp_path), Memory(), nothing
+    )
+    assert (reply.run, reply.round, reply.site) == ("run", 1, "site-1")
+    assert reply.start_digests == as_sent(parameters, config)
 
 
 def test_the_attestation_is_of_the_model_and_not_of_the_message(
     small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small("strategy.wire_dtype=fp32").config
-    from clients import memory as module_of_memory
+    real = local.load_shard
 
-    real = module_of_memory.build
-
-    def build_wrongly(*arguments):
-        module = real(*arguments)
+    def load_wrongly(module: Transformer, shard: Mapping[str, Tensor]) -> None:
+        real(module, shard)
         module.model.norm.weight.data[0] += 1
-        return module
 
-    monkeypatch.setattr(module_of_memory, "build", build_wrongly)
-    answer = work(config, tmp_path, Memory(), 1)
-    assert answer.facts["start-digests"] != as_sent(shard_of(config, site_task(config, 1)), config)
-    assert json.loads(str(answer.facts["bundle-digests"])) == bundle_digests(answer.blobs)
+    monkeypatch.setattr(local, "load_shard", load_wrongly)
+    bundles, reply = work(config, tmp_path, Memory(), 1)
+    assert reply.start_digests != as_sent(shard_of(config, site_task(config, 1)), config)
+    assert reply.bundle_digests == bundle_digests(bundles)

@@ -16,14 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.state import SiteState, discard_later, load_state, save_state
+from fomoe_flwr.engine import EngineState, Moments
 from fomoe_flwr.errors import CheckpointError
-from fomoe_flwr.engine import Moments
 
 
 def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:
     value = float(round_) if value is None else value
-    moments = {"a.weight": Moments(torch.full((2, 3), value), torch.ones(2, 3), step=7, born=2)}
-    return SiteState(round_, position=10 * round_, moments=moments, last_round=last_round)
+    moments = {"a.weight": Moments(torch.full((2, 3), value), torch.ones(2, 3), step=7, reset_at=2)}
+    return SiteState(
+        round_, 10 * round_, last_round, EngineState(moments), {"a.weight": torch.full((3,), value)}
+    )
 
 
 def rounds(folder: Path) -> list[int]:
@@ -31,38 +33,39 @@ def rounds(folder: Path) -> list[int]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    save_state(tmp_path, state(3), after=2, checkpoint_every=1, keep=3)
-    loaded = load_state(tmp_path, after=3, position=0)
+    save_state(tmp_path, state(3), counted_round=2, checkpoint_every=1, keep=3)
+    loaded = load_state(tmp_path, counted_round=3, position=0)
     assert (loaded.round, loaded.position) == (3, 30)
-    moment = loaded.moments["a.weight"]
-    assert (moment.step, moment.born) == (7, 2)
+    moment = loaded.engine.moments["a.weight"]
+    assert (moment.step, moment.reset_at) == (7, 2)
     assert torch.equal(moment.exp_avg, torch.full((2, 3), 3.0))
+    assert torch.equal(loaded.encoder["a.weight"], torch.full((3,), 3.0))
 
 
 def test_before_the_first_round_that_counts_there_is_nothing(tmp_path: Path) -> None:
-    save_state(tmp_path, state(1), after=0, checkpoint_every=1, keep=3)
-    assert load_state(tmp_path, after=0, position=0) == SiteState()
+    save_state(tmp_path, state(1), counted_round=0, checkpoint_every=1, keep=3)
+    assert load_state(tmp_path, counted_round=0, position=0) == SiteState()
 
 
 def test_a_lost_disk_is_a_fresh_start_further_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert load_state(tmp_path / "new", after=4, position=24) == SiteState(4, position=24)
+        assert load_state(tmp_path / "new", counted_round=4, position=24) == SiteState(4, position=24)
     assert "no state of round 4" in caplog.text
 
 
 def test_exactly_the_round_that_counts_is_loaded(tmp_path: Path) -> None:
     """Not the newest before it, whose moments and place in the data are of another time."""
-    save_state(tmp_path, state(2), after=0, checkpoint_every=1, keep=3)
-    assert load_state(tmp_path, after=3, position=18) == SiteState(3, position=18)
+    save_state(tmp_path, state(2), counted_round=0, checkpoint_every=1, keep=3)
+    assert load_state(tmp_path, counted_round=3, position=18) == SiteState(3, position=18)
 
 
 def test_later_states_and_half_written_ones_are_removed(tmp_path: Path) -> None:
     for round_ in (1, 2, 3):
-        save_state(tmp_path, state(round_), after=round_ - 1, checkpoint_every=1, keep=5)
+        save_state(tmp_path, state(round_), counted_round=round_ - 1, checkpoint_every=1, keep=5)
     (tmp_path / "round_00004.safetensors.partial-123").write_bytes(b"half")
-    discard_later(tmp_path, after=1)
+    discard_later(tmp_path, counted_round=1)
     assert rounds(tmp_path) == [1]
-    discard_later(tmp_path / "nowhere", after=1)
+    discard_later(tmp_path / "nowhere", counted_round=1)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def check(folder: Path, server: Server, after: int) -> None:
     if after:
         loaded = load_state(folder, after, position=-1)
         assert loaded.position == 10 * after
-        assert loaded.moments["a.weight"].exp_avg[0, 0] == server.values[after]
+        assert loaded.engine.moments["a.weight"].exp_avg[0, 0] == server.values[after]
 
 
 STEPS = st.lists(
@@ -158,20 +161,22 @@ def test_whatever_the_server_comes_back_to_is_there(
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    save_state(tmp_path, state(1), after=0, checkpoint_every=1, keep=3)
+    save_state(tmp_path, state(1), counted_round=0, checkpoint_every=1, keep=3)
     (tmp_path / "round_00001.safetensors").write_bytes(b"\x10garbage")
     with pytest.raises(CheckpointError, match=r"round_00001.safetensors is damaged"):
-        load_state(tmp_path, after=1, position=0)
+        load_state(tmp_path, counted_round=1, position=0)
 
 
 def test_reading_it_leaves_nothing_behind(tmp_path: Path) -> None:
     """safetensors 0.8 keeps two objects for each tensor that its safe_open reads: 64 sites felt it in 300 rounds."""
     moments = {f"{index}.weight": Moments(torch.ones(2), torch.ones(2), 1, 0) for index in range(50)}
-    save_state(tmp_path, SiteState(1, 10, moments, 5), after=0, checkpoint_every=1, keep=3)
+    save_state(
+        tmp_path, SiteState(1, 10, 5, EngineState(moments)), counted_round=0, checkpoint_every=1, keep=3
+    )
 
     def blocks_after(times: int) -> int:
         for _ in range(times):
-            load_state(tmp_path, after=1, position=0)
+            load_state(tmp_path, counted_round=1, position=0)
         gc.collect()
         return sys.getallocatedblocks()
 

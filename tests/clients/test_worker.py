@@ -31,8 +31,8 @@ from clients.worker import Abandoned, Desk, beat_for, deliver
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.messages import Task
-from tests.clients.helpers import ask, bundles_of, site_task, state_files, with_steps
+from fomoe_flwr.messages import Reply, Task
+from tests.clients.helpers import ask, bundles_of, site_task, state_files, task_of, with_steps
 from tests.conftest import Compose
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,9 +66,7 @@ class Site:
     state: Path
     stall_s: float = 60.0
 
-    def ask(
-        self, kind: str, config: RunConfig, task: Task, budget_s: float = 300.0
-    ) -> tuple[dict, dict, dict]:
+    def ask(self, kind: str, config: RunConfig, task: Task, budget_s: float = 300.0) -> tuple[dict, Reply]:
         node = {"site": "site-1", "state-dir": str(self.state), "stall-s": self.stall_s}
         return ask(kind, config, task, node, budget_s)
 
@@ -113,9 +111,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     shutil.rmtree(place)
 
 
-def in_process(
-    config: RunConfig, task: Task, folder: Path, kind: str = "train"
-) -> tuple[dict, dict, dict]:
+def in_process(config: RunConfig, task: Task, folder: Path, kind: str = "train") -> tuple[dict, Reply]:
     """What the same message comes to without a worker."""
     return ask(kind, config, task, {"partition-id": 1, "site": "site-1", "state-dir": str(folder)})
 
@@ -138,7 +134,7 @@ def test_a_worker_gives_the_same_bits_and_stays(site: Site, small: Compose, tmp_
         task = site_task(config, 3 + round_)
         assert site.ask("train", config, task) == in_process(config, task, tmp_path / "here")
     with pytest.raises(ConfigError, match="site=site-1: was given the work of site site-0"):
-        site.ask("train", config, Task(**{**vars(site_task(config, 6)), "site": 0}))
+        site.ask("train", config, task_of(config, 0, 6))
     hot = small("strategy.overlap=2", "train.lr=1e30").config
     with pytest.raises(FloatingPointError, match="training loss is nan"):
         site.ask("train", hot, site_task(hot, 6))
