@@ -28,5 +28,9 @@ class DtypeError(WireError):
     """A payload in another dtype than was agreed."""
 
 
+class NotFiniteError(WireError):
+    """A figure that is no finite number."""
+
+
 class RunError(FomoeError):
     """A federated run that cannot go on."""

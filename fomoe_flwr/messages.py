@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from fomoe_flwr.config import (
     TrainConfig,
     from_dict,
 )
-from fomoe_flwr.errors import ConfigError, WireError
+from fomoe_flwr.errors import ConfigError, NotFiniteError, WireError
 from fomoe_flwr.load import Shares
 
 MAX_METRICS = 64  # in a reply, and characters in the name of one
@@ -208,10 +209,7 @@ class Reply:
         values = dataclasses.asdict(self)
         metrics = values.pop("metrics")
         text = json.dumps({**values, "start_digests": self.start_digests.hex()}, separators=(",", ":"))
-        numbers = (
-            f"{json.dumps(key)}:{value if isinstance(value, int) else format(value, '.17e')}"
-            for key, value in metrics.items()
-        )
+        numbers = (f"{json.dumps(key)}:{_number(value)}" for key, value in metrics.items())
         return f'{text[:-1]},"metrics":{{{",".join(numbers)}}}}}'
 
     @classmethod
@@ -244,5 +242,11 @@ class Reply:
             if (
                 not number or not abs(value) <= sys.float_info.max
             ):  # not isfinite, which some integers overflow
-                raise WireError(f"metric {key!r:.80}={value!r:.80}: must be a finite number")
+                raise NotFiniteError(f"metric {key!r:.80}={value!r:.80}: must be a finite number")
         return reply
+
+
+def _number(value: float) -> str:
+    """A float in as many characters as any other, to the last bit; what is not finite as JSON's NaN and Infinity."""
+    exact = isinstance(value, int) or not math.isfinite(value)
+    return json.dumps(value) if exact else format(value, ".17e")

@@ -29,7 +29,7 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import Codec
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
-from fomoe_flwr.errors import DtypeError, WireError
+from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import MOMENTS
 
@@ -83,7 +83,8 @@ def check_header(text: str, expected: Expected) -> Reply:
     try:
         reply = Reply.from_json(text)
     except WireError as error:
-        raise Refused("not_finite" if "finite" in str(error) else "damaged", str(error)) from error
+        kind = "not_finite" if isinstance(error, NotFiniteError) else "damaged"
+        raise Refused(kind, str(error)) from error
     for key in ("run", "round", "site"):
         if (said := getattr(reply, key)) != (asked := getattr(expected, key)):
             raise Refused(key, f"answered for {key} {said!r:.80}, asked was {key} {asked!r}")

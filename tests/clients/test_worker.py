@@ -216,7 +216,7 @@ def test_clients_that_die_and_clients_that_wait(site: Site, small: Compose, tmp_
     answers = [json.loads(client.communicate(timeout=120)[0]) for client in clients]
     assert site.log.count("worker of site site-1, process") == 1
     for run, answer in zip(("one", "two"), answers, strict=True):
-        expected, _, _ = in_process(config, site_task(config, 1, run=run), tmp_path / "here")
+        expected, _ = in_process(config, site_task(config, 1, run=run), tmp_path / "here")
         assert answer["digests"] == bundle_digests(expected), answer
 
     first, before = site.worker, site.log
@@ -271,7 +271,7 @@ def test_other_code_gets_a_worker_of_its_own(site: Site, small: Compose, tmp_pat
     assert site.worker != first
     assert f"code in {(tmp_path / 'new').resolve()}" in site.log
     for round_ in (1, 2):
-        expected, _, _ = in_process(config, site_task(config, round_), tmp_path / "here")
+        expected, _ = in_process(config, site_task(config, round_), tmp_path / "here")
     assert json.loads(done.stdout)["digests"] == bundle_digests(expected)
     os.kill(site.worker, signal.SIGTERM)
     until(lambda: not workers(site.place), 10)

@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
+from fomoe_flwr.codecs import Part
+from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.spec import expert_name
-from fomoe_flwr.task import SiteTask
 
 Update = dict[str, Tensor]
 
 DENSE = "model.norm.weight"
 
 
-def _with(value: float) -> Callable[[Update, SiteTask], Update]:
-    def change(update: Update, task: SiteTask) -> Update:
+def _with(value: float) -> Callable[[Update, Task], Update]:
+    def change(update: Update, task: Task) -> Update:
         update[DENSE].view(-1)[3] = value
         return update
 
     return change
 
 
-def _shape(update: Update, task: SiteTask) -> Update:
+def _shape(update: Update, task: Task) -> Update:
     return update | {DENSE: update[DENSE].reshape(1, -1)}
 
 
-def _unknown(update: Update, task: SiteTask) -> Update:
+def _unknown(update: Update, task: Task) -> Update:
     return update | {"model.stranger.weight": torch.zeros(3, dtype=update[DENSE].dtype)}
 
 
-def _not_held(update: Update, task: SiteTask) -> Update:
+def _not_held(update: Update, task: Task) -> Update:
     ghost = min(set(range(task.model.num_experts)) - set(task.residents[0]))
     held = expert_name(0, task.residents[0][0], "up_proj")
     return update | {expert_name(0, ghost, "up_proj"): update[held].clone()}
 
 
-def _huge(update: Update, task: SiteTask) -> Update:
+def _huge(update: Update, task: Task) -> Update:
     return {name: value * 1e4 for name, value in update.items()}
 
 
-def _dtype(update: Update, task: SiteTask) -> Update:
+def _dtype(update: Update, task: Task) -> Update:
     other = torch.bfloat16 if update[DENSE].dtype == torch.float32 else torch.float32
     return {name: value.to(other) for name, value in update.items()}
 
 
 # What is done to the tensors, and the kind of refusal that it must meet.
-_TENSORS: dict[str, Callable[[Update, SiteTask], Update]] = {
+_TENSORS: dict[str, Callable[[Update, Task], Update]] = {
     "nan": _with(float("nan")),
     "infinity": _with(float("inf")),
     "shape": _shape,
@@ -80,7 +81,7 @@ CORRUPTIONS = {
 }
 
 
-def corrupt(what: str, message: Message, reply: Message, earlier: Message | None, task: SiteTask) -> Message:
+def corrupt(what: str, message: Message, reply: Message, earlier: Message | None, task: Task) -> Message:
     """The reply with one thing wrong.
 
     Args:
@@ -91,30 +92,31 @@ def corrupt(what: str, message: Message, reply: Message, earlier: Message | None
     if what in _TENSORS:
         update = {name: value.clone() for name, value in wire.from_blobs(blobs.values()).items()}
         update = _TENSORS[what](update, task)
-        blobs = wire.encode_bundles("all", update, update[DENSE].dtype)
+        parts = {name: Part(value, value.dtype) for name, value in update.items()}
+        blobs = wire.encode_bundles("all", parts)
     elif what == "truncated":
         blobs = {key: blob[: len(blob) // 2] for key, blob in blobs.items()}
     elif what == "garbage":
         blobs = {key: bytes(range(256)) * (len(blob) // 256 + 1) for key, blob in blobs.items()}
-    facts = type(content["config"])(dict(content["config"]))
-    metrics = type(content["metrics"])(dict(content["metrics"]))
-    facts["bundle-digests"] = json.dumps(bundle_digests(blobs))
+    answer = Reply.from_json(str(content["config"]["reply"]))
+    answer = replace(answer, bundle_digests=bundle_digests(blobs))
     if what == "wrong digest":
         key, blob = next(iter(blobs.items()))
         blobs = blobs | {key: blob[:-1] + bytes([blob[-1] ^ 1])}
     elif what == "another site":
-        facts["site"] = next(site.name for site in task.sites if site.name != task.name)
+        answer = replace(answer, site="site-0" if task.name != "site-0" else "site-2")
     elif what == "another run":
-        facts["run"] = "of somebody else"
+        answer = replace(answer, run="of somebody else")
     elif what == "another start":
-        facts["start-digests"] = bytes(len(facts["start-digests"]))
+        answer = replace(answer, start_digests=bytes(len(answer.start_digests)))
     elif what == "too many tokens":
-        metrics["num-examples"] = int(metrics["num-examples"]) * 1000
+        answer = replace(answer, num_examples=answer.num_examples * 1000)
     elif what == "metric nan":
-        metrics["train_loss"] = float("nan")
+        answer = replace(answer, metrics=answer.metrics | {"train_loss": float("nan")})
     elif what == "stale round":
-        if earlier is not None and earlier.content["config"]["site"] == task.name:
+        if earlier is not None and f'"site":"{task.name}"' in str(earlier.content["config"]["reply"]):
             return Message(earlier.content, reply_to=message)  # truly the reply of another round
-        facts["round"] = task.round - 1
+        answer = replace(answer, round=task.round - 1)
     arrays = ArrayRecord({key: as_array(blob) for key, blob in blobs.items()})
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics, "config": facts}), reply_to=message)
+    header = ConfigRecord({"reply": answer.to_json()})
+    return Message(RecordDict({"arrays": arrays, "config": header}), reply_to=message)

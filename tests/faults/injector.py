@@ -18,7 +18,7 @@ from pathlib import Path
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from fomoe_flwr.task import SiteTask
+from fomoe_flwr.messages import Task
 from strategies.local_grid import LocalGrid
 from tests.faults.corruption import CORRUPTIONS, corrupt
 
@@ -154,7 +154,7 @@ def grid_with(faults: Faults) -> type[LocalGrid]:
             reply = super()._answer(message, context)
             if "task" not in message.content.config_records["config"]:
                 return reply
-            task = SiteTask.from_json(str(message.content.config_records["config"]["task"]))
+            task = Task.from_json(str(message.content.config_records["config"]["task"]))
             earlier = self.earlier.get(task.name)
             if not reply.has_error():
                 self.earlier[task.name] = self.earlier["anybody"] = reply
@@ -173,7 +173,7 @@ def grid_with(faults: Faults) -> type[LocalGrid]:
             text = message.content.config_records["config"].get("task")
             if text is None:
                 return None
-            task = SiteTask.from_json(str(text))
+            task = Task.from_json(str(text))
             return faults.of(task.name, task.round, message.metadata.message_type)
 
     return FaultyGrid

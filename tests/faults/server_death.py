@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import strategies.book
-import strategies.commit
-import strategies.fomoe
 from fomoe_flwr import checkpoint
 from fomoe_flwr.compose import Composed
-from strategies.book import RoundBook
+from fomoe_flwr.server import outer as outer_room
+from fomoe_flwr.server import rounds as rounds_room
+from fomoe_flwr.server import run as run_room
+from fomoe_flwr.server.replies import Inbox
 from strategies.fomoe import FoMoE
-from strategies.inbox import Inbox
 from tests.faults.injector import Faults, grid_with
 from tests.strategies.helpers import run
 
@@ -44,8 +43,8 @@ def dies(phase: str, round_: int) -> Iterator[None]:
         def here(wanted: str) -> bool:
             return wanted == phase and seen["round"] == round_
 
-        messages, put, finished = FoMoE._messages, Inbox.put, RoundBook.finished
-        commit, save = strategies.fomoe.commit, strategies.book.save_checkpoint
+        messages, put = FoMoE._messages, Inbox.put
+        commit, save = rounds_room.commit, run_room.save_checkpoint
         save_file = checkpoint.save_file
 
         def counting_messages(self, *arguments):
@@ -66,7 +65,7 @@ def dies(phase: str, round_: int) -> Iterator[None]:
             if here("first reply") or (here("last reply") and seen["replies"] == 4):
                 raise Killed
 
-        def half_a_commit(current, outer, *arguments):
+        def half_a_commit(round_, outer, *arguments):
             step = outer.step
 
             def step_and_die(*values):
@@ -75,7 +74,7 @@ def dies(phase: str, round_: int) -> Iterator[None]:
                     raise Killed
 
             patch.setattr(outer, "step", step_and_die)
-            commit(current, outer, *arguments)
+            commit(round_, outer, *arguments)
             patch.setattr(outer, "step", step)
             if here("after commit"):
                 raise Killed
@@ -94,11 +93,10 @@ def dies(phase: str, round_: int) -> Iterator[None]:
 
         patch.setattr(FoMoE, "_messages", counting_messages)
         patch.setattr(Inbox, "put", counting_put)
-        patch.setattr(RoundBook, "finished", finished)
-        patch.setattr(strategies.fomoe, "commit", half_a_commit)
-        patch.setattr(strategies.commit, "CHUNK_BYTES", 4096)  # so that a commit has a middle
+        patch.setattr(rounds_room, "commit", half_a_commit)
+        patch.setattr(outer_room, "CHUNK_BYTES", 4096)  # so that a commit has a middle
         patch.setattr(checkpoint, "save_file", half_a_file)
-        patch.setattr(strategies.book, "save_checkpoint", save_and_die)
+        patch.setattr(run_room, "save_checkpoint", save_and_die)
         yield
 
 

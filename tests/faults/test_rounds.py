@@ -11,7 +11,7 @@ import torch
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.spec import expert_of
-from strategies.fomoe import FoMoE
+from fomoe_flwr.policies import POLICIES
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
 from tests.faults.injector import Faults, grid_with
@@ -85,7 +85,7 @@ def test_an_expert_waits_for_enough_of_its_holders(
         "train.rounds=2", "federation.num_sites=4", "strategy.overlap=2", f"strategy.expert_quorum={quorum}"
     )
     run(composed, grid_type=grid_with(Faults().at("site-1", round=2).fail()))
-    placement = FoMoE(composed.config).placement(2)
+    placement = POLICIES[composed.config.strategy.placement](composed.config).intended(2).placement
     first, second = (
         read_checkpoint(checkpoint_path(composed.run_dir, round_)).parameters for round_ in (1, 2)
     )
@@ -150,7 +150,7 @@ def test_orphans_are_adopted_where_placement_is_random_and_reported_where_it_is_
         assert "no site with 4 experts is connected" in caplog.text
         adopted = placement == "random"
         assert (experts["rounds_since_update_max"] == 0) == adopted
-        assert ("they are given to other sites" in caplog.text) == adopted
+        assert ("are given to other sites" in caplog.text) == adopted
 
 
 def test_a_run_of_which_nothing_was_committed_is_no_success(small: Compose, tmp_path: Path) -> None:
