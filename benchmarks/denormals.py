@@ -6,13 +6,13 @@ import statistics
 from functools import partial
 
 import torch
+from fomoe_flwr.training import LocalAdamW, train_adamw, use_cpu
 
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.data import TokenStream, prepare
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.training import LocalAdamW, train_adamw, use_cpu
 
 STEPS = 200
 

@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 
 import torch
+from fomoe_flwr.training import use_cpu
 
 from benchmarks.harness import options, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
 from fomoe_flwr.model.sigma_moe import build, initial_state
-from fomoe_flwr.training import use_cpu
 from strategies.fomoe import FoMoE
 from strategies.launch import launch
 

@@ -109,8 +109,8 @@ class StackedAdamW:
             (0, self.schedule.newcomer_reset_at) if own is None else (own.step, own.reset_at) for own in known
         ]
         if self._adopt and views[0].slot is None and known[0] is not None:
-            like = {"device": parameter.device, "dtype": torch.float32}
-            exp_avg, exp_avg_sq = known[0].exp_avg.to(**like), known[0].exp_avg_sq.to(**like)
+            exp_avg = known[0].exp_avg.to(parameter.device, torch.float32)
+            exp_avg_sq = known[0].exp_avg_sq.to(parameter.device, torch.float32)
         else:
             exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
             for view, own in zip(views, known, strict=True):
