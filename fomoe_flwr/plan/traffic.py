@@ -48,17 +48,20 @@ def round_bytes(
     return 2 * star_bytes(shard_parameters(model, routing, experts_per_layer), bytes_per_number, copies)
 
 
-def compare_strategies(config: RunConfig, plan: Plan | None = None) -> list[Traffic]:
+def compare_strategies(
+    config: RunConfig, plan: Plan | None = None, residents: float | None = None
+) -> list[Traffic]:
     """This run, full-replica DiLoCo (same K) and DDP, all with the run's wire dtype.
 
     DDP exchanges the gradient of the whole model at every step: K exchanges in the time of a round.
 
     Args:
         plan: of a run whose sites differ; figures are then means over its sites.
+        residents: experts a layer at a site, mean over the sites, where it is recorded; else the plan's.
     """
     model, strategy, train = config.model, config.strategy, config.train
     width = BYTES_PER_NUMBER[strategy.wire_dtype]
-    residents = mean_residents(config, plan)
+    residents = mean_residents(config, plan) if residents is None else residents
     this_run = round_bytes(model, strategy.routing, residents, width, copies_sent(strategy))
     full_exchange = round_bytes(model, strategy.routing, model.num_experts, width, copies=1)
     share = shard_parameters(model, strategy.routing, residents) / parameter_counts(model).total

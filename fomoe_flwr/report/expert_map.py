@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
-from fomoe_flwr.plan.planner import plan_placement
+from fomoe_flwr.placement import Placement
 from fomoe_flwr.report.load import Run
 from fomoe_flwr.report.panels import INK, dress, site_colors
 
@@ -24,15 +23,10 @@ def expert_map(axes: Axes, run: Run) -> None:
     config = run.config
     model, strategy, sites = config.model, config.strategy, config.federation.sites
     round_ = max(1, run.rounds[-1].round)  # before training, what the first round will use
-    if strategy.placement == "planned" and run.plan is not None:
-        placement = plan_placement(config, run.plan)
-    else:
-        draw = draw_for_round(strategy.placement, strategy.reshuffle_every, round_)
-        placement = draw_placement(
-            len(sites), model.num_experts, config.overlap, model.num_layers, config.seed, draw
-        )
+    placement = run.placement(round_)
     names = short_names([site.name for site in sites])
-    when = f" in round {round_}" if strategy.placement == "random" else ""
+    changed = strategy.placement == "random" or len(run.placements) > 1
+    when = f" in round {round_}" if changed else ""
     if len(sites) * model.num_layers <= MAX_ROWS and model.num_experts <= MAX_EXPERTS:
         dress(axes, f"Experts held by each site{when}", "")
         _grids(axes, placement, names)

@@ -17,7 +17,10 @@ from fomoe_flwr.compose import from_tree
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.hydra_errors import one_line
-from fomoe_flwr.plan.record import Plan, load_plan, mean_residents
+from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
+from fomoe_flwr.plan.planner import plan_placement
+from fomoe_flwr.plan.record import Plan, load_plan
+from fomoe_flwr.records import read_placements
 
 CLASSES = ("dense", "expert", "other")  # of bytes; other is what is no tensor
 
@@ -95,11 +98,43 @@ class Run:
     config: RunConfig
     rounds: tuple[Round, ...]
     plan: Plan | None = None
+    placements: dict[int, Placement] = dataclasses.field(
+        default_factory=dict
+    )  # by the round from which they held
+
+    def placement(self, round_: int) -> Placement:
+        """Who held what in a round, as it was recorded; of an older run, as configuration and plan have it."""
+        recorded = [start for start in self.placements if start <= max(round_, 1)]
+        if recorded:
+            return self.placements[max(recorded)]
+        config, strategy = self.config, self.config.strategy
+        if strategy.placement == "planned" and self.plan is not None:
+            return plan_placement(config, self.plan)
+        draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
+        return draw_placement(
+            len(config.federation.sites),
+            config.model.num_experts,
+            config.overlap,
+            config.model.num_layers,
+            config.seed,
+            draw,
+        )
+
+    def residents(self, round_: int) -> list[float]:
+        """Experts a layer at each site in a round, mean over the layers."""
+        held_M = self.placement(round_).holds_LEM.sum(axis=(0, 1)) / self.config.model.num_layers
+        return [float(held) for held in held_M]
 
     @property
     def held_share(self) -> float:
-        """Share of the experts that a site holds, mean over the sites."""
-        return mean_residents(self.config, self.plan) / self.config.model.num_experts
+        """Share of the experts that a site holds in the last round, mean over the sites."""
+        return self.mean_residents / self.config.model.num_experts
+
+    @property
+    def mean_residents(self) -> float:
+        """Experts a layer at a site in the last round, mean over the sites."""
+        held = self.residents(self.rounds[-1].round)
+        return sum(held) / len(held)
 
 
 def load_run(directory: Path) -> Run:
@@ -110,7 +145,10 @@ def load_run(directory: Path) -> Run:
         RunError: `metrics.jsonl` is missing, damaged or without a complete round; `plan.json` is damaged.
     """
     config = read_config(directory / "config.yaml")
-    return Run(directory, config, read_rounds(directory / "metrics.jsonl", config), load_plan(directory))
+    rounds = read_rounds(directory / "metrics.jsonl", config)
+    names = [site.name for site in config.federation.sites]
+    placements = read_placements(directory, names, config.model.num_experts)
+    return Run(directory, config, rounds, load_plan(directory), placements)
 
 
 def read_config(path: Path) -> RunConfig:

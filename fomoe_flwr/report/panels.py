@@ -73,7 +73,7 @@ def traffic(axes: Axes, run: Run) -> None:
         say(axes, "no training round yet")
         return
     ours = max(record.site_bytes or 0 for record in rounds)
-    rivals = compare_strategies(run.config, run.plan)[1:]
+    rivals = compare_strategies(run.config, run.plan, run.mean_residents)[1:]
     on_chart = [row for row in rivals if row.site_bytes <= OFF_CHART * ours]
     highest = max([ours, *(row.site_bytes for row in on_chart)])
     factor, unit = byte_unit(highest)

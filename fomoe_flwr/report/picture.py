@@ -55,7 +55,7 @@ def headline(run: Run) -> str:
         before = "" if summary.first_val_loss is None else f"{decimal(summary.first_val_loss)} → "
         parts.append(f"validation loss {before}{decimal(summary.val_loss)}")
     if summary.site_bytes:
-        _, diloco, ddp = compare_strategies(run.config, run.plan)
+        _, diloco, ddp = compare_strategies(run.config, run.plan, run.mean_residents)
         parts.append(
             f"{in_bytes(summary.site_bytes)} per site and round "
             f"({diloco.name} would need {times(diloco.site_bytes / summary.site_bytes)}, "

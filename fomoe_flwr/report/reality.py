@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.plan.record import Plan, SitePlan
+from fomoe_flwr.plan.traffic import BYTES_PER_NUMBER, copies_sent, round_bytes
 from fomoe_flwr.report.load import Round, Run, SiteRound
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
 
@@ -58,12 +59,23 @@ def compare(run: Run) -> Reality | None:
     settled = trained[1:] or trained  # the first one starts things up
     full = [record for record in trained if len(record.sites) == len(run.plan.sites) and not record.failures]
     payload = [record.bytes_by_class["dense"] + record.bytes_by_class["expert"] for record in full]
-    planned_payload = sum(site.bytes_down + site.bytes_up for site in run.plan.sites)
+    expected_payload = _payload(run, full[-1].round if full else trained[-1].round)
     virtual = any(record.virtual for record in settled)
     return Reality(
-        Pair(planned_payload, payload[-1] if payload else None),
+        Pair(expected_payload, payload[-1] if payload else None),
         Pair(run.plan.round_s, _median([_round_s(record, virtual) for record in settled])),
         [_site(run.plan, planned, settled) for planned in run.plan.sites],
+    )
+
+
+def _payload(run: Run, round_: int) -> float:
+    """Bytes of the tensors of a round, by formula, of what the sites held in it."""
+    config = run.config
+    width, copies = BYTES_PER_NUMBER[config.strategy.wire_dtype], copies_sent(config.strategy)
+    return sum(
+        round_bytes(config.model, config.strategy.routing, held, width, copies)
+        for held in run.residents(round_)
+        if held
     )
 
 
@@ -132,7 +144,9 @@ def notes(run: Run, reality: Reality) -> list[str]:
     """Which assumption was off, a sentence each."""
     said = []
     if reality.payload_bytes.measured is not None and reality.payload_bytes.off:
-        said.append("payload: the sites do not hold what the first plan says (experts moved or adopted)")
+        said.append(
+            "payload: more or less was sent than the shards that the sites held (evaluations at the sites?)"
+        )
     plan = run.config.plan
     if _any_off(site.step_s for site in reality.sites):
         source = f"plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}"

@@ -57,7 +57,7 @@ def comparison_table(run: Run) -> Table:
     table.add_column("source", no_wrap=True)
     for header in ("bytes", "bytes/token", "vs this run", "model held"):
         table.add_column(header, justify="right", no_wrap=True)
-    this_run, *rivals = compare_strategies(run.config, run.plan)
+    this_run, *rivals = compare_strategies(run.config, run.plan, run.mean_residents)
     measured = summarize(run).site_bytes
     lines = [(row, "by formula") for row in (this_run, *rivals)]
     if measured is not None:

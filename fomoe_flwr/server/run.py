@@ -38,11 +38,12 @@ from fomoe_flwr.evaluation import (
 )
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.sigma_moe import build, initial_state
-from fomoe_flwr.placement import full_residents
+from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.clock import Measured, virtual_round
 from fomoe_flwr.plan.file import plan_for_run
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB, plan_sites
+from fomoe_flwr.records import append_placement, cut_placements
 from fomoe_flwr.report.evaluation import FILE
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
 from fomoe_flwr.server.replies import Inbox
@@ -90,6 +91,7 @@ def open_run(composed: Composed) -> Iterator[Run]:
     if checkpoint is not None:
         check_resumable(checkpoint, config)
         forget_later(checkpoint)
+        cut_placements(run_dir, checkpoint.round)
     else:
         check_unused(composed)
     name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
@@ -123,8 +125,13 @@ class RunRecorder(RoundObserver):
         self._tokens = tokens  # trained so far, by all sites together
         self._health = RoutingHealth(composed.config, probe_batch(corpus, composed.config.train.seq_len))
         self._collected_s = 0.0
+        self._placement: Placement | None = None  # the last one that this process recorded
 
     def asked(self, current: Round) -> None:
+        if self._placement is None or (current.placement.holds_LEM != self._placement.holds_LEM).any():
+            residents = {name: current.placement.residents(i) for i, name in enumerate(current.site_names)}
+            append_placement(self._composed.run_dir, current.number, residents)
+            self._placement = current.placement
         self._telemetry.begin_round(current.number, len(current.asked))
 
     def answered(self, current: Round) -> None:

@@ -1,0 +1,75 @@
+"""`placements.jsonl` in a run directory: who held which expert, as it was, for reports to read instead of deriving it.
+
+A line for each round whose placement is not that of the line before:
+
+    {"round": 3, "residents": {"site-0": [[0, 3], [1, 2]], …}}      experts by site, one list a layer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.files import write_atomically
+from fomoe_flwr.placement import Placement, from_residents
+
+NAME = "placements.jsonl"
+
+Residents = Mapping[str, Sequence[Sequence[int]]]  # by site
+
+
+def append_placement(run_dir: Path, round_: int, residents: Residents) -> None:
+    """Record the placement that holds from a round on."""
+    with (run_dir / NAME).open("a") as file:
+        file.write(json.dumps({"round": round_, "residents": residents}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_placements(run_dir: Path, last_round: int) -> None:
+    """Forget what is recorded of rounds after this one: a resumed run plays them again."""
+    if (run_dir / NAME).exists():
+        kept = [line for line in _lines(run_dir) if line["round"] <= last_round]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(run_dir / NAME, lambda path: path.write_text(text))
+
+
+def read_placements(run_dir: Path, site_names: Sequence[str], num_experts: int) -> dict[int, Placement]:
+    """The recorded placements by the round from which they held, over the federation's sites in their order.
+
+    A site that a line does not name holds nothing. Empty for a run from before the record existed.
+
+    Raises:
+        RunError: a line is not a placement of this model.
+    """
+    placements = {}
+    for line in _lines(run_dir):
+        residents, num_layers = line["residents"], max(map(len, line["residents"].values()), default=0)
+        try:
+            placements[line["round"]] = from_residents(
+                [residents.get(name, [[]] * num_layers) for name in site_names], num_experts
+            )
+        except (IndexError, TypeError, ValueError) as error:
+            raise RunError(f"{run_dir / NAME}, round {line['round']}: no placement of this model") from error
+    return placements
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines; a half-written last one is what a crash leaves and does not count."""
+    path, found = run_dir / NAME, []
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            found.append({"round": int(line["round"]), "residents": dict(line["residents"])})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(texts):
+                break
+            raise RunError(f"{path}, line {number}: not a round's placement ({error})") from error
+    return found

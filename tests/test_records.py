@@ -1,0 +1,106 @@
+"""Reports show the placement that a run had, also after experts were adopted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.placement import Placement, from_residents
+from fomoe_flwr.records import NAME, append_placement, cut_placements, read_placements
+from fomoe_flwr.report import expert_map
+from fomoe_flwr.report.load import Run, load_run
+from fomoe_flwr.resume import compose_run
+from strategies.local_grid import LocalGrid
+from tests.conftest import Compose
+from tests.strategies.helpers import run
+
+FIRST = {"a": [[0, 1], [2]], "b": [[2], [0, 1]]}
+SECOND = {"a": [[0, 1, 2], [0, 1, 2]]}
+
+
+def test_a_round_has_the_nearest_placement_before_it(tmp_path: Path) -> None:
+    append_placement(tmp_path, 1, FIRST)
+    append_placement(tmp_path, 4, SECOND)
+    with (tmp_path / NAME).open("a") as file:
+        file.write('{"round": 5, "resid')  # a crash
+
+    placements = read_placements(tmp_path, ["a", "b"], 3)
+
+    assert sorted(placements) == [1, 4]
+    assert placements[1].residents(1) == FIRST["b"]
+    assert placements[4].residents(0) == SECOND["a"]
+    assert placements[4].residents(1) == [[], []]  # it is not named: it holds nothing
+
+
+def test_a_resumed_run_forgets_what_it_plays_again(tmp_path: Path) -> None:
+    cut_placements(tmp_path, 3)  # nothing recorded: nothing to forget
+    append_placement(tmp_path, 1, FIRST)
+    append_placement(tmp_path, 4, SECOND)
+    cut_placements(tmp_path, 3)
+    assert sorted(read_placements(tmp_path, ["a"], 3)) == [1]
+    assert read_placements(tmp_path / "elsewhere", ["a"], 3) == {}
+
+
+@pytest.mark.parametrize("bad", ["not json\n{}\n", '{"round": 1, "residents": {"a": [[7]]}}\n{}\n'])
+def test_a_damaged_record_is_named(tmp_path: Path, bad: str) -> None:
+    (tmp_path / NAME).write_text(bad)
+    with pytest.raises(RunError, match=r"placements\.jsonl.*(line 1|round 1)"):
+        read_placements(tmp_path, ["a"], 3)
+
+
+class LeavingGrid(LocalGrid):
+    """From round 2 on the node of site-1 is gone, and with a random placement its experts are adopted."""
+
+    left = False
+
+    def get_node_ids(self):
+        return [node for node in super().get_node_ids() if not (self.left and node == 101)]
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.left = self.left or any(message.metadata.message_type == "train" for message in messages)
+        return super().push_messages(messages)
+
+
+def drawn(run_of: Run, monkeypatch: pytest.MonkeyPatch) -> Placement:
+    """The placement that the expert map shows."""
+    seen: list[Placement] = []
+    monkeypatch.setattr(expert_map, "_grids", lambda axes, placement, names: seen.append(placement))
+    monkeypatch.setattr(expert_map, "dress", lambda *_: None)
+    expert_map.expert_map(None, run_of)  # type: ignore[arg-type]
+    return seen[0]
+
+
+def test_pictures_show_what_the_sites_held(
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = (
+        "strategy.placement=random",
+        "strategy.overlap=1",
+        "train.rounds=3",
+        "federation.num_sites=4",
+    )
+    folder = run(small(*overrides), grid_type=LeavingGrid)
+    manifest = read_checkpoint(checkpoint_path(folder, 3)).manifest["placement"]
+    held = from_residents([manifest[f"site-{site}"] for site in range(4)], 8)
+    loaded = load_run(folder)
+
+    shown = drawn(loaded, monkeypatch)
+
+    assert (shown.holds_LEM == held.holds_LEM).all()
+    assert loaded.held_share == pytest.approx(held.holds_LEM.mean())
+    assert loaded.residents(3) == [float(n) for n in held.holds_LEM.sum(axis=(0, 1)) / 2]
+
+    # A run that is prolonged records on; one from before the record is shown as configuration and seed have it.
+    run(compose_run([f"resume={folder}", "train.rounds=4"]))
+    rounds = [json.loads(line)["round"] for line in (folder / NAME).read_text().splitlines()]
+    assert rounds == [1, 2, 3, 4]
+    (folder / NAME).unlink()
+    assert not np.array_equal(
+        drawn(load_run(folder), monkeypatch).holds_LEM[:, :, 1], held.holds_LEM[:, :, 1]
+    )
