@@ -19,20 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor
 
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import as_array, bundle_digests
+from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.outer import OuterOptimizer, RunningMean
-from fomoe_flwr.placement import Placement
-from strategies.check import Expected, check_reply
-from strategies.commit import commit
-from strategies.inbox import Inbox
-from strategies.round import Round
+from fomoe_flwr.messages import Reply
+from fomoe_flwr.server.outer import Contribution, OuterOptimizer, RunningMean, commit
+from fomoe_flwr.server.replies import Expected, Inbox, check_blobs, check_header, check_load
 
 MIB = 2**20
 MODEL_MIB = 208  # the 54 M-parameter proxy in fp32
@@ -66,40 +65,32 @@ class Server:
 
     def __init__(self, folder: Path, state: dict[str, Tensor], sites: int) -> None:
         self.config = RunConfig()
-        self.config.strategy.outer = "average"
+        self.config.strategy.outer, self.config.strategy.wire_dtype = "average", "fp32"
         self.outer = OuterOptimizer(state, self.config.strategy, self.config.model, self.config.train)
         self.inbox, self.sites = Inbox(folder), sites
         self.inbox.begin(1)
-        self.current = Round(1, Placement(np.ones((1, 1, sites), dtype=bool)))
-        digests = dict.fromkeys(state, bytes(wire.DIGEST_BYTES))
+        self.contributions: dict[int, Contribution] = {}
+        digests = dict.fromkeys(state, bytes(DIGEST_BYTES))
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        self.expected = Expected("run", 1, "site", digests, shapes, torch.float32, 10**9, 1)
+        self.expected = Expected("run", 1, "site", digests, shapes, CODECS["fp32"], 10**9, 1, (1, 1))
+        self.start = bytes(DIGEST_BYTES * len(state))
 
     def take_in(self, site: int, blobs: dict[str, bytes]) -> None:
-        """As the strategy does with a good reply."""
-        facts = {
-            "run": "run",
-            "round": 1,
-            "site": "site",
-            "start-digests": self.expected.start_digests(),
-            "bundle-digests": self._digests(blobs),
-        }
-        arrays = ArrayRecord({key: as_array(blob) for key, blob in blobs.items()})
-        metrics = MetricRecord({"num-examples": 1 + site})
-        content = RecordDict({"arrays": arrays, "metrics": metrics, "config": ConfigRecord(facts)})
-        self.current.results[site], _ = check_reply(
-            content, self.expected, ("arrays", "config", "num-examples")
-        )
-        self.inbox.put(site, arrays, metrics, content["config"])
+        """As the server does with a good reply."""
+        header = Reply("run", 1, "site", 1 + site, {}, self.start, [], self._digests(blobs)).to_json()
+        reply = check_header(header, self.expected)
+        check_blobs(blobs, reply, self.expected)
+        self.contributions[site] = Contribution(reply.num_examples, 1, check_load(reply, self.expected))
+        self.inbox.put(site, header, blobs)
 
-    def _digests(self, blobs: dict[str, bytes]) -> str:
+    def _digests(self, blobs: dict[str, bytes]) -> dict[str, str]:
         """The site's own work, so done once and not timed."""
         if not hasattr(self, "_known"):
-            self._known = json.dumps(bundle_digests(blobs))
+            self._known = bundle_digests(blobs)
         return self._known
 
     def commit(self) -> None:
-        commit(self.current, self.outer, self.inbox, self.config, {(0, 0)})
+        commit(1, self.outer, self.inbox, self.config, self.contributions, {(0, 0)})
         self.inbox.clear()
         self.inbox.begin(1)
 
@@ -150,7 +141,8 @@ def main() -> None:
         return
     chosen = options(__doc__ or "", repeats=7)
     state = model()
-    blob = wire.encode(state, torch.float32)
+    parts, _ = CODECS["fp32"].encode(state, {})
+    blob = wire.encode(parts)
     blobs = [bytes(bytearray(blob)) for _ in range(4)]
     records = flower_records(state, 4)
     averaged, theirs = ours(blobs), aggregate_arrayrecords(records, "num-examples")

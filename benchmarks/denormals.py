@@ -6,11 +6,12 @@ import statistics
 from functools import partial
 
 import torch
-from fomoe_flwr.training import LocalAdamW, train_adamw, use_cpu
 
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.data import TokenStream, prepare
+from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
+from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state
 from fomoe_flwr.placement import full_residents
 
@@ -40,7 +41,13 @@ def main() -> None:
     for steps in (0, STEPS):
         batches = (stream.batch(step * train.batch_size, train.batch_size) for step in range(steps))
         if steps:
-            train_adamw(module, LocalAdamW(module, config.model, train, 50, 0, {}), batches, train, "cpu")
+            optimizer = StackedAdamW(module, train, Schedule(0, 1.0, 50, 0), {})
+            for tokens_BT in batches:
+                losses = module(tokens_BT)
+                (losses.cross_entropy + losses.balance).backward()
+                torch.nn.utils.clip_grad_norm_(module.parameters(), train.grad_clip)
+                optimizer.step()
+                module.zero_grad(set_to_none=True)
         module.train()
         runs = {
             name: partial(forward_backward, module, stream, name == "flushed") for name in ("kept", "flushed")

@@ -16,9 +16,9 @@ from pathlib import Path
 from benchmarks.harness import write_result
 from clients.app import app
 from fomoe_flwr.compose import compose
-from strategies.health import PROBE_TOKENS
+from fomoe_flwr.server.health import PROBE_TOKENS
+from strategies.launch import run_server
 from strategies.local_grid import LocalGrid
-from strategies.server import run_server
 
 CASES = {
     "4 sites, skip": ("federation.num_sites=4", "strategy.overlap=2"),

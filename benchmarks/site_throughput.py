@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 
 import torch
-from fomoe_flwr.training import use_cpu
 
 from benchmarks.harness import options, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
+from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.model.sigma_moe import build, initial_state
-from strategies.fomoe import FoMoE
+from fomoe_flwr.policies import POLICIES
 from strategies.launch import launch
 
 
@@ -34,7 +34,7 @@ def bare(config: RunConfig) -> float:
     corpus = prepare(config.data)
     dealt = deal_documents(corpus, config.federation.sites, config.data, config.seed, train.seq_len)
     stream = TokenStream(corpus, dealt[0], train.seq_len, config.seed)
-    residents = FoMoE(config).placement(1).residents(0)
+    residents = POLICIES[config.strategy.placement](config).intended(1).placement.residents(0)
     shard = initial_state(config.model, residents, config.strategy.routing, config.seed)
     module = build(config.model, residents, config.strategy.routing, shard, "cpu").train()
     optimizer = torch.optim.AdamW(

@@ -37,36 +37,34 @@ NODE = {"site": "site-0"}
 def do_message(folder: Path, way: str, round_: int) -> None:
     """In a process of its own: one message, handed over or worked on right here."""
     settings = node_settings({**NODE, "state-dir": str(folder / "state")})
-    task = json.loads((folder / "task.json").read_text()) | {"round": round_, "after": round_ - 1}
+    task = json.loads((folder / "task.json").read_text()) | {"round": round_, "counted_round": round_ - 1}
     blobs = {path.name: path.read_bytes() for path in sorted((folder / "bundles").iterdir())}
     if way == "relay":
         from clients.relay import hand_over
 
-        answer = hand_over("train", json.dumps(task), blobs.items(), settings, 600.0)
+        header = hand_over("train", json.dumps(task), blobs.items(), settings, 600.0).header
     else:
         from clients.memory import Memory
-        from clients.work import perform
+        from clients.site import perform
 
-        answer = perform("train", json.dumps(task), blobs, settings, Memory(), lambda phase: None)
-    print(json.dumps(answer.metrics))
+        _, reply = perform("train", json.dumps(task), blobs, settings, Memory(), lambda phase: None)
+        header = reply.to_json()
+    print(json.dumps(json.loads(header)["metrics"]))
 
 
 def prepare(folder: Path, overrides: Sequence[str]) -> int:
     """The message that a server would send, as files; the bytes of its bundles."""
-    from fomoe_flwr import wire
     from fomoe_flwr.compose import compose
     from fomoe_flwr.model.sigma_moe import initial_state
-    from fomoe_flwr.task import make_task
-    from strategies.fomoe import FoMoE
+    from tests.clients.helpers import bundled, task_of
 
     config = compose([*overrides, *STEP, f"data.cache_dir={folder / 'cache'}"]).config
-    residents = FoMoE(config).placement(1).residents(0)
-    task = make_task(config, "run", "", 1, 0, residents, 0)
+    task = task_of(config, 0)
     (folder / "task.json").write_text(json.dumps(dataclasses.asdict(task)))
     (folder / "bundles").mkdir()
-    shard = initial_state(config.model, residents, config.strategy.routing, config.seed)
+    shard = initial_state(config.model, task.residents, config.strategy.routing, config.seed)
     size = 0
-    for key, blob in wire.encode_bundles("all", shard, wire.WIRE_DTYPES["bf16"]).items():
+    for key, blob in bundled(shard, config).items():
         (folder / "bundles" / key).write_bytes(blob)
         size += len(blob)
     return size
