@@ -5,6 +5,7 @@ Everything that can be refused is refused before Hydra starts a job, in one line
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,11 @@ def train(arguments: Sequence[str]) -> None:
     from fomoe_flwr.resume import resumed_overrides
     from fomoe_flwr.server.run import check_unused
 
+    if importlib.util.find_spec("strategies") is None:
+        raise ConfigError(
+            "fomoe train: the Flower app (strategies/, clients/) is not in the wheel; run it from a clone that is "
+            "installed by `pip install -e .`"
+        )
     flags = [item for item in arguments if item.startswith("-")]
     overrides = rewrite_federation_file([item for item in arguments if not item.startswith("-")])
     sweep_dir = None
@@ -146,7 +152,7 @@ def check_job(composed: Composed) -> None:
 
 
 def _job(tree: DictConfig) -> None:
-    from strategies.launch import launch
+    launch = importlib.import_module("strategies.launch").launch
 
     hydra_config = HydraConfig.get()
     composed = Composed(

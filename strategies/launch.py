@@ -10,14 +10,13 @@ from collections.abc import Iterable
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 from rich.console import Console
 
 from clients.app import app as client_app
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine.device import resolve_device
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.report import report
 from fomoe_flwr.server.run import open_run
 from strategies.fomoe import FoMoE
@@ -90,6 +89,13 @@ def _run_in_simulation(composed: Composed) -> None:
             ended.set()
 
     config = composed.config
+    try:
+        import ray  # noqa: F401 - Flower itself only says so after it has started
+        from flwr.simulation import run_simulation
+    except ImportError as error:
+        raise ConfigError(
+            "runtime=flower: needs Ray; pip install 'fomoe-flwr[sim]', or use runtime=local"
+        ) from error
     # The engine of `flwr run`, in this process, so that a failure reaches our exit code. Flower announces that
     # its Python entry will go in favour of `flwr run`; that notice is for us and not for the user.
     flower_log = logging.getLogger("flwr")
