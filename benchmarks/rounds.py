@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness import EMPTY, HUNDRED, write_result
-from clients.processes import program_of
 from fomoe_flwr.compose import compose
+from fomoe_flwr.deploy.processes import program_of
 from fomoe_flwr.model.spec import parameter_counts
 from tests.e2e.deployment import Deployment, until
 

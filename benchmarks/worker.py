@@ -80,7 +80,7 @@ def message(folder: Path, way: str, round_: int) -> float:
 
 
 def end_workers(folder: Path) -> None:
-    from clients.processes import Marked, end_marked
+    from fomoe_flwr.deploy.processes import Marked, end_marked
 
     end_marked(Marked("FOMOE_BENCHMARK", str(folder)))
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.channel import Answer, WorkerError
 from clients.identity import NodeSettings, node_settings
 from clients.relay import hand_over
 from fomoe_flwr.bundles import as_array, blobs_of, header_in, record_in
+from fomoe_flwr.deploy.channel import Answer, WorkerError
 
 app = ClientApp()
 

@@ -24,14 +24,24 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NamedTuple
 
-from clients import processes
-from clients.channel import Answer, Channel, WorkerError, unpack_answer, write_blobs
 from clients.identity import NodeSettings, own_task, state_root
-from clients.meeting import CODE, SOCKET, START_LOCK, locked, meeting_folder
 from fomoe_flwr import errors
+from fomoe_flwr.deploy import processes
+from fomoe_flwr.deploy.channel import (
+    SOCKET,
+    START_LOCK,
+    Answer,
+    Channel,
+    WorkerError,
+    locked,
+    socket_folder,
+    unpack_answer,
+    write_blobs,
+)
 
 log = logging.getLogger("fomoe.site")
 
+CODE = Path(__file__).resolve().parents[1]  # the folder in which the packages lie
 START_S = 120.0  # in which a new worker must be there
 ATTEMPTS = 3  # workers that a message is handed to, one after the death of the other
 GUARDIANS = ("flower-supernode", "flower-superexec")  # whose end ends the worker; the first that is found
@@ -69,7 +79,7 @@ def hand_over(
         task = own_task(task_text, settings)
         deadline = time.monotonic() + budget_s
         root = state_root(settings).resolve()
-        site = _Site(task.name, meeting_folder(root, task.name), root / f"{task.name}.worker.log")
+        site = _Site(task.name, socket_folder(root, task.name), root / f"{task.name}.worker.log")
         file, sizes = write_blobs(blobs, root)
         header = {
             "kind": kind,

@@ -28,12 +28,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from clients.channel import Answer, Channel, mapped_blobs, pack_answer
 from clients.identity import NodeSettings, state_root
-from clients.meeting import CODE, SOCKET, WORKER_LOCK, check_private, locked
 from clients.memory import Memory
-from clients.processes import is_alive
+from clients.relay import CODE
 from clients.site import WORK, Beat, perform
+from fomoe_flwr.deploy.channel import (
+    SOCKET,
+    WORKER_LOCK,
+    Answer,
+    Channel,
+    check_private,
+    locked,
+    mapped_blobs,
+    pack_answer,
+)
+from fomoe_flwr.deploy.processes import is_alive
 from fomoe_flwr.errors import FomoeError
 
 log = logging.getLogger("fomoe.worker")

@@ -64,15 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case ["report", directory]:
                 report(Path(directory), Console())
             case ["server", *options]:
-                from strategies.superlink import server  # each of the three is imported by those who need it
+                from fomoe_flwr.deploy.server import (
+                    server,  # each of the three is imported by those who need it
+                )
 
                 server(options)
             case ["site", *options]:
-                from clients.supervisor import site
+                from fomoe_flwr.deploy.site import site
 
                 sys.exit(site(options))
             case ["submit", *options]:
-                from strategies.submit import submit
+                from fomoe_flwr.deploy.submit import submit
 
                 submit(options)
             case ["--version"]:

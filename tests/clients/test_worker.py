@@ -24,12 +24,13 @@ from typing import Any
 
 import pytest
 
-from clients import meeting, processes, relay
-from clients.channel import Channel, WorkerError, mapped_blobs, read_blobs, write_blobs
+from clients import relay
 from clients.identity import NodeSettings
 from clients.worker import Abandoned, Desk, beat_for, deliver
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.deploy import channel, processes
+from fomoe_flwr.deploy.channel import Channel, WorkerError, mapped_blobs, read_blobs, write_blobs
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Reply, Task
 from tests.clients.helpers import ask, bundles_of, site_task, state_files, task_of, with_steps
@@ -312,7 +313,7 @@ def test_a_worker_that_cannot_start_says_why(
 
 
 def test_an_idle_worker_ends(site: Site) -> None:
-    folder = meeting.meeting_folder(site.state, "site-1")
+    folder = channel.socket_folder(site.state, "site-1")
     command = [
         sys.executable,
         "-m",
@@ -326,20 +327,20 @@ def test_an_idle_worker_ends(site: Site) -> None:
     ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert not (folder / meeting.SOCKET).exists()
+    assert not (folder / channel.SOCKET).exists()
 
 
 # ----- without a process
 
 
 @pytest.mark.parametrize("spoil", ["mode", "kind", "owner"])
-def test_a_meeting_place_that_is_not_private_is_refused(
+def test_a_socket_folder_that_is_not_private_is_refused(
     site: Site, spoil: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = meeting.meeting_folder(site.state, "site-1")
+    folder = channel.socket_folder(site.state, "site-1")
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
-    assert folder != meeting.meeting_folder(site.state, "site-2")
-    assert folder != meeting.meeting_folder(site.state / "other", "site-1")
+    assert folder != channel.socket_folder(site.state, "site-2")
+    assert folder != channel.socket_folder(site.state / "other", "site-1")
     if spoil == "mode":
         folder.parent.chmod(0o755)
         expected = r"others can enter it \(mode 755\)"
@@ -353,14 +354,14 @@ def test_a_meeting_place_that_is_not_private_is_refused(
         monkeypatch.setattr(os, "getuid", lambda: uid + 1)
         expected = f"belongs to user {uid}, not to {uid + 1}"
     with pytest.raises(WorkerError, match=expected):
-        meeting.meeting_folder(site.state, "site-1")
+        channel.socket_folder(site.state, "site-1")
 
 
 def test_too_long_a_path_for_a_socket_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ("x" * 100)).mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
     with pytest.raises(WorkerError, match="too long a path for a socket"):
-        meeting.meeting_folder(tmp_path, "site-1")
+        channel.socket_folder(tmp_path, "site-1")
 
 
 def test_bundles_in_a_file(tmp_path: Path) -> None:
@@ -381,8 +382,8 @@ def test_bundles_in_a_file(tmp_path: Path) -> None:
 def ends() -> Iterator[tuple[Channel, Channel]]:
     pair = [Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)]
     yield pair[0], pair[1]
-    for channel in pair:
-        channel.close()
+    for end in pair:
+        end.close()
 
 
 def test_long_lines_and_files_arrive_together(ends: tuple[Channel, Channel], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from clients.processes import Marked, Process, end_marked, program_of
+from fomoe_flwr.deploy.processes import Marked, Process, end_marked, program_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import fomoe_flwr
 from fomoe_flwr.compose import compose, rewrite_federation_file
+from fomoe_flwr.deploy.flower import flower_environment, program, toml_string
 from fomoe_flwr.errors import ConfigError, RunError
-from fomoe_flwr.flower import flower_environment, program, toml_string
 
 _STATUS_PAUSE_S = 2.0
 _STATUS_TRIES = 5  # of asking a SuperLink that does not answer

@@ -27,11 +27,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from clients.options import Options, parse, supernode_command
-from clients.processes import Marked, end_marked, kill, program_of
-from clients.watch import Watch
+from fomoe_flwr.deploy.flower import flower_environment, program
+from fomoe_flwr.deploy.options import Options, parse, supernode_command
+from fomoe_flwr.deploy.processes import Marked, end_marked, kill, program_of
+from fomoe_flwr.deploy.supernode import Watch
 from fomoe_flwr.errors import ConfigError, RunError
-from fomoe_flwr.flower import flower_environment, program
 
 log = logging.getLogger("fomoe.site")
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from flwr.common.config import parse_config_args
 
-from clients.options import Options, node_config, parse, supernode_command
-from clients.processes import Marked, Process, is_alive, program_of, start_time
-from clients.supervisor import MARK, REFUSED_S, may_be_accepted_later, pause_s, refusal, site
-from clients.watch import WEDGED_S, Watch
+from fomoe_flwr.deploy.flower import toml_string
+from fomoe_flwr.deploy.options import Options, node_config, parse, supernode_command
+from fomoe_flwr.deploy.processes import Marked, Process, is_alive, program_of, start_time
+from fomoe_flwr.deploy.site import MARK, REFUSED_S, may_be_accepted_later, pause_s, refusal, site
+from fomoe_flwr.deploy.supernode import WEDGED_S, Watch
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.flower import toml_string
 
 SUPERNODE = Process(pid=10, parent=1, state="S", started=100)
 EXECUTOR = Process(pid=11, parent=10, state="S", started=101)
@@ -228,7 +228,7 @@ time.sleep(1000)
 # Quick, where the real one is patient.
 RUNNER = """
 import sys
-import clients.supervisor as supervisor
+import fomoe_flwr.deploy.site as supervisor
 from fomoe_flwr.console import setup_logging
 setup_logging()
 supervisor.POLL_S, supervisor.LONGEST_PAUSE_S = 0.1, 0.2

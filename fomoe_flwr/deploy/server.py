@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fomoe_flwr.deploy.flower import flower_environment, program
 from fomoe_flwr.files import state_home
-from fomoe_flwr.flower import flower_environment, program
 
 log = logging.getLogger("fomoe")
 

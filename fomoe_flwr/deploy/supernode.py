@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from clients.processes import Process
+from fomoe_flwr.deploy.processes import Process
 
 STOPPED_S = 15.0  # after which a stopped process is killed
 WEDGED_S = 75.0  # Flower itself takes 60 s to notice that the process of a message was killed

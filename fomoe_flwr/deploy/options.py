@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clients.watch import STOPPED_S
+from fomoe_flwr.deploy.flower import toml_string
+from fomoe_flwr.deploy.supernode import STOPPED_S
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import state_home
-from fomoe_flwr.flower import toml_string
 
 
 @dataclass(frozen=True)
