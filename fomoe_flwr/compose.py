@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fomoe_flwr.checks import check_combinations, check_fields, expand_sites
-from fomoe_flwr.config import FederationConfig, RunConfig
+from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.hydra_errors import one_line
 
@@ -82,6 +82,11 @@ def from_tree(tree: DictConfig) -> RunConfig:
         ConfigError: an impossible value or combination.
     """
     task = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+    for key in REMOVED:
+        section, _, name = key.partition(".")
+        if section in task and name in task[section]:
+            OmegaConf.set_struct(task, False)
+            del task[section][name]
     # Merged once more into the bare schema, as plain values: `+key=value` gets past Hydra, but not past this.
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.to_container(task, resolve=True))
     config = OmegaConf.to_object(merged)
@@ -137,6 +142,7 @@ def merge_overrides(saved: Sequence[str], new: Sequence[str]) -> list[str]:
     def key(item: str) -> str:
         return item.partition("=")[0].lstrip("+~")
 
+    saved = [item for item in saved if key(item) not in REMOVED]
     replaced = {key(item) for item in new}
     groups = tuple(f"{name}." for name in replaced if "." not in name)
     return [item for item in saved if key(item) not in replaced and not key(item).startswith(groups)] + list(

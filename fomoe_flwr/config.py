@@ -14,6 +14,9 @@ from fomoe_flwr.errors import ConfigError
 
 T = TypeVar("T")
 
+# Keys of earlier versions, which a run of theirs may still have in its config.yaml or its checkpoint.
+REMOVED = ("strategy.moves", "strategy.move_ratio")
+
 
 def choice(default: str, *allowed: str) -> Any:
     """A string field that takes one of `allowed` (OmegaConf has no Literal)."""
@@ -105,10 +108,6 @@ class StrategyConfig:
     routing: str = choice("skip", "skip", "partitioned")
     placement: str = choice("fixed", "fixed", "random", "planned")
     reshuffle_every: int = at_least(1, 1)  # T, rounds between two random placements
-    # How an expert reaches a new holder: whole, or as the largest differences from the mean expert (HybridEP) in
-    # 1/move_ratio of its bytes. The holders it had keep it as it is.
-    moves: str = choice("full", "full", "residual")
-    move_ratio: float = at_least(50.0, 1.0)
     wire_dtype: str = choice("bf16", "bf16", "fp32")
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round

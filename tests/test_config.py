@@ -97,8 +97,6 @@ SET = [
     ("strategy.routing", "partitioned", []),
     ("strategy.placement", "random", []),
     ("strategy.reshuffle_every", 3, []),
-    ("strategy.moves", "residual", []),
-    ("strategy.move_ratio", 10.0, []),
     ("strategy.wire_dtype", "fp32", []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.keep_moments", False, []),

@@ -23,11 +23,7 @@ from fomoe_flwr.units import finite
 T = TypeVar("T")
 
 USAGE = """usage: fomoe plan [OVERRIDE ...] [--json] [--picture FILE.png]    what a run would cost, with advice
-       fomoe plan figure=8|9|10 [--json] [--picture FILE.png]    a figure of FoMoE's paper, by formula
-       fomoe plan sweep=sites [--json] [--picture FILE.png]      strategies against sites and bandwidth
 OVERRIDE: as for fomoe train. Sites and their links: federation=FILE.yaml; what is assumed: plan.*"""
-
-DRAWINGS = {"figure": ("8", "9", "10"), "sweep": ("sites",)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,6 @@ class _Request:
     overrides: list[str]
     as_json: bool
     picture: Path | None
-    drawing: tuple[str, str] | None  # ("figure", "8") or ("sweep", "sites")
 
 
 def plan(arguments: Sequence[str], console: Console | None = None) -> None:
@@ -48,11 +43,7 @@ def plan(arguments: Sequence[str], console: Console | None = None) -> None:
         print(USAGE)
         return
     request = _parse(arguments)
-    console = console or Console()
-    if request.drawing is not None:
-        _draw(*request.drawing, request, console)
-    else:
-        _plan(request, console)
+    _plan(request, console or Console())
 
 
 def look_ahead(config: RunConfig) -> Outlook:
@@ -88,36 +79,12 @@ def _compose(overrides: Sequence[str]) -> RunConfig:
     return compose(overrides).config
 
 
-def _draw(kind: str, which: str, request: _Request, console: Console) -> None:
-    """A figure of the paper, or the sweep over sites; both come with their own models and links."""
-    from fomoe_flwr.plan import figures
-
-    if request.overrides:
-        raise ConfigError(
-            f"{request.overrides[0]}: {kind}={which} draws what it always draws, without overrides"
-        )
-    drawings: dict[str, Callable[[Path], Sequence[Any]]] = {
-        "8": figures.figure_8,
-        "9": figures.figure_9,
-        "10": figures.figure_10,
-        "sites": figures.figure_sites,
-    }
-    path = request.picture or Path(f"plan_{kind}_{which}.png")
-    _check_writable(path)
-    rows = _written(path, drawings[which])
-    if request.as_json:
-        _print_json({kind: which, "rows": [_plain(row) for row in rows], **_where(path)})
-    else:
-        console.print(f"picture: {path}", soft_wrap=True, markup=False, highlight=False)
-
-
 # ----- arguments
 
 
 def _parse(arguments: Sequence[str]) -> _Request:
     overrides: list[str] = []
     picture: Path | None = None
-    drawing: tuple[str, str] | None = None
     as_json, rest = False, list(arguments)
     while rest:
         item = rest.pop(0)
@@ -130,15 +97,11 @@ def _parse(arguments: Sequence[str]) -> _Request:
             raise ConfigError(
                 f"{item}: no option of fomoe plan; it has --json, --picture FILE.png and --help"
             )
-        elif key in DRAWINGS:
-            if value not in DRAWINGS[key]:
-                raise ConfigError(f"{item}: allowed are {', '.join(DRAWINGS[key])}")
-            if drawing is not None:
-                raise ConfigError(f"{item}: one picture at a time, {'='.join(drawing)} is asked for already")
-            drawing = (key, value)
+        elif key in ("figure", "sweep"):
+            raise ConfigError(f"{item}: the paper's figures are drawn by `python -m benchmarks.paper {item}`")
         else:
             overrides.append(item)
-    return _Request(overrides, as_json, picture, drawing)
+    return _Request(overrides, as_json, picture)
 
 
 def _picture_path(text: str) -> Path:
@@ -175,10 +138,3 @@ def _print_json(content: dict[str, Any]) -> None:
 
 def _where(picture: Path | None) -> dict[str, str]:
     return {} if picture is None else {"picture": str(picture)}
-
-
-def _plain(row: Any) -> Any:
-    """A named tuple, and those within it, as objects."""
-    if hasattr(row, "_asdict"):
-        return {key: _plain(value) for key, value in row._asdict().items()}
-    return row

@@ -12,7 +12,8 @@ import numpy as np
 
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
-from fomoe_flwr.plan.system import expert_work, token_flops
+from fomoe_flwr.model.spec import token_flops
+from fomoe_flwr.plan.system import expert_work
 
 if TYPE_CHECKING:
     from fomoe_flwr.report.load import Run

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.spec import expert_parameters, parameter_counts
+from fomoe_flwr.model.spec import expert_parameters, parameter_counts, token_flops
 
 # bf16 weights 2, fp32 master 4, two fp32 moments 8, fp32 gradients 4 (FoMoE, section 4). This program keeps fp32
 # weights 4, gradients 4, moments 8, and the shard as it was sent (bf16) 2: the same 18.
 STATE_BYTES_PER_PARAMETER = 18
-FLOPS_PER_PARAMETER = 6  # a token's forward pass takes 2 flops a parameter, the backward pass 4
 
 # ----- parameters
 
@@ -39,29 +38,6 @@ def split_parameters(model: ModelConfig, routing: str) -> Split:
 
 
 # ----- compute
-
-
-class TokenFlops(NamedTuple):
-    """Training flops of one token (forward and backward), whole model."""
-
-    dense: float  # attention, unembedding, shared experts
-    experts: float  # the k chosen experts of every layer
-    router: float  # the full router of every layer
-
-
-def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
-    """`F_dense`, `sum_l F_FFN` and `sum_l F_gate` (FoMoE, equation of the compute model).
-
-    A matrix costs 6 flops a parameter; attention scores and values 12·T·d a layer, half of it masked away. The
-    embedding is a lookup, norms and activations are left out.
-    """
-    layers, width = model.num_layers, model.d_model
-    attention = layers * (4 * width**2 * FLOPS_PER_PARAMETER + 6 * seq_len * width)
-    shared = layers * model.num_shared_experts * expert_parameters(model) * FLOPS_PER_PARAMETER
-    unembedding = model.vocab_size * width * FLOPS_PER_PARAMETER
-    experts = layers * model.top_k * expert_parameters(model) * FLOPS_PER_PARAMETER
-    router = layers * model.num_experts * width * FLOPS_PER_PARAMETER
-    return TokenFlops(attention + shared + unembedding, experts, router)
 
 
 def expert_work(

@@ -12,7 +12,6 @@ import pytest
 
 from fomoe_flwr.cli import main
 from fomoe_flwr.compose import compose
-from fomoe_flwr.plan import figures
 from fomoe_flwr.plan.picture import bandwidth_points, memory_lines, overlap_points, scaled_links
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.sites import plan_sites
@@ -73,11 +72,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan.assumed_mbps=0"], "plan.assumed_mbps=0.0: must be above 0"),
         (["plan.speed=2"], "plan.speed: unknown key"),
         (["plan.measured=/no/run"], "plan.measured=/no/run: "),
-        (["figure=7"], "figure=7: allowed are 8, 9, 10"),
-        (["figure="], "figure=: allowed are 8, 9, 10"),
-        (["sweep=foo"], "sweep=foo: allowed are sites"),
-        (["sweep=sites", "figure=8"], "figure=8: one picture at a time"),
-        (["figure=8", "model=xl"], "model=xl: figure=8 draws what it always draws"),
+        (["figure=8"], "figure=8: the paper's figures"),
+        (["sweep=sites"], "sweep=sites: the paper's figures"),
         (["--picture"], "--picture: give the file to write"),
         (["--picture", "--json"], "--picture --json: give the file to write"),
         (["--picture="], "--picture: give the file to write"),
@@ -97,7 +93,7 @@ def test_bad_input_is_one_clear_line(
     assert refused(capsys, *arguments).startswith(line)
 
 
-@pytest.mark.parametrize("arguments", [(), ("figure=8",)], ids=["plan", "figure"])
+@pytest.mark.parametrize("arguments", [()], ids=["plan"])
 def test_a_picture_that_cannot_be_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -169,39 +165,6 @@ def test_where_the_picture_is(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert capsys.readouterr().out.endswith(f"picture: {tmp_path}/plan.png\n")
 
 
-@pytest.mark.parametrize(
-    ("argument", "function", "name"),
-    [
-        ("figure=8", "figure_8", "plan_figure_8.png"),
-        ("figure=9", "figure_9", "plan_figure_9.png"),
-        ("figure=10", "figure_10", "plan_figure_10.png"),
-        ("sweep=sites", "figure_sites", "plan_sweep_sites.png"),
-    ],
-)
-def test_figures_and_the_sweep(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    argument: str,
-    function: str,
-    name: str,
-) -> None:
-    row = figures.FlopsRow("tiny", "skip", 1, 2.0)
-    drawn: list[Path] = []
-
-    def drawing(path: Path) -> list[figures.FlopsRow]:
-        drawn.append(path)
-        return [row]
-
-    monkeypatch.setattr(figures, function, drawing)
-    monkeypatch.chdir(tmp_path)
-    main(["plan", argument])
-    assert capsys.readouterr().out == f"picture: {name}\n"
-    content = plan_json(capsys, argument, "--picture", f"{tmp_path}/mine.png")
-    assert content["rows"] == [{"model": "tiny", "routing": "skip", "overlap": 1, "flops": 2.0}]
-    assert drawn == [Path(name), tmp_path / "mine.png"]
-
-
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--help"])
     assert capsys.readouterr().out.startswith("usage: fomoe plan")
@@ -223,10 +186,10 @@ def test_planning_needs_neither_pytorch_nor_flower() -> None:
 def test_the_installed_command() -> None:
     command = Path(sys.executable).with_name("fomoe")
     done = subprocess.run(
-        [command, "plan", "figure=7"], capture_output=True, text=True, timeout=60, check=False
+        [command, "plan", "seed=x"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: figure=7: allowed are 8, 9, 10\n"
+    assert done.stderr == "error: seed=x: must be an integer\n"
 
 
 # ----- the numbers in the picture

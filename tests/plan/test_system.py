@@ -6,7 +6,7 @@ import pytest
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.spec import parameter_counts, parameter_shapes
+from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, parameter_counts, parameter_shapes, token_flops
 from fomoe_flwr.plan import system
 from fomoe_flwr.plan.system import Split
 
@@ -19,10 +19,8 @@ GIB = 2**30
 # hybridep.md's reference case: 24 layers of 64 experts of 3·2048·1408 parameters, 1.0 B dense, 8 H100 at 40 %.
 CASE = Split(dense=1_000_000_000, per_expert=8_650_752)
 LAYERS, TOP_K, STEP_TOKENS, LOCAL_STEPS, FLOPS_PER_S = 24, 8, 262_144, 64, 8 * 989e12 * 0.4
-DENSE_S = system.compute_s(system.FLOPS_PER_PARAMETER * CASE.dense, STEP_TOKENS, FLOPS_PER_S)
-EXPERT_S = system.compute_s(
-    system.FLOPS_PER_PARAMETER * LAYERS * TOP_K * CASE.per_expert, STEP_TOKENS, FLOPS_PER_S
-)
+DENSE_S = system.compute_s(FLOPS_PER_PARAMETER * CASE.dense, STEP_TOKENS, FLOPS_PER_S)
+EXPERT_S = system.compute_s(FLOPS_PER_PARAMETER * LAYERS * TOP_K * CASE.per_expert, STEP_TOKENS, FLOPS_PER_S)
 
 
 def model(name: str) -> ModelConfig:
@@ -106,7 +104,7 @@ def test_flops_by_hand() -> None:
     sizes = ModelConfig(
         vocab_size=10, d_model=8, num_layers=2, num_heads=1, num_experts=4, d_expert=16, top_k=2
     )
-    flops = system.token_flops(sizes, seq_len=5)
+    flops = token_flops(sizes, seq_len=5)
     assert flops.dense == 2 * (6 * 4 * 64 + 6 * 5 * 8) + 6 * 10 * 8
     assert flops.experts == 2 * 2 * 6 * 256
     assert flops.router == 2 * 6 * 4 * 8

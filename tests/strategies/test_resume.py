@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from clients.app import app as real_client_app
 from fomoe_flwr.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from fomoe_flwr.compose import merge_overrides
-from fomoe_flwr.errors import CheckpointError, FomoeError
+from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError
+from fomoe_flwr.report.load import load_run
 from fomoe_flwr.resume import compose_run
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
@@ -146,3 +147,17 @@ def test_nothing_to_resume_from_is_one_clear_line(small: Compose, tmp_path: Path
     shutil.rmtree(half / "checkpoints")
     with pytest.raises(FomoeError, match="no checkpoint in"):
         compose_run([f"resume={half}"])
+
+
+def test_keys_that_are_gone_do_not_keep_an_old_run_from_going_on(small: Compose, tmp_path: Path) -> None:
+    """Neither those of its overrides nor those of its config.yaml, which the report reads."""
+    run_dir = run(small("train.rounds=1", run_dir=tmp_path / "old"))
+    file = run_dir / "config.yaml"
+    file.write_text(file.read_text().replace("strategy:\n", "strategy:\n  moves: full\n  move_ratio: 50.0\n"))
+    assert load_run(run_dir).config.train.rounds == 1
+    assert merge_overrides(["strategy.moves=full", "seed=1"], ["train.rounds=2"]) == [
+        "seed=1",
+        "train.rounds=2",
+    ]
+    with pytest.raises(ConfigError, match=r"strategy\.moves: unknown key"):
+        small("strategy.moves=full")

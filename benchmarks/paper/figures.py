@@ -18,11 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.typing import LineStyleType
 
-from fomoe_flwr.compose import compose
-from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.drawing import save_figure
-from fomoe_flwr.model.spec import parameter_counts
-from fomoe_flwr.plan.scale import (
+from benchmarks.paper.scale import (
     GBPS,
     H100_FLOPS_PER_S,
     MFU,
@@ -33,6 +29,10 @@ from fomoe_flwr.plan.scale import (
     best_domain,
     sweep,
 )
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.drawing import save_figure
+from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.system import (
     compute_s,
     ring_bytes,

@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.plan.hybridep import best_whole_domain_size
-from fomoe_flwr.plan.scale import (
+from benchmarks.paper.scale import (
     BANDWIDTHS_GBPS,
     GBPS,
     SITES,
@@ -25,6 +22,9 @@ from fomoe_flwr.plan.scale import (
     throughput,
     token_worth,
 )
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.plan.hybridep import best_whole_domain_size
 from fomoe_flwr.plan.system import ring_bytes, split_parameters
 
 SMALL = ModelConfig(vocab_size=98, d_model=8, num_layers=2, num_heads=1, num_experts=4, d_expert=16, top_k=2)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.spec import expert_parameters, parameter_counts
+from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, expert_parameters, parameter_counts
 from fomoe_flwr.plan.hybridep import (
     ExchangeCase,
     best_whole_domain_size,
@@ -31,7 +31,6 @@ from fomoe_flwr.plan.hybridep import (
     share_of_domain,
 )
 from fomoe_flwr.plan.system import (
-    FLOPS_PER_PARAMETER,
     compute_s,
     ring_dense_bytes,
     site_flops,

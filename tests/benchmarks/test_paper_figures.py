@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fomoe_flwr.compose import compose
-from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.errors import RunError
-from fomoe_flwr.plan.figures import (
+from benchmarks.paper.figures import (
     BytesRow,
     FlopsRow,
     HoursRow,
@@ -29,7 +26,10 @@ from fomoe_flwr.plan.figures import (
     paper_models,
     sites_rows,
 )
-from fomoe_flwr.plan.scale import GBPS, SITES, Scale, Strategy, throughput
+from benchmarks.paper.scale import GBPS, SITES, Scale, Strategy, throughput
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.errors import RunError
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""python -m benchmarks.paper figure=8|figure=9|figure=10|sweep=sites [--picture FILE.png] [--json]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper import figures
+from fomoe_flwr.units import finite
+
+DRAWINGS: dict[str, Callable[[Path], Sequence[Any]]] = {
+    "figure=8": figures.figure_8,
+    "figure=9": figures.figure_9,
+    "figure=10": figures.figure_10,
+    "sweep=sites": figures.figure_sites,
+}
+
+
+def plain(row: Any) -> Any:
+    """A named tuple, and those within it, as objects."""
+    return {key: plain(value) for key, value in row._asdict().items()} if hasattr(row, "_asdict") else row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    parser.add_argument("which", choices=list(DRAWINGS))
+    parser.add_argument("--picture", type=Path, help="PNG to write; default: beside the working directory")
+    parser.add_argument("--json", action="store_true", help="print the numbers drawn")
+    chosen = parser.parse_args(arguments)
+    picture = chosen.picture or Path(f"{chosen.which.replace('=', '_')}.png")
+    rows = DRAWINGS[chosen.which](picture)
+    if chosen.json:
+        print(json.dumps(finite([plain(row) for row in rows]), allow_nan=False))
+    else:
+        print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    main()
