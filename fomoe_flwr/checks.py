@@ -28,6 +28,11 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
         return [SiteConfig(name=f"site-{index}") for index in range(federation.num_sites)]
     sites = []
     for site in federation.sites:
+        if site.count > 1 and site.data_path is not None:
+            raise ConfigError(
+                f"federation.sites: data_path={site.data_path} of {site.count} sites {site.name}: text of its own is "
+                "one site's; list the sites one by one"
+            )
         names = [site.name] if site.count == 1 else [f"{site.name}-{index}" for index in range(site.count)]
         sites += [dataclasses.replace(site, name=name, count=1) for name in names]
     names = [site.name for site in sites]

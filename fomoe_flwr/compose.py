@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -75,20 +76,21 @@ def task_overrides(overrides: Iterable[str]) -> tuple[str, ...]:
     return tuple(item for item in overrides if not item.lstrip("+~").startswith(("hydra.", "resume=")))
 
 
-def from_tree(tree: DictConfig) -> RunConfig:
+def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     """A checked `RunConfig` from the tree that Hydra composed.
+
+    Args:
+        saved: it was written by a run, perhaps of an earlier version, whose keys may be gone (`REMOVED`).
 
     Raises:
         ConfigError: an impossible value or combination.
     """
     task = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
-    for key in REMOVED:
-        section, _, name = key.partition(".")
-        if section in task and name in task[section]:
-            OmegaConf.set_struct(task, False)
-            del task[section][name]
     # Merged once more into the bare schema, as plain values: `+key=value` gets past Hydra, but not past this.
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.to_container(task, resolve=True))
+    values: dict[str, Any] = OmegaConf.to_container(task, resolve=True)  # type: ignore[assignment]
+    for section, _, name in (key.partition(".") for key in REMOVED if saved):
+        values.get(section, {}).pop(name, None)
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
     if config.federation.path is not None:

@@ -164,7 +164,7 @@ def read_config(path: Path) -> RunConfig:
         # An empty tree would pass for a run with every value at its default.
         if not isinstance(tree, DictConfig) or not tree:
             raise ConfigError("empty or not a mapping")
-        return from_tree(tree)
+        return from_tree(tree, saved=True)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except (ConfigError, OmegaConfBaseException) as error:

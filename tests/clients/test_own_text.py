@@ -99,3 +99,12 @@ def test_own_text_needs_a_source_that_reads_files(
 ) -> None:
     with pytest.raises(ConfigError, match=r"data_path=.*own-0.*data\.source=stdlib"):
         small(federation(tmp_path, folders), "data=stdlib", "data.path=null")
+
+
+def test_several_sites_do_not_share_text_of_their_own(
+    small: Compose, tmp_path: Path, folders: list[Path]
+) -> None:
+    file = tmp_path / "sites.yaml"
+    file.write_text(f"sites:\n  - {{name: lab, count: 4, data_path: {folders[0]}}}\n")
+    with pytest.raises(ConfigError, match=r"data_path=.* of 4 sites lab"):
+        small(f"federation={file}")

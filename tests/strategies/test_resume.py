@@ -159,5 +159,6 @@ def test_keys_that_are_gone_do_not_keep_an_old_run_from_going_on(small: Compose,
         "seed=1",
         "train.rounds=2",
     ]
-    with pytest.raises(ConfigError, match=r"strategy\.moves: unknown key"):
-        small("strategy.moves=full")
+    for given in ("strategy.moves=full", "+strategy.moves=full"):
+        with pytest.raises(ConfigError, match=r"strategy\.moves: unknown key"):
+            small(given)
