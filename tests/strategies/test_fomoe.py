@@ -17,6 +17,7 @@ from torch import Tensor
 from clients.app import app as real_client_app
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
+from fomoe_flwr.config import SiteConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.sigma_moe import initial_state
@@ -26,6 +27,7 @@ from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 from strategies.packing import named_from_flower
 from tests.conftest import Compose
+from tests.server.federation import config_of
 from tests.strategies.helpers import answering, metrics, run, without_times
 
 
@@ -179,6 +181,28 @@ def test_the_number_of_objects_does_not_grow_with_the_number_of_experts(small: C
         grid.close()
     assert len(counts) == 1
     assert counts.pop() <= 1 + overlap
+
+
+def headers(sites: int) -> list[ConfigRecord]:
+    """The ConfigRecords of a round's messages; every site holds all experts, so that the tasks are alike."""
+    config = config_of(f"federation.num_sites={sites}", f"strategy.overlap={sites}")
+    config.federation.sites = [SiteConfig(name=f"hospital-{index:03d}") for index in range(sites)]
+    everything = full_residents(config.model.num_layers, config.model.num_experts)
+    strategy, grid = FoMoE(config), LocalGrid(answering(site_number), sites)
+    strategy.load(initial_state(config.model, everything, config.strategy.routing, config.seed))
+    messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    grid.close()
+    return [message.content["config"] for message in messages]
+
+
+def test_a_message_tells_a_site_of_no_other_and_does_not_grow_with_the_federation() -> None:
+    few, many = headers(3), headers(300)
+    assert (len(few), len(many)) == (3, 300)
+    lengths = [len(record.deflate()) for record in few + many]
+    assert max(lengths) - min(lengths) < 1000
+    for records in (few, many):
+        for index, record in enumerate(records):
+            assert set(re.findall(r"hospital-\d{3}", str(dict(record)))) == {f"hospital-{index:03d}"}
 
 
 def test_a_site_that_fails_is_named_and_the_others_go_on(small: Compose) -> None:
