@@ -65,7 +65,7 @@ def hand_over(
     """Have the worker do `train` or `evaluate`.
 
     Args:
-        task_text: the SiteTask as JSON.
+        task_text: the Task as JSON.
         blobs: the shard's bundles; each is asked for once and let go.
         budget_s: seconds after which nobody waits for the answer any more.
 

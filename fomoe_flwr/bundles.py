@@ -36,6 +36,11 @@ def header_in(content: RecordDict, record_key: str, key: str) -> str:
     return text if isinstance(text, str) else ""
 
 
+def header_bytes(text: str) -> int:
+    """Length of a reply's header as Flower puts it on the wire."""
+    return len(ConfigRecord({"reply": text}).deflate())
+
+
 def as_array(blob: bytes) -> Array:
     """A bundle as a Flower Array."""
     return Array(dtype="uint8", shape=(len(blob),), stype=BUNDLE, data=blob)

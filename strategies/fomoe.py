@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
-from fomoe_flwr.bundles import blobs_of, header_in, record_in
+from fomoe_flwr.bundles import blobs_of, header_bytes, header_in, record_in
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import RunError, WireError
 from fomoe_flwr.messages import Reply
@@ -94,7 +94,7 @@ class FoMoE(Strategy):
 
         self._temporary = None if run_dir else tempfile.TemporaryDirectory(prefix="fomoe-inbox-")
         inbox = Path(self._temporary.name if self._temporary else run_dir) / "inbox"
-        self.server = Server(config, run, run_dir, inbox, plan)
+        self.server = Server(config, run, run_dir, inbox, plan, header_bytes)
         self.first_round = 1
         self._directory = SiteDirectory(site_names)
         self._deadline = Deadline(settings, settings.timeout_s)
@@ -214,7 +214,8 @@ class FoMoE(Strategy):
         """One message for each site that shall evaluate its shard; none if fraction_evaluate is 0."""
         if self.fraction_evaluate == 0:
             return []
-        alive = self._connected(grid)
+        # A site without a part in the round holds no shard that it could evaluate.
+        alive = [site for site in self._connected(grid) if self.round.steps_M[site]]
         sites = self._sample(alive, self.fraction_evaluate, self.min_evaluate_nodes, server_round)
         return self._messages(sites, MessageType.EVALUATE, config)
 
@@ -322,29 +323,36 @@ class FoMoE(Strategy):
 
         Leaving waits for the checks that are under way.
         """
-        current, last_good = self.round, [0.0]
+        current, last_good = self.round, 0.0
 
-        def check(site: int, header: str, blobs: dict[str, bytes], arrived: float) -> None:
+        def check(
+            site: int, header: str, blobs: dict[str, bytes], arrived: float
+        ) -> tuple[bool, float, float]:
             started = time.perf_counter()
-            if self.server.take(site, header, blobs):
-                last_good.append(arrived - current.asked_at)
-                self.observer.answered(current)
-            current.wire_s += time.perf_counter() - started
+            good = self.server.take(site, header, blobs)
+            return good, arrived, time.perf_counter() - started
 
         with ThreadPoolExecutor(CHECKERS, thread_name_prefix="check") as pool:
-            checks: set[Future[None]] = set()
+            checks: set[Future[tuple[bool, float, float]]] = set()
+
+            def account(timeout: float | None, when: str) -> None:
+                """Take note of the checks that are done; what one raised is raised here."""
+                nonlocal checks, last_good
+                done, checks = wait(checks, timeout, when)
+                for good, arrived, seconds in (each.result() for each in done):
+                    current.wire_s += seconds
+                    if good:
+                        last_good = max(last_good, arrived - current.asked_at)
+                        self.observer.answered(current)
+
             for site, reply in replies:
                 arrived = time.perf_counter()
                 if (taken := self._unpack(site, reply)) is not None:
                     checks.add(pool.submit(check, site, *taken, arrived))
                     del taken
-                while len(checks) > WAITING:
-                    done, checks = wait(checks, return_when=FIRST_COMPLETED)
-                    for each in done:
-                        each.result()
-            for each in checks:
-                each.result()
-        return max(last_good)
+                account(None if len(checks) > WAITING else 0.0, FIRST_COMPLETED)
+            account(None, ALL_COMPLETED)
+        return last_good
 
     def _unpack(self, site: int, reply: Message) -> tuple[str, dict[str, bytes]] | None:
         """Header and bundles of a training reply; None if there is nothing to check."""

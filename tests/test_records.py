@@ -15,9 +15,8 @@ from fomoe_flwr.records import NAME, append_placement, cut_placements, read_plac
 from fomoe_flwr.report import expert_map
 from fomoe_flwr.report.load import Run, load_run
 from fomoe_flwr.resume import compose_run
-from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
-from tests.strategies.helpers import run
+from tests.strategies.helpers import LeavingGrid, run
 
 FIRST = {"a": [[0, 1], [2]], "b": [[2], [0, 1]]}
 SECOND = {"a": [[0, 1, 2], [0, 1, 2]]}
@@ -51,20 +50,6 @@ def test_a_damaged_record_is_named(tmp_path: Path, bad: str) -> None:
     (tmp_path / NAME).write_text(bad)
     with pytest.raises(RunError, match=r"placements\.jsonl.*(line 1|round 1)"):
         read_placements(tmp_path, ["a"], 3)
-
-
-class LeavingGrid(LocalGrid):
-    """From round 2 on the node of site-1 is gone, and with a random placement its experts are adopted."""
-
-    left = False
-
-    def get_node_ids(self):
-        return [node for node in super().get_node_ids() if not (self.left and node == 101)]
-
-    def push_messages(self, messages):
-        messages = list(messages)
-        self.left = self.left or any(message.metadata.message_type == "train" for message in messages)
-        return super().push_messages(messages)
 
 
 def drawn(run_of: Run, monkeypatch: pytest.MonkeyPatch) -> Placement:

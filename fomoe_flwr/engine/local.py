@@ -115,6 +115,7 @@ class Engine:
             self._update = self._mean_gradients(losses.steps)
         else:
             self._update = self._pseudo_gradient()
+        self._sent = {}  # with it goes the message whose memory it is
         return self._report(losses, tokens)
 
     def update(self) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.record import Plan, mean_residents
 from fomoe_flwr.plan.system import split_parameters, star_bytes
 
-BYTES_PER_NUMBER = {"bf16": 2, "fp32": 4}  # strategy.wire_dtype
+BYTES_PER_NUMBER = {name: codec.nbytes({"": (1,)}) for name, codec in CODECS.items()}  # strategy.wire_dtype
 
 
 class Traffic(NamedTuple):

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import CODECS, Codec
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.load import averaged
@@ -117,17 +117,25 @@ class Server:
         run_dir: the server's run directory; simulated sites keep their state in it.
         inbox: folder for the replies of the round in progress.
         plan: for a planned placement, if it has been made.
+        header_bytes: length on the wire of a reply's header.
     """
 
     def __init__(
-        self, config: RunConfig, run: str, run_dir: str, inbox: Path, plan: Plan | None = None
+        self,
+        config: RunConfig,
+        run: str,
+        run_dir: str,
+        inbox: Path,
+        plan: Plan | None = None,
+        header_bytes: Callable[[str], int] = len,
     ) -> None:
         sites = config.federation.sites
         self.config, self.run, self.run_dir = config, run, run_dir
         self.site_names = [site.name for site in sites]
         self.policy = POLICIES[config.strategy.placement](config, plan)
         self.round = Round(0, *self.policy.intended(0), self.site_names)
-        self.inbox = Inbox(inbox)
+        self.inbox, self._header_bytes = Inbox(inbox), header_bytes
+        self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
         self._codec = CODECS[config.strategy.wire_dtype]
         self._deals, self._federation = deals(config.data, sites), federation_digest(sites)
@@ -204,6 +212,7 @@ class Server:
         """Task and shard of these sites; their answers are expected from here on.
 
         Args:
+            sites: of those that take part in the round.
             training: False: they shall evaluate their shard, and need no moments.
         """
         current, config, state = self.round, self.config, self.state
@@ -214,6 +223,7 @@ class Server:
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
             steps = current.steps_M[site]
+            batches = steps if training else max(config.train.eval_batches, 1)
             task = make_task(
                 config,
                 site,
@@ -235,7 +245,7 @@ class Server:
                 digests=digests[site],
                 shapes=shapes,
                 codec=self._codec,
-                tokens=steps * task.train.batch_size * task.train.seq_len,
+                tokens=batches * task.train.batch_size * task.train.seq_len,
                 top_k=config.model.top_k,
                 load_shape=(config.model.num_layers, config.model.num_experts),
                 step_scale=config.train.local_steps / steps,
@@ -259,7 +269,7 @@ class Server:
         """A reply to a training message has come; whether it is good. May be called from several threads."""
         classes = [wire.byte_classes(blob) for blob in blobs.values()]
         with self._lock:
-            self.round.up.count(site, classes, len(header.encode()))
+            self.round.up.count(site, classes, self._header_bytes(header))
         try:
             self._check(site, header, blobs)
         except Refused as refused:
@@ -283,7 +293,7 @@ class Server:
                 self.inbox.drop(site)
                 continue
             classes = [wire.byte_classes(blob) for blob in blobs.values()]
-            self.round.up.count(site, classes, len(header.encode()))
+            self.round.up.count(site, classes, self._header_bytes(header))
             log.info("round %d: site %s has answered before", self.round.number, self.site_names[site])
             taken.append(site)
         self._answered |= set(taken)
@@ -301,7 +311,7 @@ class Server:
 
     def take_evaluation(self, site: int, header: str) -> None:
         """A reply to an evaluation message."""
-        self.round.up.count(site, [], len(header.encode()))
+        self.round.up.count(site, [], self._header_bytes(header))
         try:
             self.round.evaluations[site] = check_header(header, self._expected[site])
         except Refused as refused:
@@ -346,7 +356,8 @@ class Server:
         state.experts.starve(current.number, starved & updated, least)
         updated -= starved
         commit(current.number, state.outer, self.inbox, self.config, contributions, updated)
-        for site, reply in current.replies.items():
+        # In the order of the sites, so that what is remembered does not depend on the network.
+        for site, reply in sorted(current.replies.items()):
             state.counted[reply.site] = current.number
             if "last_loss" in reply.metrics:
                 state.last_losses[reply.site] = reply.metrics["last_loss"]
@@ -383,7 +394,7 @@ def shared_bundles(
     tensors: Mapping[str, Tensor],
     residents_by_site: Sequence[Sequence[Sequence[int]]],
     sites: Sequence[int],
-    codec: Any,
+    codec: Codec,
 ) -> tuple[dict[int, dict[str, bytes]], dict[int, dict[str, bytes]]]:
     """The bundles of a round, encoded once each, by site and key; and the digest of every tensor, by site and name."""
     bundles: dict[int, dict[str, bytes]] = {site: {} for site in sites}

@@ -12,11 +12,10 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.policies import POLICIES
-from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
 from tests.faults.injector import Faults, grid_with
 from tests.faults.test_replies import SETTINGS, assert_same_model, play
-from tests.strategies.helpers import metrics, run
+from tests.strategies.helpers import LeavingGrid, metrics, run
 
 
 def test_a_site_that_hangs_is_left_behind_at_the_deadline(small: Compose, tmp_path: Path) -> None:
@@ -124,19 +123,6 @@ def test_the_ledger_of_experts(small: Compose, tmp_path: Path) -> None:
 def test_orphans_are_adopted_where_placement_is_random_and_reported_where_it_is_fixed(
     small: Compose, tmp_path: Path, caplog
 ) -> None:
-    class LeavingGrid(LocalGrid):
-        """From round 2 on site-1's node is gone."""
-
-        left = False
-
-        def get_node_ids(self):
-            return [node for node in super().get_node_ids() if not (self.left and node == 101)]
-
-        def push_messages(self, messages):
-            messages = list(messages)
-            self.left = self.left or any(message.metadata.message_type == "train" for message in messages)
-            return super().push_messages(messages)
-
     caplog.set_level("INFO", logger="fomoe")
     for placement in ("fixed", "random"):
         caplog.clear()

@@ -55,6 +55,20 @@ def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+class LeavingGrid(LocalGrid):
+    """From round 2 on the node of site-1 is gone; with a random placement its experts are adopted."""
+
+    left = False
+
+    def get_node_ids(self):
+        return [node for node in super().get_node_ids() if not (self.left and node == 101)]
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.left = self.left or any(message.metadata.message_type == "train" for message in messages)
+        return super().push_messages(messages)
+
+
 def answering(
     answer: Answer, dtype: torch.dtype = torch.float32, examples: Callable[[Task], int] = lambda _: 1
 ) -> ClientApp:

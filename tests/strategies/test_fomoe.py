@@ -130,13 +130,8 @@ class CountingGrid(LocalGrid):
         if message.metadata.message_type == "query" or message.has_error():
             return 0
         arrays = [array for record in message.content.array_records.values() for array in record.values()]
-        others = list(message.content.config_records.values())
-        header = (
-            sum(len(record.deflate()) for record in others)
-            if message.metadata.message_type and "task" in others[0]
-            else len(str(others[0]["reply"]).encode())
-        )
-        return sum(len(array.data) for array in arrays) + header
+        others = [*message.content.config_records.values(), *message.content.metric_records.values()]
+        return sum(len(array.data) for array in arrays) + sum(len(record.deflate()) for record in others)
 
     def push_messages(self, messages):
         messages = list(messages)
@@ -275,6 +270,16 @@ def test_sites_evaluate_their_residents_when_asked(small: Compose) -> None:
     assert all(1.0 < loss < 7.0 for loss in losses)
     assert first["val_loss"] is None
     assert last["val_loss"] == pytest.approx(sum(losses) / 4)
+
+
+def test_an_evaluation_may_see_more_tokens_than_a_round_trains_on(small: Compose) -> None:
+    """One local step, and eight batches of validation text."""
+    composed = small(
+        "strategy=ddp", "strategy.fraction_evaluate=1.0", "train.eval_batches=8", "train.rounds=1"
+    )
+    line = metrics(run(composed))[-1]
+    assert line["refused"] == {}
+    assert all("val_loss" in site for site in line["sites"])
 
 
 def test_fraction_train_samples_sites_from_the_seed(small: Compose, tmp_path) -> None:

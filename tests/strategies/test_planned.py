@@ -202,3 +202,24 @@ def test_when_a_site_leaves_the_others_take_its_experts(small: Compose) -> None:
     assert before["big"][0]
     assert not any(after["big"])
     assert {expert for name in ("lab", "desk") for expert in after[name][0]} == set(range(8))
+
+
+class BigReturns(BigLeaves):
+    """The first node is away in rounds 3 and 4; when it is back, the plan has no part for it yet."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        rounds = {message.metadata.group_id for message in messages} & {"1", "2", "3", "4", "5"}
+        if rounds:
+            self.gone = rounds <= {"2", "3"}
+        return ids
+
+
+def test_a_site_without_a_part_in_the_round_is_not_asked_to_evaluate(small: Compose) -> None:
+    sites = SITES.replace("0.0007", "0.002").replace("0.0005", "0.002")
+    composed = small(*PLANNED, sites, "train.rounds=5", "plan.skip_price=0", "strategy.fraction_evaluate=1.0")
+    lines = metrics(run(composed, grid_type=BigReturns))
+    assert [len(line["sites"]) for line in lines[1:]] == [3, 3, 2, 2, 2]
+    assert all("val_loss" in site for line in lines[3:] for site in line["sites"])
+    assert lines[-1]["failures"] == {}
