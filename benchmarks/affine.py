@@ -1,7 +1,7 @@
 """What it brings to give each site the experts its own tokens ask for: `python -m benchmarks.affine`.
 
 Text that differs between the sites (data.partition=domain), load evened out over the federation so that a site may
-use some experts more than others, half of the experts at each site: fixed placement against plan.policy=affine.
+use some experts more than others, half of the experts at each site: fixed placement against affine placement.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SETTINGS = (
     "runtime=local", "wandb.mode=disabled", "checkpoint.every=0", "train.eval_batches=64",
     "train.final_eval_batches=0", "federation.num_sites=4", "strategy.overlap=2", "data.partition=domain",
 )  # fmt: skip
-AFFINE = ("strategy.placement=planned", "plan.policy=affine", "plan.demand_every=2")
+AFFINE = ("strategy.placement=affine", "plan.demand_every=2")
 VARIANTS = {
     "fixed": (),
     "fixed, balance=global": ("model.balance=global",),

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from fomoe_flwr.config import DataConfig, FederationConfig, RunConfig, SiteConfig
+from fomoe_flwr.config import PLANNED, DataConfig, FederationConfig, RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 
@@ -76,7 +76,7 @@ def check_combinations(config: RunConfig) -> None:
     """
     model, strategy, train, data = config.model, config.strategy, config.train, config.data
     num_sites = len(config.federation.sites)
-    if strategy.placement != "planned" or config.plan.policy in ("equal", "affine"):
+    if strategy.placement not in ("planned", "memory"):
         check_overlap(num_sites, model.num_experts, config.overlap)
     elif config.overlap > num_sites:
         raise ConfigError(f"strategy.overlap={config.overlap}: at most the number of sites, {num_sites}")
@@ -98,9 +98,9 @@ def check_combinations(config: RunConfig) -> None:
     for key, share in (("skip_price", config.skip_price), ("mfu", config.plan.mfu)):
         if share > 1:
             raise ConfigError(f"plan.{key}={share}: a share, at most 1")
-    if config.plan.policy == "affine" and strategy.routing != "skip":
+    if strategy.placement == "affine" and strategy.routing != "skip":
         raise ConfigError(
-            "plan.policy=affine: needs strategy.routing=skip, where a router can ask for any expert"
+            "strategy.placement=affine: needs strategy.routing=skip, where a router can ask for any expert"
         )
     if config.plan.holders > num_sites:
         raise ConfigError(f"plan.holders={config.plan.holders}: at most the number of sites, {num_sites}")
@@ -187,7 +187,7 @@ def _check_target(config: RunConfig) -> None:
     if target is None:
         raise ConfigError("model.locality_target=null: model.locality=bias needs the share to reach, up to 1")
     most = 1.0
-    if config.strategy.placement != "planned":  # there a site may hold any number
+    if config.strategy.placement not in PLANNED:  # there a site may hold any number
         held = model.num_experts * config.overlap // len(config.federation.sites)
         most = min(1.0, held / model.top_k)
     if target > most:

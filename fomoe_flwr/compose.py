@@ -88,8 +88,8 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     task = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     # Merged once more into the bare schema, as plain values: `+key=value` gets past Hydra, but not past this.
     values: dict[str, Any] = OmegaConf.to_container(task, resolve=True)  # type: ignore[assignment]
-    for section, _, name in (key.partition(".") for key in REMOVED if saved):
-        values.get(section, {}).pop(name, None)
+    if saved:
+        _renew(values)
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
@@ -103,6 +103,15 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     config.federation.num_sites = len(config.federation.sites)
     check_combinations(config)
     return config
+
+
+def _renew(values: dict[str, Any]) -> None:
+    """Take out what earlier versions had in a run's config.yaml (`REMOVED`)."""
+    plan, strategy = values.get("plan", {}), values.get("strategy", {})
+    if strategy.get("placement") == "planned" and plan.get("policy", "solver") != "solver":
+        strategy["placement"] = plan["policy"]
+    for section, _, name in (key.partition(".") for key in REMOVED):
+        values.get(section, {}).pop(name, None)
 
 
 def _read_federation(path: str) -> FederationConfig:
@@ -144,7 +153,14 @@ def merge_overrides(saved: Sequence[str], new: Sequence[str]) -> list[str]:
     def key(item: str) -> str:
         return item.partition("=")[0].lstrip("+~")
 
-    saved = [item for item in saved if key(item) not in REMOVED]
+    policy = next((item.partition("=")[2] for item in saved if key(item) == "plan.policy"), "solver")
+    saved = [
+        f"strategy.placement={policy}"
+        if item == "strategy.placement=planned" and policy != "solver"
+        else item
+        for item in saved
+        if key(item) not in REMOVED
+    ]
     replaced = {key(item) for item in new}
     groups = tuple(f"{name}." for name in replaced if "." not in name)
     return [item for item in saved if key(item) not in replaced and not key(item).startswith(groups)] + list(

@@ -14,8 +14,11 @@ from fomoe_flwr.errors import ConfigError
 
 T = TypeVar("T")
 
-# Keys of earlier versions, which a run of theirs may still have in its config.yaml or its checkpoint.
-REMOVED = ("strategy.moves", "strategy.move_ratio")
+# Keys of earlier versions, which a run of theirs may still have in its config.yaml or its checkpoint (`compose.py`).
+REMOVED = ("strategy.moves", "strategy.move_ratio", "plan.policy")
+
+# The values of strategy.placement that go by a plan, which is made anew when sites leave or return.
+PLANNED = ("planned", "memory", "affine", "equal")
 
 
 def choice(default: str, *allowed: str) -> Any:
@@ -106,7 +109,11 @@ class StrategyConfig:
     name: str = "fomoe"
     overlap: int | None = at_least(None, 1)  # O_e, sites holding each expert; null: all of them
     routing: str = choice("skip", "skip", "partitioned")
-    placement: str = choice("fixed", "fixed", "random", "planned")
+    # Who holds how many experts, and which. fixed: equal shares, drawn once; random: drawn anew every T rounds;
+    # planned: how many experts and local steps suit each site; memory: shares by memory; affine: equal shares, of
+    # the experts that a site's own tokens ask for; equal: equal shares. The last four go by a plan, which is made
+    # anew when sites leave or return. overlap says how many copies there are (planned: how much work a round does).
+    placement: str = choice("fixed", "fixed", "random", *PLANNED)
     reshuffle_every: int = at_least(1, 1)  # T, rounds between two random placements
     wire_dtype: str = choice("bf16", "bf16", "fp32")
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
@@ -194,21 +201,15 @@ SKIP_PRICES = {"skip": 0.9, "partitioned": 0.2}
 
 @dataclass
 class PlanConfig:
-    """What `fomoe plan` and strategy.placement=planned go by, beside the federation's sites."""
+    """What `fomoe plan` and a planned placement go by, beside the federation's sites."""
 
-    # solver: how many experts and local steps for each site; equal: the paper's equal shares and steps; memory:
-    # shares by memory, equal steps; affine: equal shares and steps, the experts that a site's own tokens ask for.
-    # strategy.overlap says how many copies the last three make, and how much work solver's round does.
-    policy: str = choice("solver", "solver", "equal", "memory", "affine")
-    # solver and affine: after so many rounds look which experts the sites' tokens ask for (skip mode), and move
-    # what pays for itself; 0: never.
+    # placement planned and affine: after so many rounds look which experts the sites' tokens ask for (skip mode),
+    # and move what pays for itself; 0: never.
     demand_every: int = at_least(10, 0)
     holders: int = at_least(1, 1)  # sites that hold each expert, at least
     # What a token is worth less at a site that holds no expert; null: as measured, see SKIP_PRICES.
     skip_price: float | None = at_least(None, 0.0)
-    max_steps_ratio: float = at_least(
-        4.0, 1.0
-    )  # a site's local steps, at most so many times train.local_steps
+    max_steps_ratio: float = at_least(4.0, 1.0)  # of a site's local steps to train.local_steps, at most
     measured: str | None = None  # a run directory, whose speeds are used instead of tflops and mfu
     tflops: float = above(989.0, 0.0)  # peak of the device of a site with speed 1 (H100, dense bf16), Tflop/s
     mfu: float = above(0.4, 0.0)  # share of the peak that training reaches

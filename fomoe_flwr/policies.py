@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_flwr.config import ModelConfig, RunConfig
+from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.load import Shares, averaged
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, uncovered
-from fomoe_flwr.plan.planner import held_share, make_plan, plan_placement
+from fomoe_flwr.plan.planner import held_share, make_plan, plan_placement, replan
 from fomoe_flwr.plan.record import Plan
-from fomoe_flwr.plan.replan import replan
 
 log = logging.getLogger("fomoe")
 
@@ -77,7 +76,7 @@ class Policy:
 
 
 class Planned(Policy):
-    """By a plan (plan.policy says of what kind), made anew when sites leave, return, or ask for other experts."""
+    """By a plan of the kind that strategy.placement names, made anew when sites leave, return, or ask for others."""
 
     def __init__(self, config: RunConfig, plan: Plan | None = None) -> None:
         super().__init__(config)
@@ -122,8 +121,9 @@ class Planned(Policy):
             log.info("round %d: a new plan for %d sites, %d experts move", round_, len(present), new.moved)
 
     def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
-        strategy, plan = self._config.strategy, self._config.plan
-        if plan.policy not in ("solver", "affine") or not plan.demand_every or strategy.routing != "skip":
+        strategy = self._config.strategy
+        by_demand = strategy.placement in ("planned", "affine") and strategy.routing == "skip"
+        if not by_demand or not self._config.plan.demand_every:
             return
         for site, load_LE in loads.items():
             if shares := averaged(self._demand.get(site), load_LE):
@@ -155,4 +155,4 @@ class Planned(Policy):
 
 
 # By strategy.placement.
-POLICIES: dict[str, type[Policy]] = {"fixed": Policy, "random": Policy, "planned": Planned}
+POLICIES: dict[str, type[Policy]] = {"fixed": Policy, "random": Policy, **dict.fromkeys(PLANNED, Planned)}

@@ -19,7 +19,7 @@ from fomoe_flwr.policies import POLICIES, Planned, Policy
 from tests.conftest import Compose
 
 FOUR = ("federation.num_sites=4", "strategy.overlap=2")
-AFFINE = (*FOUR, "strategy.placement=planned", "plan.policy=affine", "train.expert_warmup_steps=0")
+AFFINE = (*FOUR, "strategy.placement=affine", "train.expert_warmup_steps=0")
 # Three sites that differ in memory, speed and link; big and one other can hold the whole model, free moves.
 HETERO = (
     "federation.sites=["
@@ -109,10 +109,16 @@ def test_it_looks_when_it_is_time_and_moves_what_is_asked_for(small: Compose) ->
 
 
 @pytest.mark.parametrize(
-    "deaf", ["plan.demand_every=0", "plan.policy=equal", "plan.policy=memory", "strategy.routing=partitioned"]
+    "deaf",
+    [
+        "plan.demand_every=0",
+        "strategy.placement=equal",
+        "strategy.placement=memory",
+        "strategy.routing=partitioned",
+    ],
 )
 def test_nobody_listens_where_the_plan_does_not_go_by_it(small: Compose, deaf: str) -> None:
-    composed = small(*AFFINE[:3], "plan.demand_every=1", "plan.policy=solver", deaf)
+    composed = small(*FOUR, "strategy.placement=planned", "plan.demand_every=1", deaf)
     policy = planned(composed)
     before = policy.for_round(1, ALL).placement
     policy.heard(asked_for(composed.config))
@@ -191,9 +197,9 @@ def test_where_no_plan_can_be_made_the_old_one_stays_and_says_why(
 def test_a_site_prefers_its_residents_as_much_as_it_holds(small: Compose) -> None:
     overrides = (
         "federation.sites=[{name:a,memory_gib:0.01},{name:b,memory_gib:0.0005}]", "federation.num_sites=2",
-        "plan.policy=memory", "strategy.overlap=1", "model.locality=bias", "model.locality_target=0.7",
+        "strategy.placement=memory", "strategy.overlap=1", "model.locality=bias", "model.locality_target=0.7",
     )  # fmt: skip
-    policy = planned(small(*overrides, "strategy.placement=planned"))
+    policy = planned(small(*overrides))
     held = [site.experts_per_layer for site in policy.plan.sites]
     assert held[0] > held[1]
     targets = [policy.model(site).locality_target for site in (0, 1)]

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.typing import LineStyleType
 
+from benchmarks.paper.formulas import compute_s, ring_bytes, round_s, rounds_for, site_flops, star_bytes
 from benchmarks.paper.scale import (
     GBPS,
     H100_FLOPS_PER_S,
@@ -33,16 +34,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.model.spec import parameter_counts
-from fomoe_flwr.plan.system import (
-    compute_s,
-    ring_bytes,
-    round_s,
-    rounds_for,
-    site_flops,
-    split_parameters,
-    star_bytes,
-    transfer_s,
-)
+from fomoe_flwr.plan.system import split_parameters, transfer_s
 from fomoe_flwr.report.panels import INK, dress
 from fomoe_flwr.units import count, in_bytes, percent, times
 

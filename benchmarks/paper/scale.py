@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from benchmarks.paper.formulas import compute_s, ring_dense_bytes, site_flops, star_bytes
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, expert_parameters, parameter_counts
+from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, expert_parameters, parameter_counts, token_flops
 from fomoe_flwr.plan.hybridep import (
     ExchangeCase,
     best_whole_domain_size,
@@ -30,15 +31,7 @@ from fomoe_flwr.plan.hybridep import (
     latency_s,
     share_of_domain,
 )
-from fomoe_flwr.plan.system import (
-    compute_s,
-    ring_dense_bytes,
-    site_flops,
-    split_parameters,
-    star_bytes,
-    token_flops,
-    transfer_s,
-)
+from fomoe_flwr.plan.system import split_parameters, transfer_s
 
 GBPS = 1e9 / 8  # bytes/s
 H100_FLOPS_PER_S = 989e12  # dense bf16, by its data sheet

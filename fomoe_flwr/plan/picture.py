@@ -21,9 +21,9 @@ from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
+from fomoe_flwr.plan.rivals import dividing_overlaps, fomoe_overlap, some, with_strategy
 from fomoe_flwr.plan.show import Outlook, assumptions_in_words
-from fomoe_flwr.plan.sites import PlanSite
-from fomoe_flwr.plan.strategies import dividing_overlaps, fomoe_overlap, some, with_strategy
+from fomoe_flwr.plan.system import PlanSite
 from fomoe_flwr.report.panels import INK, dress
 from fomoe_flwr.report.summary import setting
 from fomoe_flwr.units import byte_unit, in_bytes
@@ -109,13 +109,14 @@ def overlap_points(config: RunConfig, routing: str) -> list[Point]:
     overlaps = dividing_overlaps(len(config.federation.sites), config.model.num_experts)
     every = math.ceil(len(overlaps) / MOST_OVERLAPS)
     chosen = overlaps[::-every][::-1]  # the full replica is always among them
-    return _points((o, with_strategy(config, overlap=o, routing=routing)) for o in chosen)
+    return _points((o, with_strategy(config, overlap=o, routing=routing, placement="fixed")) for o in chosen)
 
 
-def bandwidth_points(config: RunConfig, policy: str = "equal") -> list[Point]:
+def bandwidth_points(config: RunConfig) -> list[Point]:
     """The configuration with all its links so many times as fast."""
-    scales = SCALES if policy == "equal" else SCALES[::2]  # the solver may take seconds
-    return _points(((scale, scaled_links(config, scale)) for scale in scales), policy)
+    # The solver may take seconds.
+    scales = SCALES[::2] if config.strategy.placement == "planned" else SCALES
+    return _points((scale, scaled_links(config, scale)) for scale in scales)
 
 
 def scaled_links(config: RunConfig, scale: float) -> RunConfig:
@@ -137,10 +138,11 @@ def scaled_links(config: RunConfig, scale: float) -> RunConfig:
     return dataclasses.replace(config, plan=plan, federation=federation)
 
 
-def _points(configs: Iterable[tuple[float, RunConfig]], policy: str = "equal") -> list[Point]:
+def _points(configs: Iterable[tuple[float, RunConfig]]) -> list[Point]:
     try:
-        return [_point(at, make_plan(config, policy)) for at, config in configs]
-    except ConfigError:  # a strategy that cannot be here is not drawn
+        return [_point(at, make_plan(config)) for at, config in configs]
+    except ConfigError:
+        # A strategy that is not possible here is not drawn.
         return []
 
 
@@ -224,7 +226,7 @@ def _time_panel(axes: Axes, lines: Sequence[_Line], outlook: Outlook) -> None:
     dress(axes, "A round, until the slowest site is done", unit)
     _against_overlap(axes, lines, lambda point: point.round_s / size)
     plan, config = outlook.plan, outlook.config
-    if plan.policy == "equal":
+    if plan.placement == "equal":
         _mark(axes, [config.overlap], [plan.round_s / size])
     else:  # its sites differ, so it has no place on this axis
         axes.axhline(plan.round_s / size, color=THIS_RUN, linestyle="--", linewidth=1.8)
@@ -249,9 +251,9 @@ def _mark_sites(axes: Axes, outlook: Outlook, value: Callable[[SitePlan], float]
         at = site.experts_per_layer * num_sites / num_experts
         points.setdefault((at, value(site)), []).append(site.site)
     _mark(axes, [at for at, _ in points], [height for _, height in points])
-    if outlook.plan.policy != "equal":
+    if outlook.plan.placement != "equal":
         axes.set_xlabel(f"{axes.get_xlabel()}; ◆ by what each holds", color=INK)
-    if outlook.plan.policy != "equal" and len(points) <= MOST_NAMES:
+    if outlook.plan.placement != "equal" and len(points) <= MOST_NAMES:
         for place, names in points.items():
             # Below the line, or above it where there is more room to the left.
             left = place[0] > 0.7 * num_sites
@@ -286,17 +288,19 @@ def _bandwidth_panel(axes: Axes, outlook: Outlook) -> None:
 
 def _bandwidth_lines(outlook: Outlook) -> list[_Line]:
     config = outlook.config
-    replica = _Line(bandwidth_points(with_strategy(config, overlap=None)), REPLICA, "-", 1.8)
+    replica = _Line(
+        bandwidth_points(with_strategy(config, overlap=None, placement="fixed")), REPLICA, "-", 1.8
+    )
     overlap = fomoe_overlap(config)
     lines = [replica]
     if overlap in dividing_overlaps(len(outlook.sites), config.model.num_experts):
         partitioned, skip = (
-            bandwidth_points(with_strategy(config, overlap=overlap, routing=routing))
+            bandwidth_points(with_strategy(config, overlap=overlap, routing=routing, placement="fixed"))
             for routing in ("partitioned", "skip")
         )
         lines = [_Line(partitioned, PARTITIONED, "-", 6.0), replica, _Line(skip, SKIP, "-", 1.8)]
-    if outlook.plan.policy != "equal":
-        lines.append(_Line(bandwidth_points(config, outlook.plan.policy), THIS_RUN, "--", 1.8))
+    if outlook.plan.placement != "equal":
+        lines.append(_Line(bandwidth_points(config), THIS_RUN, "--", 1.8))
     return lines
 
 
@@ -311,9 +315,9 @@ def _time_ticks(low: float, high: float) -> list[float]:
 
 def _handles(outlook: Outlook) -> list[Line2D]:
     at = f"lower right: overlap {fomoe_overlap(outlook.config)}"
-    planned = outlook.plan.policy != "equal"
-    name = f"this run, planned ({outlook.plan.policy} policy)" if planned else "this run"
-    if outlook.plan.policy == "solver":
+    planned = outlook.plan.placement != "equal"
+    name = f"this run, {outlook.plan.placement} placement" if planned else "this run"
+    if outlook.plan.placement == "planned":
         name += f": the useful work of overlap {outlook.config.overlap} in a round"
     return [
         Line2D([], [], color=SKIP, marker="o", linewidth=1.8, label=f"equal shares, skip ({at})"),

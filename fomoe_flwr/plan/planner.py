@@ -1,47 +1,71 @@
-"""From a run's configuration to its plan: who holds how much, takes how many steps, and when each is done."""
+"""From a run's configuration to its plan: who holds how much, takes how many steps, and when each is done.
+
+A plan is made again when sites leave, come back, or ask for other experts; it then moves only what pays (ours).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.files import write_atomically
 from fomoe_flwr.placement import Placement, draw_placement
-from fomoe_flwr.plan.cost import TokenCost, token_cost
-from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.sites import BYTES_A_GIB, PlanSite, plan_sites
-from fomoe_flwr.plan.solver import Floats, Ints, Options, finish_s, place_in_circle, solve, useful_tokens
-from fomoe_flwr.plan.system import Split, split_parameters, star_bytes, state_bytes, transfer_s
-from fomoe_flwr.plan.traffic import BYTES_PER_NUMBER, copies_sent
+from fomoe_flwr.plan.record import NAME, Plan, SitePlan, read_content
+from fomoe_flwr.plan.solver import (
+    Floats,
+    Ints,
+    Options,
+    finish_s,
+    place_by_demand,
+    place_in_circle,
+    solve,
+    useful_tokens,
+)
+from fomoe_flwr.plan.system import (
+    BYTES_A_GIB,
+    PlanSite,
+    TokenCost,
+    exchange_s,
+    one_way_bytes,
+    plan_sites,
+    state_bytes,
+    token_cost,
+)
 
 
-def make_plan(config: RunConfig, policy: str | None = None, cost: TokenCost | None = None) -> Plan:
+def make_plan(config: RunConfig, cost: TokenCost | None = None) -> Plan:
     """The plan of the run that this configuration describes.
 
     Args:
-        policy: another one than the configuration's.
         cost: `token_cost` of the configuration, for who has it already (it may have to read a run).
 
     Raises:
         ConfigError: a site on which no expert fits, or which constraint cannot be met.
     """
-    if policy is None:
-        policy = config.plan.policy if config.strategy.placement == "planned" else "equal"
     sites = plan_sites(config)
     options = site_options(config, sites, cost or token_cost(config))
-    return describe(config, policy, sites, options, *choose(config, policy, options))
+    return describe(config, sites, options, *choose(config, options))
 
 
-def choose(config: RunConfig, policy: str, options: Options) -> tuple[Ints, Ints]:
+def choose(config: RunConfig, options: Options) -> tuple[Ints, Ints]:
     """How many experts a layer each site holds and how many local steps it takes: residents_M, steps_M.
 
     Raises:
         ConfigError: which constraint cannot be met.
     """
-    if policy == "solver":
+    if config.strategy.placement == "planned":
         choice = solve(options, useful_target(config, options), config.plan.holders)
         return choice.residents_M, choice.steps_M
-    residents_M = _by_memory(config, options) if policy == "memory" else _equal(config, options)
+    by_memory = config.strategy.placement == "memory"
+    residents_M = _by_memory(config, options) if by_memory else _equal(config, options)
     return residents_M, np.full_like(residents_M, config.train.local_steps)
 
 
@@ -63,7 +87,7 @@ def held_share(config: RunConfig, residents: float) -> float:
 def plan_placement(config: RunConfig, plan: Plan) -> Placement:
     """Which experts the sites of a plan hold, as long as nobody knows what their tokens ask for."""
     model = config.model
-    if plan.policy in ("equal", "affine"):
+    if plan.placement in ("equal", "affine"):
         return draw_placement(
             len(plan.sites), model.num_experts, config.overlap, model.num_layers, config.seed
         )
@@ -71,45 +95,38 @@ def plan_placement(config: RunConfig, plan: Plan) -> Placement:
     return place_in_circle(residents_M, model.num_layers, model.num_experts, config.seed)
 
 
-def site_options(config: RunConfig, sites: list[PlanSite], cost: TokenCost) -> Options:
+def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) -> Options:
     """What each site could do with 1 to N_e residents a layer.
 
     Raises:
         ConfigError: a site on which no expert fits.
     """
-    model, strategy, plan = config.model, config.strategy, config.plan
-    split = split_parameters(model, strategy.routing)
-    width = BYTES_PER_NUMBER[strategy.wire_dtype]
+    model, routing = config.model, config.strategy.routing
     counts = range(1, model.num_experts + 1)
-    held_R = np.array([split.held(model.num_layers * count) for count in counts])
-    memory_R = state_bytes(held_R, plan.bytes_per_parameter)  # type: ignore[arg-type]
-    token_s_R = np.array([cost.seconds(model, strategy.routing, count) for count in counts])
+    memory_R = np.array([state_bytes(config, count) for count in counts])
+    token_s_R = np.array([cost.seconds(model, routing, count) for count in counts])
     share_R = np.array([held_share(config, count) for count in counts])
     worth_R = 1 - config.skip_price * (1 - share_R)
-    shape = (len(sites), model.num_experts)
-    fits, step_s, communication_s = np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
-    for row, site in enumerate(sites):
-        fits[row] = memory_R <= site.memory_bytes
-        if not fits[row, 0]:
-            raise ConfigError(_no_expert_fits(site, split, model.num_layers, plan.bytes_per_parameter))
-        step_s[row] = token_s_R * site.step_tokens / site.speed
-        one_way = star_bytes(held_R, width, copies_sent(strategy))  # type: ignore[arg-type]
-        communication_s[row] = transfer_s(one_way, site.down_bytes_per_s, site.latency_s) + transfer_s(
-            one_way, site.up_bytes_per_s, site.latency_s
-        )
+    for site in sites:
+        if memory_R[0] > site.memory_bytes:
+            raise ConfigError(
+                f"federation: site {site.name} has memory_gib={site.memory_bytes / BYTES_A_GIB:.4g}, but the dense "
+                f"part and one expert a layer need {memory_R[0] / BYTES_A_GIB:.4g} GiB "
+                f"(plan.bytes_per_parameter={config.plan.bytes_per_parameter:g})"
+            )
+    sent_R = [one_way_bytes(config, count) for count in counts]
     return Options(
-        fits_MR=fits,
-        step_s_MR=step_s,
-        communication_s_MR=communication_s,
-        worth_MR=np.broadcast_to(worth_R, shape),
+        fits_MR=np.array([memory_R <= site.memory_bytes for site in sites]),
+        step_s_MR=np.array([token_s_R * site.step_tokens / site.speed for site in sites]),
+        communication_s_MR=np.array([[exchange_s(site, sent, sent) for sent in sent_R] for site in sites]),
+        worth_MR=np.broadcast_to(worth_R, (len(sites), len(worth_R))),
         step_tokens_M=np.array([site.step_tokens for site in sites]),
-        max_steps=int(plan.max_steps_ratio * config.train.local_steps),
+        max_steps=int(config.plan.max_steps_ratio * config.train.local_steps),
     )
 
 
 def describe(
     config: RunConfig,
-    policy: str,
     sites: list[PlanSite],
     options: Options,
     residents_M: Ints,
@@ -123,15 +140,11 @@ def describe(
     """
     if hit_M is None:
         hit_M = np.array([held_share(config, residents) for residents in residents_M.tolist()])
-    model, strategy = config.model, config.strategy
-    split = split_parameters(model, strategy.routing)
-    width, copies = BYTES_PER_NUMBER[strategy.wire_dtype], copies_sent(strategy)
     done_s = finish_s(options, residents_M, steps_M)
     planned = []
     for row, site in enumerate(sites):
         residents, steps = int(residents_M[row]), int(steps_M[row])
-        parameters = split.held(model.num_layers * residents)
-        one_way = int(star_bytes(parameters, width, copies))
+        sent = int(one_way_bytes(config, residents))
         communication_s = float(options.communication_s_MR[row, residents - 1])
         planned.append(
             SitePlan(
@@ -140,9 +153,9 @@ def describe(
                 local_steps=steps,
                 batch_size=site.batch_size,
                 tokens=steps * site.step_tokens,
-                memory_bytes=state_bytes(parameters, config.plan.bytes_per_parameter),
-                bytes_down=one_way,
-                bytes_up=one_way,
+                memory_bytes=state_bytes(config, residents),
+                bytes_down=sent,
+                bytes_up=sent,
                 compute_s=float(done_s[row]) - communication_s,
                 communication_s=communication_s,
                 round_s=float(done_s[row]),
@@ -151,7 +164,8 @@ def describe(
         )
     round_s, tokens = float(done_s.max()), sum(site.tokens for site in planned)
     useful = useful_tokens(options, residents_M, steps_M)
-    return Plan(policy, tuple(planned), round_s, tokens, tokens / round_s, useful / round_s)
+    placement = config.strategy.placement if config.strategy.placement in PLANNED else "equal"
+    return Plan(placement, tuple(planned), round_s, tokens, tokens / round_s, useful / round_s)
 
 
 def useful_target(config: RunConfig, options: Options) -> float:
@@ -191,9 +205,169 @@ def _by_memory(config: RunConfig, options: Options) -> Ints:
     return residents_M
 
 
-def _no_expert_fits(site: PlanSite, split: Split, num_layers: int, bytes_per_parameter: float) -> str:
-    least = state_bytes(split.held(num_layers), bytes_per_parameter) / BYTES_A_GIB
-    return (
-        f"federation: site {site.name} has memory_gib={site.memory_bytes / BYTES_A_GIB:.4g}, but the dense part "
-        f"and one expert a layer need {least:.4g} GiB (plan.bytes_per_parameter={bytes_per_parameter:g})"
+@dataclass(frozen=True)
+class Replanned:
+    """A plan for the sites that are there; the others have no experts and no steps in it."""
+
+    plan: Plan
+    placement: Placement
+    moved: int  # experts that come to a site that did not hold them
+
+
+def replan(
+    config: RunConfig,
+    plan: Plan,
+    placement: Placement,
+    present: Sequence[int],
+    rounds_left: int,
+    demand_MLE: Floats | None = None,
+) -> Replanned | None:
+    """The plan for these sites, or None if going on as before does more useful work in what is left of the run.
+
+    An expert that is new to a site begins without moments and warms up: until then half of what it learns is lost.
+    That is the price of a move, `expert_warmup_steps / 2` steps of its part of the site's tokens. An expert with
+    too few holders is moved whatever it costs.
+
+    Args:
+        demand_MLE: of all sites, as `place_by_demand` has it; None: all experts alike.
+
+    Raises:
+        ConfigError: the sites that are left cannot hold all experts.
+    """
+    sites = plan_sites(config)
+    options = _rows(site_options(config, sites, token_cost(config)), present)
+    held = Placement(placement.holds_LEM[:, :, list(present)])
+    covered = held.holds_LEM.sum(axis=2).min() >= config.plan.holders
+    before_M = np.array([plan.sites[site].experts_per_layer for site in present])
+    residents_M, steps_M = choose(config, options)
+    if demand_MLE is None:
+        asked, stay = np.zeros((len(present), *placement.holds_LEM.shape[:2])), 1.0
+    else:
+        asked, stay = demand_MLE[list(present)], _stay(config, rounds_left)
+    new = place_by_demand(residents_M, asked, config.plan.holders, held, stay)
+    moved_M = (new.holds_LEM & ~held.holds_LEM).sum(axis=(0, 1))
+    if covered and (before_M > 0).all():
+        steps_before_M = np.array([plan.sites[site].local_steps for site in present])
+        if (residents_M == before_M).all() and (steps_M == steps_before_M).all() and not moved_M.any():
+            return None
+        known = None if demand_MLE is None else asked
+        gain = _rate(config, options, residents_M, steps_M, new, known)
+        gain -= _rate(config, options, before_M, steps_before_M, held, known)
+        round_s = float(finish_s(options, residents_M, steps_M).max())
+        if gain * round_s * rounds_left <= _moving(config, options, moved_M):
+            return None
+    hit_M = None if demand_MLE is None else _hits(asked, new)
+    rows = [sites[site] for site in present]
+    described = describe(config, rows, options, residents_M, steps_M, hit_M)
+    holds_LEM = np.zeros_like(placement.holds_LEM)
+    holds_LEM[:, :, list(present)] = new.holds_LEM
+    by_index = dict(zip(present, described.sites, strict=True))
+    everyone = tuple(by_index.get(index, _away(site)) for index, site in enumerate(plan.sites))
+    return Replanned(dataclasses.replace(described, sites=everyone), Placement(holds_LEM), int(moved_M.sum()))
+
+
+def _rows(options: Options, present: Sequence[int]) -> Options:
+    rows = list(present)
+    return Options(
+        options.fits_MR[rows],
+        options.step_s_MR[rows],
+        options.communication_s_MR[rows],
+        options.worth_MR[rows],
+        options.step_tokens_M[rows],
+        options.max_steps,
     )
+
+
+def _rate(
+    config: RunConfig,
+    options: Options,
+    residents_M: Ints,
+    steps_M: Ints,
+    placement: Placement,
+    demand_MLE: Floats | None,
+) -> float:
+    """Useful tokens a second; with demand, what a token is worth follows what the site's tokens ask for."""
+    round_s = float(finish_s(options, residents_M, steps_M).max())
+    if demand_MLE is None:
+        return useful_tokens(options, residents_M, steps_M) / round_s
+    worth_M = 1 - config.skip_price * (1 - _hits(demand_MLE, placement))
+    return float((steps_M * options.step_tokens_M * worth_M).sum()) / round_s
+
+
+def _hits(demand_MLE: Floats, placement: Placement) -> Floats:
+    """Share of each site's assignments whose expert it holds."""
+    hit_M: Floats = np.einsum("mle,lem->m", demand_MLE, placement.holds_LEM / demand_MLE.shape[1])
+    return hit_M
+
+
+def _stay(config: RunConfig, rounds_left: int) -> float:
+    """What keeping an expert is worth, as a share of a site's assignments: its warm-up over what is left."""
+    steps_left = max(rounds_left, 1) * config.train.local_steps
+    return config.train.expert_warmup_steps / 2 / steps_left / config.model.num_experts
+
+
+def _moving(config: RunConfig, options: Options, moved_M: Ints) -> float:
+    """Useful tokens that the moves lose."""
+    part = config.skip_price / (config.model.num_layers * config.model.num_experts)
+    return float((moved_M * options.step_tokens_M).sum() * config.train.expert_warmup_steps / 2 * part)
+
+
+def _away(site: SitePlan) -> SitePlan:
+    return dataclasses.replace(
+        site,
+        experts_per_layer=0,
+        tokens=0,
+        memory_bytes=0.0,
+        bytes_down=0,
+        bytes_up=0,
+        compute_s=0.0,
+        communication_s=0.0,
+        round_s=0.0,
+        resident_share=0.0,
+    )
+
+
+def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
+    """The plan of a run, written beside its metrics; a resumed run goes on by the one it has.
+
+    Speeds that were measured for it may be gone by then, and another plan would move experts for nothing. Only where
+    what was asked of the planner has changed is there a new one.
+
+    Raises:
+        ConfigError: there is no plan for this configuration.
+    """
+    request = _request(config)
+    if (path := run_dir / NAME).exists():
+        saved = read_content(path)
+        if _renewed(saved["request"]) == request:
+            return Plan.from_dict(saved["plan"])
+    cost = token_cost(config)
+    plan = make_plan(config, cost=cost)
+    content = {"plan": plan.to_dict(), "token_cost_s": cost._asdict(), "request": request}
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    return plan
+
+
+def _renewed(request: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What an earlier version asked for, in the keys of this one."""
+    if request is None or (policy := request["plan"].pop("policy", None)) is None:
+        return request
+    if request["strategy"][0] == "planned" and policy != "solver":
+        request["strategy"][0] = policy
+    return request
+
+
+def _request(config: RunConfig) -> dict[str, Any]:
+    """What a plan is made from, as JSON gives it back."""
+    train, strategy = config.train, config.strategy
+    request = {
+        "model": dataclasses.asdict(config.model),
+        "sites": [dataclasses.asdict(site) for site in config.federation.sites],
+        "plan": dataclasses.asdict(config.plan),
+        "train": [train.local_steps, train.batch_size, train.seq_len],
+        "strategy": [
+            strategy.placement, strategy.overlap, strategy.routing, strategy.outer, strategy.wire_dtype,
+        ],
+    }  # fmt: skip
+    loaded: dict[str, Any] = json.loads(json.dumps(request))
+    return loaded

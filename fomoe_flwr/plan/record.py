@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import RunError
 
 NAME = "plan.json"  # in the run directory
@@ -36,7 +35,7 @@ class SitePlan:
 class Plan:
     """What a round of the whole federation is expected to be."""
 
-    policy: str
+    placement: str  # strategy.placement; equal for those that go by no plan
     sites: tuple[SitePlan, ...]
     round_s: float
     tokens: int
@@ -49,14 +48,15 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         sites = tuple(SitePlan(**site) for site in values["sites"])
-        return cls(**{**values, "sites": sites})
+        rest = {key: value for key, value in values.items() if key not in ("policy", "sites")}
+        if (policy := values.get("policy")) is not None:  # of an earlier version
+            rest["placement"] = "planned" if policy == "solver" else policy
+        return cls(sites=sites, **rest)
 
-
-def mean_residents(config: RunConfig, plan: Plan | None) -> float:
-    """Experts a layer at a site, mean over the sites."""
-    if plan is None:
-        return config.model.num_experts * config.overlap / len(config.federation.sites)
-    return sum(site.experts_per_layer for site in plan.sites) / len(plan.sites)
+    @property
+    def mean_residents(self) -> float:
+        """Experts a layer at a site, mean over the sites."""
+        return sum(site.experts_per_layer for site in self.sites) / len(self.sites)
 
 
 def load_plan(run_dir: Path) -> Plan | None:

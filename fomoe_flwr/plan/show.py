@@ -14,14 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.config import SKIP_PRICES, RunConfig
+from fomoe_flwr.console import print_whole
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.sites import PlanSite
-from fomoe_flwr.plan.strategies import Row, some
+from fomoe_flwr.plan.rivals import Row, some
+from fomoe_flwr.plan.system import PlanSite
 from fomoe_flwr.units import NONE, count, finite, in_bits, in_bytes, percent, time_span
 
 MOST_ROWS = 20  # of the table of sites
-WIDEST = 200  # columns; a table is never cut to the terminal's
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def show(outlook: Outlook, console: Console) -> None:
     """Print everything."""
     tables = (facts_table(outlook), site_table(outlook.plan, outlook.sites, outlook.config.model.num_experts))
     for table in (*tables, strategy_table(outlook.rows, len(outlook.sites))):
-        _print_whole(table, console)
+        print_whole(table, console)
     for title, lines in (("assumed", assumptions_in_words(outlook)), ("advice", outlook.advice)):
         console.print(f" {title}:", markup=False, highlight=False)
         for line in lines or [NONE]:
@@ -61,8 +61,8 @@ def facts_table(outlook: Outlook) -> Table:
     )
     table.add_row(
         "setting",
-        f"{_sites(len(plan.sites))}, {strategy.routing} routing, {strategy.placement} placement "
-        f"({plan.policy} policy), {strategy.outer} outer, {strategy.wire_dtype} on the wire",
+        f"{_sites(len(plan.sites))}, {strategy.routing} routing, {strategy.placement} placement, "
+        f"{strategy.outer} outer, {strategy.wire_dtype} on the wire",
     )
     table.add_row(
         "a round",
@@ -160,7 +160,7 @@ def strategy_table(rows: Sequence[Row], num_sites: int) -> Table:
 
 def _strategy_cells(row: Row, num_sites: int) -> tuple[str, ...]:
     if row.plan is None:
-        return (str(row.overlap), *(NONE for _ in range(5)), "cannot be")
+        return (str(row.overlap), *(NONE for _ in range(5)), "not possible")
     return (
         str(row.overlap),
         in_bytes(row.bytes_per_round),
@@ -263,7 +263,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         ],
         "strategies": [_row_as_json(row) for row in outlook.rows],
         "plan": {
-            "policy": plan.policy,
+            "placement": plan.placement,
             "overlap": config.overlap,
             "routing": config.strategy.routing,
             "round_s": plan.round_s,
@@ -299,9 +299,3 @@ def _table(title: str) -> Table:
 
 def _sites(number: int) -> str:
     return "1 site" if number == 1 else f"{number} sites"
-
-
-def _print_whole(table: Table, console: Console) -> None:
-    # In 80 columns, which is also what rich takes a file to have, numbers would be cut off; better a long line.
-    table.width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
-    console.print(table, crop=False)

@@ -1,21 +1,82 @@
-"""The system model of FoMoE (section 4 and appendix D): what a site computes, holds and sends, by formula.
+"""What a site computes, holds and sends, in numbers (FoMoE, section 4 and appendix D).
 
-Pure functions of plain numbers; the unit is the end of the name (`_bytes`, `_s`, `_flops`). Bytes are per site
-and round. Sizes are decimal except memory, which people give in GiB.
+The unit is the end of a name (`_bytes`, `_s`, `_flops`). Bytes are of tensors alone, without names and headers, for a
+site and a round. Sizes are decimal except memory, which people give in GiB.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fomoe_flwr.config import ModelConfig
+import numpy as np
+
+from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.config import ModelConfig, RunConfig
+from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.model.spec import expert_parameters, parameter_counts, token_flops
 
-# bf16 weights 2, fp32 master 4, two fp32 moments 8, fp32 gradients 4 (FoMoE, section 4). This program keeps fp32
-# weights 4, gradients 4, moments 8, and the shard as it was sent (bf16) 2: the same 18.
-STATE_BYTES_PER_PARAMETER = 18
+if TYPE_CHECKING:
+    from fomoe_flwr.report.load import Run
 
-# ----- parameters
+BYTES_PER_S_A_MBPS = 1e6 / 8
+BYTES_A_GIB = 2**30
+
+# Two unknowns cannot be told apart where the sites' expert work differs by less.
+LEAST_SPREAD = 0.05
+
+
+# ----- the sites
+
+
+@dataclass(frozen=True)
+class PlanSite:
+    """One site. Bandwidths are to and from the server, at most its share of the server's link."""
+
+    name: str
+    memory_bytes: float  # infinite where it is not given
+    speed: float  # relative to the device that `TokenCost` is for
+    down_bytes_per_s: float
+    up_bytes_per_s: float
+    latency_s: float  # one way
+    batch_size: int
+    step_tokens: int
+
+
+def plan_sites(config: RunConfig) -> list[PlanSite]:
+    """The sites in the federation's order; links that are not given are plan.assumed_mbps and _latency_ms."""
+    plan, train, sites = config.plan, config.train, config.federation.sites
+    share = math.inf if plan.server_mbps is None else plan.server_mbps / len(sites)
+
+    def bytes_per_s(mbps: float | None) -> float:
+        return min(plan.assumed_mbps if mbps is None else mbps, share) * BYTES_PER_S_A_MBPS
+
+    planned = []
+    for site in sites:
+        latency_ms = plan.assumed_latency_ms if site.latency_ms is None else site.latency_ms
+        batch_size = site.batch_size or train.batch_size
+        planned.append(
+            PlanSite(
+                name=site.name,
+                memory_bytes=math.inf if site.memory_gib is None else site.memory_gib * BYTES_A_GIB,
+                speed=site.speed,
+                down_bytes_per_s=bytes_per_s(site.down_mbps),
+                up_bytes_per_s=bytes_per_s(site.up_mbps),
+                latency_s=latency_ms / 1e3,
+                batch_size=batch_size,
+                step_tokens=batch_size * train.seq_len,
+            )
+        )
+    return planned
+
+
+# ----- what it holds and sends
 
 
 class Split(NamedTuple):
@@ -37,7 +98,40 @@ def split_parameters(model: ModelConfig, routing: str) -> Split:
     return Split(counts.dense, expert_parameters(model) + model.d_model)
 
 
-# ----- compute
+def held_parameters(config: RunConfig, residents: float) -> float:
+    """Parameters of a site's shard with so many residents a layer; a mean over layers or sites need not be whole."""
+    split = split_parameters(config.model, config.strategy.routing)
+    return split.held(config.model.num_layers * residents)
+
+
+def state_bytes(config: RunConfig, residents: float) -> float:
+    """Memory of a site's weights, gradients and moments; activations come on top."""
+    return held_parameters(config, residents) * config.plan.bytes_per_parameter
+
+
+def one_way_bytes(config: RunConfig, residents: float) -> float:
+    """From the server to a site with so many residents a layer, or back: its dense part and its residents.
+
+    Unlike a ring of sites, a server also receives experts of a single holder. A redrawn placement costs nothing more:
+    an expert that is new to a site comes with the rest of its shard. LocalAdamW sends both Adam moments, too.
+    """
+    bytes_a_number = CODECS[config.strategy.wire_dtype].nbytes({"": (1,)})
+    copies = 3 if config.strategy.outer == "local_adamw" else 1
+    return copies * bytes_a_number * held_parameters(config, residents)
+
+
+def transfer_s(num_bytes: float, bytes_per_s: float, latency_s: float) -> float:
+    """`t_comm = B / B_eff`, and the latency once."""
+    return latency_s + num_bytes / bytes_per_s
+
+
+def exchange_s(site: PlanSite, down_bytes: float, up_bytes: float) -> float:
+    """Down to a site and up again, one after the other."""
+    down_s = transfer_s(down_bytes, site.down_bytes_per_s, site.latency_s)
+    return down_s + transfer_s(up_bytes, site.up_bytes_per_s, site.latency_s)
+
+
+# ----- what a token costs it in time
 
 
 def expert_work(
@@ -53,107 +147,130 @@ def expert_work(
     return residents / num_experts if hit_rate is None else hit_rate
 
 
-def site_flops(
-    model: ModelConfig, seq_len: int, routing: str, residents: float, hit_rate: float | None = None
-) -> float:
-    """Flops of a token at a site with so many residents a layer.
+class TokenCost(NamedTuple):
+    """Seconds a token at a site of speed 1."""
 
-    `F = F_dense + sum_l [sigma · min(k, N_le)/k · F_FFN + (N_le/N_e) · F_gate]`; the router is computed in full
-    in `skip` mode.
+    dense_s: float
+    experts_s: float  # of all k experts in every layer
+    router_s: float  # of the whole router
+
+    def seconds(
+        self, model: ModelConfig, routing: str, residents: float, hit_rate: float | None = None
+    ) -> float:
+        """Of a token at a site with so many residents a layer (FoMoE, compute model of section 4)."""
+        gate = 1.0 if routing == "skip" else residents / model.num_experts
+        work = expert_work(routing, model.num_experts, model.top_k, residents, hit_rate)
+        return self.dense_s + work * self.experts_s + gate * self.router_s
+
+
+def modelled_cost(config: RunConfig) -> TokenCost:
+    """`F / (MFU · Phi)`."""
+    flops_per_s = config.plan.mfu * config.plan.tflops * 1e12
+    return TokenCost(*(part / flops_per_s for part in token_flops(config.model, config.train.seq_len)))
+
+
+def token_cost(config: RunConfig) -> TokenCost:
+    """Measured where plan.measured names a run, else modelled.
+
+    Raises:
+        ConfigError: the run cannot be read, is of another model, or has no training round.
     """
-    flops = token_flops(model, seq_len)
-    gate = 1.0 if routing == "skip" else residents / model.num_experts
-    work = expert_work(routing, model.num_experts, model.top_k, residents, hit_rate)
-    return flops.dense + work * flops.experts + gate * flops.router
-
-
-# ----- memory
-
-
-def state_bytes(parameters: float, bytes_per_parameter: float = STATE_BYTES_PER_PARAMETER) -> float:
-    """Memory of a site's weights, gradients and moments, bytes; activations come on top."""
-    return parameters * bytes_per_parameter
-
-
-# ----- bytes of a round
-
-
-def ring_dense_bytes(num_sites: int, dense_bytes: float) -> float:
-    """`B_dense = 2(M-1)/M · S_dense`: ring all-reduce of what everybody holds."""
-    return 2 * (num_sites - 1) / num_sites * dense_bytes
-
-
-def ring_sparse_bytes(
-    num_sites: int, overlap: int, reshuffle_rate: float, held_expert_bytes: float, random: bool
-) -> float:
-    """`B_sparse = (R + P) · sum_l N_le · s_expert`, `R = 2(O_e-1)/O_e`, `P = gamma(1 - O_e/M)`.
-
-    Args:
-        reshuffle_rate: gamma, redraws of a random placement per round.
-        held_expert_bytes: of all experts that the site holds.
-        random: False: the placement is fixed and nothing is fetched.
-    """
-    reduce = 2 * (overlap - 1) / overlap
-    fetch = reshuffle_rate * (1 - overlap / num_sites) if random else 0.0
-    return (reduce + fetch) * held_expert_bytes
-
-
-def ring_bytes(
-    split: Split,
-    all_experts: int,
-    num_sites: int,
-    overlap: int,
-    reshuffle_rate: float,
-    bytes_per_number: float,
-    copies: int = 1,
-) -> float:
-    """`B_dense + B_sparse` of equal sites on a ring.
-
-    Args:
-        all_experts: layers times experts of a layer.
-        reshuffle_rate: gamma; 0: fixed placement.
-        copies: 3 for LocalAdamW, whose moments travel too.
-    """
-    held = all_experts * overlap / num_sites
-    dense = ring_dense_bytes(num_sites, split.dense * bytes_per_number)
-    sparse = ring_sparse_bytes(
-        num_sites, overlap, reshuffle_rate, held * split.per_expert * bytes_per_number, reshuffle_rate > 0
+    return (
+        modelled_cost(config) if config.plan.measured is None else measured_cost(config, config.plan.measured)
     )
-    return copies * (dense + sparse)
 
 
-def star_bytes(parameters: float, bytes_per_number: float, copies: int = 1) -> float:
-    """One direction between a site and a server: dense part and residents, down as well as up.
+def measured_cost(config: RunConfig, directory: str) -> TokenCost:
+    """Least squares of `seconds a token · speed = dense + work · experts` over the sites of a run.
 
-    Unlike a ring a star sends experts of a single holder too, and a redraw costs nothing extra: what is new comes
-    with the shard that is sent anyway (ours; this is what the program measures).
+    Each site counts once, with its median over the rounds after the first, which starts things up. Sites that do
+    the same expert work do not tell dense and experts apart: then their sum is measured and their ratio modelled.
+
+    Raises:
+        ConfigError: see `token_cost`.
     """
-    return copies * bytes_per_number * parameters
+    path = Path(directory).expanduser()
+    metrics = path / "metrics.jsonl"
+    try:
+        run = _load(path, metrics.stat().st_mtime_ns if metrics.exists() else 0)
+    except FomoeError as error:
+        raise ConfigError(f"plan.measured={directory}: {error}") from error
+    for key in ("d_model", "num_layers", "num_experts", "d_expert", "top_k", "vocab_size"):
+        if (there := getattr(run.config.model, key)) != (here := getattr(config.model, key)):
+            raise ConfigError(f"plan.measured={directory}: its model.{key} is {there}, here it is {here}")
+    speed = {site.name: site.speed for site in run.config.federation.sites}
+    seconds: dict[str, list[float]] = {name: [] for name in speed}
+    share: dict[str, list[float]] = {name: [] for name in speed}
+    trained = [record for record in run.rounds if record.sites]
+    for record in trained[1:] or trained:
+        for site in record.sites:
+            if site.tokens_per_second and site.resident_share is not None:
+                seconds[site.site].append(speed[site.site] / site.tokens_per_second)
+                share[site.site].append(site.resident_share)
+    if not any(seconds.values()):
+        raise ConfigError(f"plan.measured={directory}: no site has trained in this run")
+    model, routing = run.config.model, run.config.strategy.routing
+    names = [name for name in seconds if seconds[name]]
+    seconds_M = np.array([median(seconds[name]) for name in names])
+    held = dict.fromkeys(names, run.held_share * model.num_experts)
+    if run.plan is not None:
+        held = {site.site: site.experts_per_layer for site in run.plan.sites}
+    work_M = np.array(
+        [
+            expert_work(routing, model.num_experts, model.top_k, held[name], median(share[name]))
+            for name in names
+        ]
+    )
+    return _fit(seconds_M, work_M, modelled_cost(dataclasses.replace(config, model=model)))
 
 
-# ----- time
+@functools.lru_cache(maxsize=1)
+def _load(directory: Path, written: int) -> Run:
+    """The run as it was `written`; a plan and its rivals ask for the same one a dozen times."""
+    from fomoe_flwr.report.load import load_run  # the report reads plans, too
+
+    return load_run(directory)
 
 
-def compute_s(flops_a_token: float, tokens: float, flops_per_s: float) -> float:
-    """`t_comp = F · B / (MFU · Phi)`; `flops_per_s` is MFU times peak."""
-    return flops_a_token * tokens / flops_per_s
+def _fit(seconds_M: np.ndarray, work_M: np.ndarray, modelled: TokenCost) -> TokenCost:
+    if len(work_M) > 1 and np.ptp(work_M) >= LEAST_SPREAD:
+        design = np.stack([np.ones_like(work_M), work_M], axis=1)
+        (dense_s, experts_s), *_ = np.linalg.lstsq(design, seconds_M, rcond=None)
+        if dense_s > 0 and experts_s >= 0:
+            return TokenCost(float(dense_s), float(experts_s), 0.0)
+    dense_s = modelled.dense_s + modelled.router_s
+    by_formula_M = dense_s + work_M * modelled.experts_s
+    scale = float(np.median(seconds_M / by_formula_M))
+    return TokenCost(scale * dense_s, scale * modelled.experts_s, 0.0)
 
 
-def transfer_s(num_bytes: float, bytes_per_s: float, latency_s: float, compression: float = 1.0) -> float:
-    """`t_comm = rho · B / B_eff`, and the latency once."""
-    return latency_s + compression * num_bytes / bytes_per_s
+# ----- the virtual clock of a simulation
 
 
-def round_s(steps: int, step_s: float, communication_s: float, hidden: float = 0.0) -> float:
-    """`K · t_comp + (1 - alpha) · t_comm`; `hidden` is alpha, the share that computing hides."""
-    return steps * step_s + (1 - hidden) * communication_s
+class Measured(NamedTuple):
+    """What a site did in a simulated round."""
+
+    seconds: float  # of its local steps, on the simulation's device, which counts as speed 1
+    bytes_down: int  # everything, not tensors alone
+    bytes_up: int
 
 
-def rounds_for(total_tokens: float, tokens_a_round: float) -> float:
-    """`N_tok / (M · B_l · K)`."""
-    return total_tokens / tokens_a_round
+def virtual_round(sites: Sequence[PlanSite], measured: Mapping[int, Measured]) -> dict[str, Any]:
+    """Charge each site its compute, scaled by its speed, and its bytes, by its link.
 
-
-def bytes_per_token(num_sites: int, site_bytes: float, local_steps: int, tokens_a_step: float) -> float:
-    """`BPT = M · B_site / (K · B_g)`: bytes of all sites for each token of the global batch."""
-    return num_sites * site_bytes / (local_steps * tokens_a_step)
+    Returns:
+        `round_s`; `slowest`, the site for whom the others waited; and by site `compute_s`, `communication_s` and
+        `waited_s`.
+    """
+    by_site: dict[str, dict[str, float]] = {}
+    done_s: dict[str, float] = {}
+    for index, work in sorted(measured.items()):
+        site = sites[index]
+        compute_s = work.seconds / site.speed
+        communication_s = exchange_s(site, work.bytes_down, work.bytes_up)
+        by_site[site.name] = {"compute_s": compute_s, "communication_s": communication_s}
+        done_s[site.name] = compute_s + communication_s
+    slowest = max(done_s, key=lambda name: done_s[name])
+    for name, figures in by_site.items():
+        figures["waited_s"] = done_s[slowest] - done_s[name]
+    return {"round_s": done_s[slowest], "slowest": slowest, "sites": by_site}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fomoe_flwr.compose import from_tree
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.hydra_errors import one_line
 from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
@@ -108,7 +108,7 @@ class Run:
         if recorded:
             return self.placements[max(recorded)]
         config, strategy = self.config, self.config.strategy
-        if strategy.placement == "planned" and self.plan is not None:
+        if strategy.placement in PLANNED and self.plan is not None:
             return plan_placement(config, self.plan)
         draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
         return draw_placement(

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fomoe_flwr.plan.traffic import Traffic, compare_strategies
+from fomoe_flwr.plan.rivals import Traffic, compare_strategies
 from fomoe_flwr.report.load import CLASSES, Run, SiteRound
 from fomoe_flwr.units import byte_unit, in_bytes, percent, times
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fomoe_flwr.drawing import save_figure
-from fomoe_flwr.plan.traffic import compare_strategies
+from fomoe_flwr.plan.rivals import compare_strategies
 from fomoe_flwr.report import panels
 from fomoe_flwr.report.expert_map import expert_map
 from fomoe_flwr.report.load import Run

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.traffic import BYTES_PER_NUMBER, copies_sent, round_bytes
+from fomoe_flwr.plan.system import one_way_bytes
 from fomoe_flwr.report.load import Round, Run, SiteRound
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
 
@@ -70,13 +70,7 @@ def compare(run: Run) -> Reality | None:
 
 def _payload(run: Run, round_: int) -> float:
     """Bytes of the tensors of a round, by formula, of what the sites held in it."""
-    config = run.config
-    width, copies = BYTES_PER_NUMBER[config.strategy.wire_dtype], copies_sent(config.strategy)
-    return sum(
-        round_bytes(config.model, config.strategy.routing, held, width, copies)
-        for held in run.residents(round_)
-        if held
-    )
+    return sum(2 * one_way_bytes(run.config, held) for held in run.residents(round_) if held)
 
 
 def _site(plan: Plan, planned: SitePlan, rounds: Sequence[Round]) -> SiteReality:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.report.load import Round, Run
 from fomoe_flwr.units import count
@@ -56,7 +56,7 @@ def setting(config: RunConfig) -> str:
     counts = parameter_counts(model)
     num_sites = len(config.federation.sites)
     steps = config.train.local_steps
-    if config.strategy.placement == "planned":
+    if config.strategy.placement in PLANNED:
         holders = "experts as planned"
     else:
         full = config.overlap == num_sites

@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fomoe_flwr.plan.traffic import compare_strategies
+from fomoe_flwr.plan.rivals import compare_strategies
 from fomoe_flwr.report.load import Run
 from fomoe_flwr.report.summary import setting, summarize
 from fomoe_flwr.units import count, decimal, duration, in_bytes, percent, times
@@ -49,7 +49,7 @@ def _missing(run: Run) -> dict[str, Counter[str]]:
 
 
 def comparison_table(run: Run) -> Table:
-    """Measured bytes next to what this run and its rivals should send by formula (`plan.traffic`)."""
+    """Measured bytes next to what this run and its rivals should send by formula (`plan.rivals`)."""
     table = Table(
         title="bytes per site and round, down + up", box=SIMPLE, pad_edge=False, collapse_padding=True
     )

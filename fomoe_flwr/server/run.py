@@ -23,7 +23,7 @@ from fomoe_flwr.checkpoint import (
     save_checkpoint,
 )
 from fomoe_flwr.compose import Composed
-from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig
+from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare, validation_batches
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError
@@ -39,10 +39,9 @@ from fomoe_flwr.evaluation import (
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.model.sigma_moe import build, initial_state
 from fomoe_flwr.placement import Placement, full_residents
-from fomoe_flwr.plan.clock import Measured, virtual_round
-from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.planner import plan_for_run
 from fomoe_flwr.plan.record import Plan, load_plan
-from fomoe_flwr.plan.sites import BYTES_A_GIB, plan_sites
+from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
 from fomoe_flwr.records import append_placement, cut_placements
 from fomoe_flwr.report.evaluation import FILE
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
@@ -356,6 +355,8 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     for section, key in fixed:
         # A key that is newer than the checkpoint had what is now its default.
         before, now = saved[section].get(key, getattr(default[section], key)), current[section][key]
+        if key == "placement" and before in PLANNED and now in PLANNED:
+            continue  # then a new plan is made
         if before != now:
             raise CheckpointError(
                 f"resume={config.resume}: {section}.{key}={now}, but the checkpoint was made with {before}"

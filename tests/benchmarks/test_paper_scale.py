@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.paper.formulas import ring_bytes
 from benchmarks.paper.scale import (
     BANDWIDTHS_GBPS,
     GBPS,
@@ -25,7 +26,7 @@ from benchmarks.paper.scale import (
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.plan.hybridep import best_whole_domain_size
-from fomoe_flwr.plan.system import ring_bytes, split_parameters
+from fomoe_flwr.plan.system import split_parameters
 
 SMALL = ModelConfig(vocab_size=98, d_model=8, num_layers=2, num_heads=1, num_experts=4, d_expert=16, top_k=2)
 # Parameters: expert 2·8·16 = 256, all 8 of them 2048; attention 4·64 = 256 and norms 32 a layer; embedding and its

@@ -10,13 +10,10 @@ import pytest
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.model.spec import expert_parameters
-from fomoe_flwr.plan.advice import WORTH_SAYING, advise, communication_share, gathering_workers
-from fomoe_flwr.plan.hybridep import ExchangeCase, gathers_every_expert
+from fomoe_flwr.plan.advice import LEAST_GAIN, advise, communication_share
 from fomoe_flwr.plan.planner import make_plan
-from fomoe_flwr.plan.sites import plan_sites
-from fomoe_flwr.plan.strategies import too_small
-from fomoe_flwr.plan.system import expert_work
+from fomoe_flwr.plan.rivals import too_small
+from fomoe_flwr.plan.system import plan_sites
 from fomoe_flwr.units import count, in_bytes, percent, time_span
 from tests.report.runs import write_run
 
@@ -70,7 +67,7 @@ def test_every_recommended_setting_does_what_is_said_of_it(overrides: tuple[str,
             after = make_plan(config(*overrides, *settings))
             assert promised[1] == count(after.useful_tokens_per_second), part
             assert promised[2] == count(before.useful_tokens_per_second), part
-            assert after.useful_tokens_per_second >= WORTH_SAYING * before.useful_tokens_per_second
+            assert after.useful_tokens_per_second >= LEAST_GAIN * before.useful_tokens_per_second
 
 
 @pytest.mark.parametrize("overrides", RUNS, ids=" ".join)
@@ -116,10 +113,7 @@ def test_who_waits_for_whom_and_what_planning_makes_of_it() -> None:
     assert sentence.startswith(f"datacentre waits {waits} of {time_span(before.round_s)} for workstation: ")
     assert f"a round takes {time_span(after.round_s)}" in sentence
     assert silent("strategy.placement=planned shares", *HETERO, "strategy.placement=planned")
-    assert (
-        saying("shares", *HETERO, "plan.policy=memory").count("strategy.placement=planned plan.policy=solver")
-        == 1
-    )
+    assert saying("shares", *HETERO, "strategy.placement=memory").count("strategy.placement=planned") == 1
 
 
 def test_nobody_waits_where_all_are_equal() -> None:
@@ -176,14 +170,13 @@ def test_speeds_of_a_run_are_not_modelled(tmp_path: Path) -> None:
     assert silent("compute is modelled", *HETERO, f"plan.measured={run}")
 
 
-def test_tokens_stay_home_or_not() -> None:
+def test_tokens_stay_home_where_links_are_slow() -> None:
     slow = saying("tokens stay home", *HETERO)
     assert slow.endswith("lab-0 has 200 Mbit/s to the best of them")
-    fast = saying("exchanging tokens", "plan.assumed_mbps=1000000", "plan.tflops=0.5")
-    assert "site-0 skips 50.0 % of its choices" in fast
-    assert "has 1.00 Tbit/s to another site" in fast
-    for other in ("strategy.routing=partitioned", "strategy=diloco"):  # nothing is skipped
-        assert silent("exchanging", *HETERO, other)
+    assert silent("tokens stay home", "plan.assumed_mbps=1000000", "plan.tflops=0.5")
+    # Here nothing is skipped.
+    for other in ("strategy.routing=partitioned", "strategy=diloco"):
+        assert silent("tokens stay home", *HETERO, other)
 
 
 def test_full_replicas_where_they_fit_and_skipping_teaches_nothing() -> None:
@@ -192,26 +185,3 @@ def test_full_replicas_where_they_fit_and_skipping_teaches_nothing() -> None:
     priced = make_plan(config(*HETERO, "strategy.placement=planned", "plan.skip_price=1"))
     assert f"gives it {priced.sites[0].experts_per_layer} experts a layer instead of 8" in sentence
     assert silent("would learn faster", *HETERO, "strategy.placement=planned")  # it has every expert already
-
-
-@pytest.mark.parametrize("routing", ["skip", "partitioned"])
-@pytest.mark.parametrize("batch_size", [1, 8, 100])
-def test_gathering_inside_a_site_is_hybrideps_rule(routing: str, batch_size: int) -> None:
-    run = config(*HETERO, f"strategy.routing={routing}", f"train.batch_size={batch_size}")
-    site, planned = plan_sites(run)[0], make_plan(run).sites[0]
-    model, residents = run.model, planned.experts_per_layer
-    choices = model.top_k * expert_work(routing, model.num_experts, model.top_k, residents, None)
-
-    def gathers(workers: int) -> bool:
-        return gathers_every_expert(
-            ExchangeCase(
-                dispatch_bytes=site.step_tokens * choices * model.d_model * 2 / workers,
-                expert_bytes=residents * expert_parameters(model) * 2 / workers,
-                bandwidth_bytes_per_s=1e9,
-                workers=workers,
-                pre_expert_s=0.0,
-            )
-        )
-
-    most = gathering_workers(run, site, planned)
-    assert [workers for workers in range(1, 200) if gathers(workers)] == list(range(1, most + 1))

@@ -14,7 +14,7 @@ from fomoe_flwr.cli import main
 from fomoe_flwr.compose import compose
 from fomoe_flwr.plan.picture import bandwidth_points, memory_lines, overlap_points, scaled_links
 from fomoe_flwr.plan.planner import make_plan
-from fomoe_flwr.plan.sites import plan_sites
+from fomoe_flwr.plan.system import plan_sites
 
 HETERO = ("federation=hetero", "plan.tflops=0.05")
 
@@ -74,16 +74,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan.measured=/no/run"], "plan.measured=/no/run: "),
         (["figure=8"], "figure=8: the paper's figures"),
         (["sweep=sites"], "sweep=sites: the paper's figures"),
-        (["--picture"], "--picture: give the file to write"),
-        (["--picture", "--json"], "--picture --json: give the file to write"),
-        (["--picture="], "--picture: give the file to write"),
+        (["--picture"], "fomoe plan: argument --picture: expected one argument"),
+        (["--picture", "--json"], "fomoe plan: argument --picture: expected one argument"),
+        (["--picture="], "--picture .: the name must end in .png"),
         (
             ["--picture", "/no/such/folder/plan.png"],
             "--picture /no/such/folder/plan.png: there is no directory",
         ),
         (["--picture", "plan.txt"], "--picture plan.txt: the name must end in .png"),
-        (["-m"], "-m: no option of fomoe plan"),
-        (["--jason"], "--jason: no option of fomoe plan"),
+        (["-m"], "fomoe plan: unrecognized arguments: -m"),
+        (["--jason"], "fomoe plan: unrecognized arguments: --jason"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -166,7 +166,9 @@ def test_where_the_picture_is(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--help"])
+    assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("usage: fomoe plan")
 
 
@@ -179,7 +181,7 @@ def test_planning_needs_neither_pytorch_nor_flower() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    assert json.loads(done.stdout)["plan"]["policy"] == "equal"
+    assert json.loads(done.stdout)["plan"]["placement"] == "equal"
     assert done.stderr == "[]\n"
 
 

@@ -122,7 +122,7 @@ def test_strategies_side_by_side() -> None:
 
 def test_a_strategy_that_cannot_be_and_the_reason() -> None:
     lines = printed(strategy_table(outlook("strategy=diloco", "federation.num_sites=7").rows, 7))
-    assert sum(line[-1:] == ["cannot be"] for line in lines) == 2
+    assert sum(line[-1:] == ["not possible"] for line in lines) == 2
     assert "overlap must be a multiple of 7" in " ".join(" ".join(line) for line in lines)
 
 
@@ -182,7 +182,7 @@ def test_the_object_has_what_is_promised_and_survives_the_way_through_text() -> 
             "sites_too_small",
         }  # fmt: skip
     assert sum(strategy["this_run"] for strategy in content["strategies"]) == 1
-    assert content["plan"]["policy"] == "equal"
+    assert content["plan"]["placement"] == "equal"
     assert content["plan"]["round_s"] == max(site["round_s"] for site in content["sites"])
     assert content["plan"]["tokens"] == sum(site["tokens"] for site in content["sites"])
     assert content["assumptions"]["tflops"] == 0.05

@@ -1,126 +1,82 @@
-"""The system model against the paper's tables and the figures worked out beside them."""
+"""What a site holds and sends, against arithmetic by hand and against the shapes that really travel."""
 
 from __future__ import annotations
+
+import math
+from functools import cache
 
 import pytest
 
 from fomoe_flwr.compose import compose
-from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, parameter_counts, parameter_shapes, token_flops
-from fomoe_flwr.plan import system
-from fomoe_flwr.plan.system import Split
+from fomoe_flwr.config import ModelConfig, RunConfig
+from fomoe_flwr.model.spec import parameter_shapes
+from fomoe_flwr.placement import draw_placement
+from fomoe_flwr.plan.system import (
+    Measured,
+    PlanSite,
+    held_parameters,
+    one_way_bytes,
+    plan_sites,
+    split_parameters,
+    state_bytes,
+    virtual_round,
+)
 
-NAMES = ("proxy", "medium", "large", "xl", "xxl")
-# FoMoE's table, and the share of its parameters in experts.
-TABLE = {"proxy": 54e6, "medium": 153e6, "large": 1.8e9, "xl": 13.3e9, "xxl": 104e9}
-SHARES = {"proxy": 3.9, "medium": 22, "large": 59, "xl": 65, "xxl": 66}
-
-GIB = 2**30
-# hybridep.md's reference case: 24 layers of 64 experts of 3·2048·1408 parameters, 1.0 B dense, 8 H100 at 40 %.
-CASE = Split(dense=1_000_000_000, per_expert=8_650_752)
-LAYERS, TOP_K, STEP_TOKENS, LOCAL_STEPS, FLOPS_PER_S = 24, 8, 262_144, 64, 8 * 989e12 * 0.4
-DENSE_S = system.compute_s(FLOPS_PER_PARAMETER * CASE.dense, STEP_TOKENS, FLOPS_PER_S)
-EXPERT_S = system.compute_s(FLOPS_PER_PARAMETER * LAYERS * TOP_K * CASE.per_expert, STEP_TOKENS, FLOPS_PER_S)
-
-
-def model(name: str) -> ModelConfig:
-    return compose([f"model={name}"]).config.model
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_papers_table(name: str) -> None:
-    counts = parameter_counts(model(name))
-    # It prints 1.8 B for what comes to 1.820 B: 1.1 %, the rounding of two digits.
-    assert counts.total == pytest.approx(TABLE[name], rel=0.0115 if name == "large" else 0.01)
-    # The router counts as sparse here, as it does in partitioned mode.
-    assert round(100 * (counts.experts + counts.router) / counts.total, 1) == pytest.approx(
-        SHARES[name], abs=0.5
-    )
+# d = 8, two layers of four experts of width 16, vocabulary 10:
+#   dense   embedding 10·8 = 80, two outer norms 16, and per layer attention 4·64 = 256, norms 4·8 = 32:
+#           80 + 16 + 2·288 = 672
+#   router  8 a row, 4·8 = 32 a layer: 64
+#   expert  up and down 2·8·16 = 256
+SIZES = ("vocab_size=10", "d_model=8", "num_layers=2", "num_heads=1", "num_experts=4", "d_expert=16")
 
 
-@pytest.mark.parametrize("name", ["tiny", "proxy", "medium"])
+@cache
+def config(*overrides: str) -> RunConfig:
+    return compose([*(f"model.{size}" for size in SIZES), *overrides]).config
+
+
+@pytest.mark.parametrize(
+    ("residents", "routing", "numbers"),
+    [
+        (2, "skip", 672 + 64 + 2 * 2 * 256),  # the whole router
+        (2, "partitioned", 672 + 2 * 2 * (256 + 8)),  # the residents' rows of it
+        (4, "skip", 672 + 64 + 8 * 256),
+        (4, "partitioned", 672 + 64 + 8 * 256),
+    ],
+)
+def test_a_shard_by_hand(residents: int, routing: str, numbers: int) -> None:
+    made = config(f"strategy.routing={routing}", "plan.bytes_per_parameter=3")
+    assert held_parameters(made, residents) == numbers
+    assert state_bytes(made, residents) == 3 * numbers
+    assert one_way_bytes(made, residents) == 2 * numbers
+    wide = config(f"strategy.routing={routing}", "strategy.wire_dtype=fp32", "strategy.outer=local_adamw")
+    assert one_way_bytes(wide, residents) == 3 * 4 * numbers
+
+
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
-def test_a_split_is_what_the_model_has(name: str, routing: str) -> None:
-    sizes = model(name)
-    half = [list(range(sizes.num_experts // 2)) for _ in range(sizes.num_layers)]
-    shapes = parameter_shapes(sizes, half, routing)
-    built = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())
-    split = system.split_parameters(sizes, routing)
-    assert split.held(sizes.num_layers * (sizes.num_experts // 2)) == built
+@pytest.mark.parametrize(
+    "model", [ModelConfig(), ModelConfig(num_shared_experts=1), ModelConfig(num_experts=6, num_layers=3)]
+)
+def test_the_formula_counts_the_shard_that_travels(model: ModelConfig, routing: str) -> None:
+    residents = draw_placement(4, model.num_experts, 2, model.num_layers, seed=0).residents(1)
+    shapes = parameter_shapes(model, residents, routing).values()
+    held = split_parameters(model, routing).held(sum(len(layer) for layer in residents))
+    assert held == sum(math.prod(shape) for shape in shapes)
 
 
-def test_reference_case_compute() -> None:
-    assert round(DENSE_S, 3) == 0.497
-    assert pytest.approx(0.826, abs=6e-4) == EXPERT_S
+def test_links_that_are_not_given_are_assumed_and_none_is_faster_than_its_share_of_the_servers() -> None:
+    sites = plan_sites(config("federation=hetero", "plan.server_mbps=100", "plan.assumed_latency_ms=7"))
+    assert {site.down_bytes_per_s for site in sites} == {25e6 / 8}
+    bare = plan_sites(config("plan.assumed_mbps=8", "plan.assumed_latency_ms=7"))
+    assert {(site.up_bytes_per_s, site.latency_s, site.memory_bytes) for site in bare} == {
+        (1e6, 0.007, math.inf)
+    }
 
 
-@pytest.mark.parametrize(("residents", "gib"), [(64, 240), (32, 128), (16, 72), (8, 45)])
-def test_reference_case_memory(residents: int, gib: int) -> None:
-    held = CASE.held(LAYERS * residents)
-    assert round(system.state_bytes(held) / GIB) == gib
-
-
-@pytest.mark.parametrize(("residents", "seconds"), [(64, 130.6), (32, 82.9), (16, 59.0)])
-def test_reference_case_star(residents: int, seconds: float) -> None:
-    one_way = system.star_bytes(CASE.held(LAYERS * residents), bytes_per_number=2)
-    communication_s = 2 * system.transfer_s(one_way, 10e9 / 8, latency_s=0.1)
-    step_s = DENSE_S + residents / 64 * EXPERT_S
-    assert system.round_s(LOCAL_STEPS, step_s, communication_s) == pytest.approx(seconds, abs=0.06)
-
-
-@pytest.mark.parametrize(("residents", "overlap", "seconds"), [(64, 16, 127.7), (32, 8, 80.0), (16, 4, 56.2)])
-def test_reference_case_ring(residents: int, overlap: int, seconds: float) -> None:
-    assert residents == 64 * overlap // 16
-    num_bytes = system.ring_bytes(CASE, LAYERS * 64, 16, overlap, reshuffle_rate=0, bytes_per_number=2)
-    # A reduce-scatter and an all-gather: the latency twice.
-    communication_s = system.transfer_s(num_bytes, 10e9 / 8, latency_s=2 * 0.1)
-    step_s = DENSE_S + residents / 64 * EXPERT_S
-    assert system.round_s(LOCAL_STEPS, step_s, communication_s) == pytest.approx(seconds, abs=0.06)
-
-
-def test_headline_ratios() -> None:
-    """1.42x: large, M = 4, O_e = 2, gamma = 1, ring, router sparse; 45.44 is 32 steps of DDP against that."""
-    sizes = model("large")
-    split = system.split_parameters(sizes, "partitioned")
-    experts = sizes.num_layers * sizes.num_experts
-    fomoe = system.ring_bytes(split, experts, 4, 2, reshuffle_rate=1, bytes_per_number=2)
-    replica = system.ring_bytes(split, experts, 4, 4, reshuffle_rate=0, bytes_per_number=2)
-    assert round(replica / fomoe, 2) == 1.42
-    assert round(32 * round(replica / fomoe, 2), 2) == 45.44
-
-
-def test_full_replica_on_a_ring_is_an_all_reduce() -> None:
-    split = Split(100, 10)
-    assert system.ring_bytes(split, 8, 4, 4, 0, 2) == pytest.approx(2 * 3 / 4 * (100 + 80) * 2)
-    assert system.ring_bytes(split, 8, 4, 4, 0, 2, copies=3) == pytest.approx(3 * 2 * 3 / 4 * 180 * 2)
-
-
-def test_ring_by_hand() -> None:
-    # M = 4, O_e = 2: dense 2·3/4·100; held 4 of 8 experts, R = 1, P = 1/2 · (1 - 1/2)
-    assert system.ring_bytes(Split(100, 10), 8, 4, 2, 0.5, 1) == pytest.approx(150 + 1.25 * 40)
-
-
-def test_flops_by_hand() -> None:
-    sizes = ModelConfig(
-        vocab_size=10, d_model=8, num_layers=2, num_heads=1, num_experts=4, d_expert=16, top_k=2
-    )
-    flops = token_flops(sizes, seq_len=5)
-    assert flops.dense == 2 * (6 * 4 * 64 + 6 * 5 * 8) + 6 * 10 * 8
-    assert flops.experts == 2 * 2 * 6 * 256
-    assert flops.router == 2 * 6 * 4 * 8
-    # skip: half of the experts' work and the whole router; partitioned: all of the work, half of the router
-    assert system.site_flops(sizes, 5, "skip", 2) == flops.dense + flops.experts / 2 + flops.router
-    assert system.site_flops(sizes, 5, "partitioned", 2) == flops.dense + flops.experts + flops.router / 2
-    assert system.site_flops(sizes, 5, "partitioned", 1) == pytest.approx(
-        flops.dense + flops.experts / 2 + flops.router / 4
-    )
-    assert system.site_flops(sizes, 5, "skip", 2, hit_rate=0.9) == pytest.approx(
-        flops.dense + 0.9 * flops.experts + flops.router
-    )
-
-
-def test_bytes_a_token_and_rounds() -> None:
-    assert system.bytes_per_token(4, 1000, 10, 200) == 2
-    assert system.rounds_for(1e6, 1e4) == 100
-    assert system.round_s(10, 2.0, 8.0, hidden=0.25) == 26
-    assert system.transfer_s(100, 10, 1, compression=0.5) == 6
+def test_the_virtual_clock_by_hand() -> None:
+    fast = PlanSite("fast", math.inf, 2.0, 100.0, 50.0, 0.5, 8, 80)
+    slow = PlanSite("slow", math.inf, 1.0, 10.0, 10.0, 0.0, 8, 80)
+    clock = virtual_round([fast, slow], {0: Measured(4.0, 200, 100), 1: Measured(4.0, 20, 10)})
+    assert clock["sites"]["fast"] == {"compute_s": 2.0, "communication_s": 5.0, "waited_s": 0.0}
+    assert clock["sites"]["slow"] == {"compute_s": 4.0, "communication_s": 3.0, "waited_s": 0.0}
+    assert (clock["round_s"], clock["slowest"]) == (7.0, "fast")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.plan.traffic import compare_strategies
+from fomoe_flwr.plan.rivals import compare_strategies
 
 HEADERS = 1000  # bytes a site and round that are not tensors
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.planner import plan_for_run
 from fomoe_flwr.report.load import Run, load_run
 from fomoe_flwr.report.reality import Reality, compare, notes
 from tests.report.runs import compose_config, write_run

@@ -14,10 +14,9 @@ from torch import Tensor
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.messages import Task
-from fomoe_flwr.plan.cost import token_cost
-from fomoe_flwr.plan.file import plan_for_run
+from fomoe_flwr.plan.planner import plan_for_run
 from fomoe_flwr.plan.record import load_plan
-from fomoe_flwr.plan.sites import BYTES_A_GIB
+from fomoe_flwr.plan.system import BYTES_A_GIB, token_cost
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.reality import compare, notes
 from strategies.fomoe import FoMoE

@@ -11,7 +11,7 @@ from tests.conftest import Compose
 from tests.strategies.helpers import metrics, run, without_times
 
 AFFINE = (
-    "federation.num_sites=4", "strategy.overlap=2", "strategy.placement=planned", "plan.policy=affine",
+    "federation.num_sites=4", "strategy.overlap=2", "strategy.placement=affine",
     "train.expert_warmup_steps=0",
 )  # fmt: skip
 
@@ -21,9 +21,9 @@ def test_a_resumed_run_goes_by_what_is_asked_of_the_planner_now(small: Compose, 
         return small(*AFFINE, "checkpoint.keep=5", f"hydra.run.dir={tmp_path / 'run'}", *more)
 
     run_dir = run(composed("train.rounds=1"))
-    run(composed("train.rounds=2", f"resume={run_dir}", "plan.policy=memory"))
+    run(composed("train.rounds=2", f"resume={run_dir}", "strategy.placement=memory"))
     held = [read_checkpoint(checkpoint_path(run_dir, round_)).manifest for round_ in (1, 2)]
-    assert [manifest["memory"]["plan"]["plan"]["policy"] for manifest in held] == ["affine", "memory"]
+    assert [manifest["memory"]["plan"]["plan"]["placement"] for manifest in held] == ["affine", "memory"]
     assert (in_force := load_plan(run_dir)) is not None
     assert in_force.to_dict() == Plan.from_dict(held[1]["memory"]["plan"]["plan"]).to_dict()
 

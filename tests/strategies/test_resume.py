@@ -153,12 +153,12 @@ def test_keys_that_are_gone_do_not_keep_an_old_run_from_going_on(small: Compose,
     """Neither those of its overrides nor those of its config.yaml, which the report reads."""
     run_dir = run(small("train.rounds=1", run_dir=tmp_path / "old"))
     file = run_dir / "config.yaml"
-    file.write_text(file.read_text().replace("strategy:\n", "strategy:\n  moves: full\n  move_ratio: 50.0\n"))
-    assert load_run(run_dir).config.train.rounds == 1
-    assert merge_overrides(["strategy.moves=full", "seed=1"], ["train.rounds=2"]) == [
-        "seed=1",
-        "train.rounds=2",
-    ]
+    text = file.read_text().replace("strategy:\n", "strategy:\n  moves: full\n  move_ratio: 50.0\n")
+    text = text.replace("placement: fixed", "placement: planned").replace(
+        "plan:\n", "plan:\n  policy: affine\n"
+    )
+    file.write_text(text)
+    assert load_run(run_dir).config.strategy.placement == "affine"
     for given in ("strategy.moves=full", "+strategy.moves=full"):
         with pytest.raises(ConfigError, match=r"strategy\.moves: unknown key"):
             small(given)

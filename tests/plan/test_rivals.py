@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,17 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
-from fomoe_flwr.plan.cost import modelled_cost
 from fomoe_flwr.plan.planner import make_plan
-from fomoe_flwr.plan.sites import plan_sites
-from fomoe_flwr.plan.strategies import Row, compare, dividing_overlaps, fomoe_overlap, some, too_small
+from fomoe_flwr.plan.rivals import (
+    Row,
+    compare,
+    compare_strategies,
+    dividing_overlaps,
+    fomoe_overlap,
+    some,
+    too_small,
+)
+from fomoe_flwr.plan.system import modelled_cost, plan_sites
 
 HETERO = ("federation=hetero", "plan.tflops=0.05")
 NAMES = [
@@ -83,8 +91,8 @@ def test_all_six_are_there_in_one_order() -> None:
         (("strategy.outer=local_adamw",), "FoMoE, equal, skip, LocalAdamW"),
         (("strategy=fedavg",), "this run: fedavg"),
         (("strategy=ddp", "train.local_steps=3"), "this run: ddp"),
-        (("strategy.placement=planned", "plan.policy=memory"), "this run: fomoe, memory policy"),
-        (("strategy.placement=planned", "plan.policy=equal"), "FoMoE, equal, skip"),
+        (("strategy.placement=memory",), "this run: fomoe, memory placement"),
+        (("strategy.placement=equal",), "FoMoE, equal, skip"),
     ],
 )
 def test_this_run_is_marked_once_and_has_its_own_plan(overrides: tuple[str, ...], name: str) -> None:
@@ -173,3 +181,44 @@ def test_names_in_a_sentence() -> None:
     assert some(["a"]) == "a"
     assert some(["a", "b"]) == "a and b"
     assert some(["a", "b", "c"]) == "a and 2 more"
+
+
+# ----- bytes by formula
+
+
+def test_comparison_by_hand() -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 10,
+        "d_model": 8,
+        "num_layers": 2,
+        "num_heads": 1,
+        "num_experts": 4,
+    }
+    overrides = [f"model.{key}={value}" for key, value in sizes.items()] + ["model.d_expert=16"]
+    steps = ["train.local_steps=5", "train.batch_size=2", "train.seq_len=16"]  # 160 tokens a site and round
+    this_run, diloco, ddp = compare_strategies(config(*overrides, *steps, "strategy.overlap=2"))
+    assert this_run == ("this run", 7040, 44, 1, pytest.approx(1760 / 2784))
+    assert diloco == ("full-replica DiLoCo", 11136, pytest.approx(69.6), pytest.approx(2784 / 1760), 1)
+    assert ddp == ("DDP", 55680, 348, pytest.approx(5 * 2784 / 1760), 1)
+
+
+def test_the_papers_headline_of_45_times_fewer_bytes_than_ddp_is_k_times_the_replica() -> None:
+    _, diloco, ddp = compare_strategies(config("model=large", "strategy.overlap=1", "train.local_steps=32"))
+    assert ddp.ratio == pytest.approx(32 * diloco.ratio)
+
+
+def test_each_rival_run_as_this_run_costs_what_the_formula_says_of_it() -> None:
+    fomoe = compare_strategies(config("train.local_steps=7"))
+    as_diloco = compare_strategies(config("strategy=diloco", "train.local_steps=7"))
+    as_ddp = compare_strategies(config("strategy=ddp"))
+    assert as_diloco[0].site_bytes == fomoe[1].site_bytes
+    assert as_ddp[0].site_bytes * 7 == fomoe[2].site_bytes
+    assert as_diloco[0].model_share == as_diloco[0].ratio == 1
+    assert {row.site_bytes for row in as_ddp} == {as_diloco[0].site_bytes}
+
+
+def test_local_adamw_on_a_full_replica_sends_three_times_diloco_and_fp32_doubles_all() -> None:
+    this_run, diloco, _ = compare_strategies(config("strategy=local_adamw"))
+    assert this_run.site_bytes == 3 * diloco.site_bytes
+    doubled = compare_strategies(config("strategy=local_adamw", "strategy.wire_dtype=fp32"))
+    assert [row.site_bytes for row in doubled[:2]] == [2 * this_run.site_bytes, 2 * diloco.site_bytes]

@@ -1,4 +1,4 @@
-"""What each strategy would cost this very federation, side by side.
+"""The strategies that a run is compared with: one list, for the plan before a run and for the report after it.
 
 Each is this run's configuration with other settings, planned by the same formulas: same model, sites, local steps
 and batch. DDP exchanges the whole gradient through the server at every one of those steps.
@@ -10,13 +10,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from fomoe_flwr.config import PLANNED as PLANNED_KINDS
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.sites import PlanSite
+from fomoe_flwr.plan.system import PlanSite, held_parameters, one_way_bytes
 
 DDP, DILOCO, LOCAL_ADAMW = "DDP", "full-replica DiLoCo", "LocalAdamW"
 PARTITIONED, SKIP, PLANNED = "FoMoE, equal, partitioned", "FoMoE, equal, skip", "FoMoE, planned"
@@ -24,7 +26,7 @@ PARTITIONED, SKIP, PLANNED = "FoMoE, equal, partitioned", "FoMoE, equal, skip", 
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy. Without a plan it cannot be, and `reason` says why."""
+    """One strategy. `plan` is None where there is no plan for it, and `reason` says why."""
 
     name: str
     this_run: bool
@@ -46,28 +48,65 @@ class Row:
         return None if self.plan is None else max(site.memory_bytes for site in self.plan.sites)
 
 
+class Traffic(NamedTuple):
+    """A strategy's bytes, down and up."""
+
+    name: str
+    site_bytes: float  # of a site in a round, mean over the sites
+    token_bytes: float  # for each token that the site trains on
+    ratio: float  # to this run's site_bytes
+    model_share: float  # of the parameters, held by a site
+
+
 @dataclass(frozen=True)
 class _Candidate:
     name: str
     config: RunConfig
-    policy: str
     exchanges: int = 1  # rounds of this configuration in the time of one of this run's
 
 
 def compare(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> list[Row]:
-    """The rows of the table; a run that is none of the usual strategies comes first, with a row of its own.
+    """The rows of the plan's table; a run that is none of the strategies comes first, with a row of its own.
 
     Args:
         plan: of this run.
     """
     candidates = _candidates(config)
-    this_run = _traits(_Candidate("", config, plan.policy))
-    mine = next((candidate for candidate in candidates if _traits(candidate) == this_run), None)
+    this_run = _traits(config)
+    mine = next((candidate for candidate in candidates if _traits(candidate.config) == this_run), None)
     rows = [_row(candidate, plan if candidate is mine else None, sites) for candidate in candidates]
     if mine is None:
-        kind = "" if plan.policy == "equal" else f", {plan.policy} policy"
+        kind = "" if plan.placement == "equal" else f", {plan.placement} placement"
         name = f"this run: {config.strategy.name}{kind}"
         rows.insert(0, Row(name, True, config.overlap, plan, too_small(plan, sites)))
+    return rows
+
+
+def compare_strategies(
+    config: RunConfig, plan: Plan | None = None, residents: float | None = None
+) -> list[Traffic]:
+    """Bytes by formula of this run, and of those of its rivals that hold the whole model everywhere: DiLoCo and DDP.
+
+    Args:
+        plan: of a run whose sites differ; figures are then means over its sites.
+        residents: experts a layer at a site, mean over the sites, where it is recorded; else the plan's.
+    """
+    train = config.train
+    tokens: float = train.local_steps * train.batch_size * train.seq_len
+    if plan is not None:
+        tokens = plan.tokens / len(plan.sites)
+    if residents is None:
+        equal = config.model.num_experts * config.overlap / len(config.federation.sites)
+        residents = equal if plan is None else plan.mean_residents
+    this_run = _Candidate("this run", config)
+    full = [candidate for candidate in _candidates(config) if candidate.name in (DILOCO, DDP)]
+    rows: list[Traffic] = []
+    for candidate in (this_run, *reversed(full)):
+        held = residents if candidate is this_run else float(config.model.num_experts)
+        site_bytes = candidate.exchanges * 2 * one_way_bytes(candidate.config, held)
+        share = held_parameters(config, held) / held_parameters(config, config.model.num_experts)
+        ratio = site_bytes / (rows[0].site_bytes if rows else site_bytes)
+        rows.append(Traffic(candidate.name, site_bytes, site_bytes / tokens, ratio, share))
     return rows
 
 
@@ -118,28 +157,29 @@ def with_train(config: RunConfig, **settings: object) -> RunConfig:
 def _candidates(config: RunConfig) -> list[_Candidate]:
     replica = with_strategy(config, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
     ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw"), local_steps=1)
-    # FoMoE comes with this run's own outer step, if FoMoE is what this run is.
-    planned, overlap = config.strategy.placement == "planned", fomoe_overlap(config)
+    # FoMoE comes with this run's own outer step, if this run is FoMoE.
+    planned, overlap = config.strategy.placement in PLANNED_KINDS, fomoe_overlap(config)
     fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
     equal = with_strategy(fomoe, overlap=overlap, placement="fixed")
-    solver = with_strategy(fomoe, overlap=config.overlap if planned else overlap, placement="planned")
+    shared_out = with_strategy(fomoe, overlap=config.overlap if planned else overlap, placement="planned")
     suffix = ", LocalAdamW" if fomoe.strategy.outer == "local_adamw" else ""
     return [
-        _Candidate(DDP, ddp, "equal", exchanges=config.train.local_steps),
-        _Candidate(DILOCO, replica, "equal"),
-        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw"), "equal"),
-        _Candidate(PARTITIONED + suffix, with_strategy(equal, routing="partitioned"), "equal"),
-        _Candidate(SKIP + suffix, with_strategy(equal, routing="skip"), "equal"),
-        _Candidate(f"{PLANNED}, {solver.strategy.routing}{suffix}", solver, "solver"),
+        _Candidate(DDP, ddp, exchanges=config.train.local_steps),
+        _Candidate(DILOCO, replica),
+        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw")),
+        _Candidate(PARTITIONED + suffix, with_strategy(equal, routing="partitioned")),
+        _Candidate(SKIP + suffix, with_strategy(equal, routing="skip")),
+        _Candidate(f"{PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),
     ]
 
 
-def _traits(candidate: _Candidate) -> tuple[object, ...]:
-    """What a strategy is known by; how a full replica routes makes no difference."""
-    config, strategy = candidate.config, candidate.config.strategy
-    full = candidate.policy == "equal" and config.overlap == len(config.federation.sites)
+def _traits(config: RunConfig) -> tuple[object, ...]:
+    """What a strategy is known by. Where every site holds everything, placement and routing make no difference."""
+    strategy = config.strategy
+    placement = "equal" if strategy.placement in ("fixed", "random") else strategy.placement
+    full = placement == "equal" and config.overlap == len(config.federation.sites)
     return (
-        candidate.policy,
+        placement,
         config.overlap,
         None if full else strategy.routing,
         strategy.inner,
@@ -156,10 +196,11 @@ def _row(candidate: _Candidate, plan: Plan | None, sites: list[PlanSite]) -> Row
     """
     config, this_run = candidate.config, plan is not None
     try:
-        if candidate.policy == "equal":
+        if config.strategy.placement != "planned":
             check_overlap(len(sites), config.model.num_experts, config.overlap)
-        plan = plan or _repeated(make_plan(config, candidate.policy), candidate.exchanges)
-    except ConfigError as error:  # one strategy that cannot be says nothing about the others
+        plan = plan or _repeated(make_plan(config), candidate.exchanges)
+    except ConfigError as error:
+        # The others may still be possible.
         return Row(candidate.name, this_run, config.overlap, None, reason=str(error))
     return Row(candidate.name, this_run, config.overlap, plan, too_small(plan, sites))
 
