@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fomoe_flwr.compose import Composed, compose, merge_overrides
 from fomoe_flwr.errors import CheckpointError
 from fomoe_flwr.files import flush
 
@@ -204,3 +205,27 @@ def forget_later(checkpoint: Checkpoint) -> None:
         if path.name > checkpoint.path.name:
             log.warning("resuming from %s: removing %s", checkpoint.path.name, path.name)
             shutil.rmtree(path)
+
+
+# ----- resume=RUN_DIR_OR_CHECKPOINT
+
+
+def resumed_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides as they are, or completed by those of the run that `resume=` names.
+
+    Raises:
+        CheckpointError: nothing there to resume from.
+    """
+    where = next((item.partition("=")[2] for item in overrides if item.startswith("resume=")), "null")
+    if where in ("null", ""):
+        return list(overrides)
+    run_dir, checkpoint = resume_from(where)
+    merged = merge_overrides(checkpoint.manifest["overrides"], overrides)
+    if not any(item.startswith("hydra.run.dir=") for item in merged):
+        merged.append(f"hydra.run.dir={run_dir}")
+    return merged
+
+
+def compose_run(overrides: Sequence[str]) -> Composed:
+    """`compose`, with `resume=` followed."""
+    return compose(resumed_overrides(overrides))

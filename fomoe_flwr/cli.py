@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(arguments: Sequence[str]) -> None:
     """Check the configuration (each job's of a multirun), then let Hydra run it."""
     # PyTorch and Flower take seconds to import: not for --help, not for a plan.
-    from fomoe_flwr.resume import resumed_overrides
+    from fomoe_flwr.checkpoint import resumed_overrides
     from fomoe_flwr.server.run import check_unused
 
     if importlib.util.find_spec("strategies") is None:

@@ -7,8 +7,8 @@ import shlex
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fomoe_flwr.checkpoint import compose_run
 from fomoe_flwr.console import setup_logging
-from fomoe_flwr.resume import compose_run
 from strategies.launch import run_server
 
 app = ServerApp()

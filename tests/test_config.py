@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fomoe_flwr.compose import compose, conf_dir, merge_overrides, rewrite_federation_file, split_sweep
+from fomoe_flwr.compose import (
+    compose,
+    conf_dir,
+    known_keys,
+    merge_overrides,
+    rewrite_federation_file,
+    split_sweep,
+)
 from fomoe_flwr.config import (
     DataConfig,
     ModelConfig,
@@ -23,7 +30,6 @@ from fomoe_flwr.config import (
     from_dict,
 )
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.hydra_errors import known_keys
 
 
 def config_of(*overrides: str) -> RunConfig:

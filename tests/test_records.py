@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.placement import Placement, from_residents
 from fomoe_flwr.records import NAME, append_placement, cut_placements, read_placements
 from fomoe_flwr.report import expert_map
 from fomoe_flwr.report.load import Run, load_run
-from fomoe_flwr.resume import compose_run
 from tests.conftest import Compose
 from tests.strategies.helpers import LeavingGrid, run
 

@@ -69,7 +69,7 @@ def look_ahead(config: RunConfig) -> Outlook:
 def _compose(overrides: Sequence[str]) -> RunConfig:
     if any(item.startswith("resume=") for item in overrides):
         # It imports PyTorch, which a plan does not need.
-        from fomoe_flwr.resume import resumed_overrides
+        from fomoe_flwr.checkpoint import resumed_overrides
 
         overrides = resumed_overrides(overrides)
     return compose(overrides).config

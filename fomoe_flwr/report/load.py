@@ -13,10 +13,9 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fomoe_flwr.compose import from_tree
+from fomoe_flwr.compose import from_tree, one_line
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
-from fomoe_flwr.hydra_errors import one_line
 from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
 from fomoe_flwr.plan.planner import plan_placement
 from fomoe_flwr.plan.record import Plan, load_plan

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.resume import compose_run
+from fomoe_flwr.checkpoint import compose_run
 from tests.conftest import Compose
 from tests.faults.injector import Faults, grid_with
 from tests.faults.server_death import PHASES, run_until_killed

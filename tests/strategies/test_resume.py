@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from clients.app import app as real_client_app
-from fomoe_flwr.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
+from fomoe_flwr.checkpoint import checkpoint_path, compose_run, list_checkpoints, read_checkpoint
 from fomoe_flwr.compose import merge_overrides
 from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError
 from fomoe_flwr.report.load import load_run
-from fomoe_flwr.resume import compose_run
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
 from tests.strategies.helpers import metrics, run, without_times

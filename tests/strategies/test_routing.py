@@ -13,12 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.load import Shares
 from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import expert_of, gate_name
-from fomoe_flwr.resume import compose_run
 from tests.conftest import Compose
 from tests.strategies.helpers import metrics, run
 from tests.strategies.test_resume import assert_same_run
