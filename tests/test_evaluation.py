@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.data import LabelledBatch
 from fomoe_flwr.evaluation import (
+    Evaluation,
+    Figures,
     Judged,
     Necessity,
     Text,
     as_json,
     evaluate,
-    evaluate_all,
+    evaluate_text,
     evaluate_model,
     evaluate_residents,
     necessity,
@@ -75,7 +77,7 @@ def test_loss_is_that_of_the_papers_equations_with_all_experts_and_with_resident
         ]
         return sum(losses) / len(losses)
 
-    assert evaluate_all(whole(subject), text([tokens_BT]), "fp32").loss == pytest.approx(
+    assert evaluate_text(whole(subject), text([tokens_BT]), "fp32").loss == pytest.approx(
         plain(EVERYTHING), rel=1e-5
     )
     figures = evaluate_residents(subject, text([tokens_BT]), "fp32", "cpu")
@@ -89,7 +91,7 @@ def test_loss_is_that_of_the_papers_equations_with_all_experts_and_with_resident
 def test_every_token_weighs_the_same_however_it_is_batched() -> None:
     module, batches = whole(judged()), some_tokens((3, 9), (1, 4))
     losses_P = torch.cat([token_losses(module, tokens_BT) for tokens_BT in batches])
-    figures = evaluate_all(module, text(batches), "fp32")
+    figures = evaluate_text(module, text(batches), "fp32")
     assert figures.tokens == 3 * 8 + 3 == len(losses_P)
     assert figures.loss == pytest.approx(losses_P.double().mean().item(), rel=1e-12)
 
@@ -102,7 +104,7 @@ def test_units() -> None:
         for name, value in subject.state.items()
     }
     module = whole(Judged(SMALL, "skip", blank, {}))
-    figures = evaluate_all(module, text(some_tokens((4, 9)), bytes_per_token=2.5), "fp32")
+    figures = evaluate_text(module, text(some_tokens((4, 9)), bytes_per_token=2.5), "fp32")
     assert figures.loss == pytest.approx(math.log(29), rel=1e-6)
     assert figures.perplexity == pytest.approx(29, rel=1e-5)
     assert figures.bits_per_byte == pytest.approx(math.log2(29) / 2.5, rel=1e-6)
@@ -112,7 +114,7 @@ def test_domains_share_the_tokens_out() -> None:
     """A predicted token belongs to its own document's domain, not to that of the one before it."""
     module, (tokens_BT,) = whole(judged()), some_tokens((2, 6))
     domain_BT = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    figures = evaluate_all(module, text([tokens_BT], [domain_BT]), "fp32")
+    figures = evaluate_text(module, text([tokens_BT], [domain_BT]), "fp32")
     losses_BP, of_two_BP = token_losses(module, tokens_BT).view(2, 5), domain_BT[:, 1:] == 1
     one, two = figures.by_domain["one"], figures.by_domain["two"]
     assert (one.tokens, two.tokens) == (2, 8)
@@ -123,7 +125,7 @@ def test_domains_share_the_tokens_out() -> None:
 
 
 def test_a_domain_without_a_token_is_left_out() -> None:
-    assert list(evaluate_all(whole(judged()), text(some_tokens((1, 5))), "fp32").by_domain) == ["one"]
+    assert list(evaluate_text(whole(judged()), text(some_tokens((1, 5))), "fp32").by_domain) == ["one"]
 
 
 def test_logits_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +142,7 @@ def test_sites_that_hold_everything_see_what_a_user_does_and_one_without_experts
     batches = text(some_tokens((2, 9)))
     figures = evaluate_residents(subject, batches, "fp32", "cpu")
     assert figures["none"] is None
-    assert figures["full"] == figures["also full"] == evaluate_all(whole(subject), batches, "fp32")
+    assert figures["full"] == figures["also full"] == evaluate_text(whole(subject), batches, "fp32")
 
 
 # ----- random routing
@@ -331,9 +333,9 @@ def test_share_of_a_reference() -> None:
     def of(value: float) -> Necessity:
         return Necessity(value, [value], [value], 1.0, 10)
 
-    assert of(0.2).share_of(of(0.8)) == pytest.approx(0.25)
-    assert of(0.2).share_of(of(0.0)) is None
-    assert of(0.2).share_of(of(-0.1)) is None
+    evaluation = Evaluation(Figures(1.0, 10, 1.0, {}), {}, of(0.2))
+    for reference, share in ((0.8, pytest.approx(0.25)), (0.0, None), (-0.1, None)):
+        assert as_json(evaluation, of(reference))["routing"]["necessity_share"] == share
 
 
 def test_as_json_holds_the_necessity_where_programs_look_and_null_for_infinity() -> None:
