@@ -32,7 +32,7 @@ from fomoe_flwr.evaluation import (
     text_of,
 )
 from fomoe_flwr.model.spec import is_moment
-from fomoe_flwr.report.evaluation import show_evaluation
+from fomoe_flwr.report.tables import show_evaluation
 
 USAGE = """usage: fomoe eval CHECKPOINT [OVERRIDE ...] [--json] [--reference CHECKPOINT] [--batches N] [--draws N]
 CHECKPOINT     a run directory, its checkpoints folder, or one checkpoint

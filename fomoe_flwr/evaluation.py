@@ -332,7 +332,9 @@ def as_json(evaluation: Evaluation, reference: Necessity | None = None) -> dict[
         routing["reference_necessity"] = reference.overall
         routing["necessity_share"] = needed.overall / reference.overall if reference.overall > 0 else None
         routing["reference_necessity_by_layer"] = reference.by_layer
-    residents = {site: figures and _figures_as_json(figures) for site, figures in evaluation.residents.items()}
+    residents = {
+        site: figures and _figures_as_json(figures) for site, figures in evaluation.residents.items()
+    }
     all_experts = _figures_as_json(evaluation.all_experts)
     content: dict[str, Any] = finite({"all_experts": all_experts, "residents": residents, "routing": routing})
     return content

@@ -20,7 +20,7 @@ from fomoe_flwr.config import DataConfig
 from fomoe_flwr.data import load_tokenizer
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.eval_command import choose_part
-from fomoe_flwr.report.evaluation import show_evaluation
+from fomoe_flwr.report.tables import show_evaluation
 from tests.conftest import SMALL_MODEL, SMALL_TRAIN, WORDS, Compose
 from tests.data.test_tokenizer import train_bpe
 from tests.strategies.helpers import run

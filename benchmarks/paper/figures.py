@@ -31,7 +31,6 @@ from benchmarks.paper.scale import (
 )
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.system import (
     compute_s,
@@ -43,7 +42,7 @@ from fomoe_flwr.plan.system import (
     star_bytes,
     transfer_s,
 )
-from fomoe_flwr.report.panels import INK, dress
+from fomoe_flwr.report.picture import INK, dress, save_figure
 from fomoe_flwr.units import count, in_bytes, percent, times
 
 DPI = 80

@@ -28,6 +28,7 @@ from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepa
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.evaluation import (
+    FILE,
     FINAL_DRAWS,
     Judged,
     as_json,
@@ -44,7 +45,6 @@ from fomoe_flwr.plan.file import plan_for_run
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.sites import BYTES_A_GIB, plan_sites
 from fomoe_flwr.records import append_placement, cut_placements
-from fomoe_flwr.report.evaluation import FILE
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
 from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.rounds import Round, RoundObserver, Server

@@ -12,7 +12,10 @@ from omegaconf import OmegaConf
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.placement import draw_for_round, draw_placement
 from fomoe_flwr.plan.traffic import compare_strategies
+from fomoe_flwr.records import NAME as PLACEMENTS
+from fomoe_flwr.records import append_placement
 
 HEADERS = 1000  # bytes a site and round that are not tensors
 
@@ -120,10 +123,23 @@ def write_run(
     val: bool = True,
     lines: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """A run directory; `lines` takes the place of the made-up metrics."""
+    """A run directory, with `lines` instead of made-up metrics if they are given."""
     config = compose_config(*overrides)
     directory.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), directory / "config.yaml")
     records = metrics(config, rounds, val) if lines is None else lines
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    model, strategy = config.model, config.strategy
+    names = [site.name for site in config.federation.sites]
+    (directory / PLACEMENTS).unlink(missing_ok=True)
+    before = None
+    for number in range(1, records[-1]["round"] + 1):
+        draw = draw_for_round(strategy.placement, strategy.reshuffle_every, number)
+        if draw != before:
+            sizes = (len(names), model.num_experts, config.overlap, model.num_layers)
+            placement = draw_placement(*sizes, config.seed, draw)
+            append_placement(
+                directory, number, {name: placement.residents(site) for site, name in enumerate(names)}
+            )
+            before = draw
     return directory

@@ -12,10 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.report.expert_map import expert_map
 from fomoe_flwr.report.load import Run, load_run
-from fomoe_flwr.report.panels import losses, resident_share, speed, traffic
-from fomoe_flwr.report.picture import DPI, SIZE_INCHES, draw, headline
+from fomoe_flwr.report.picture import (
+    DPI,
+    SIZE_INCHES,
+    draw,
+    expert_map,
+    headline,
+    losses,
+    resident_share,
+    speed,
+    traffic,
+)
 from tests.report.runs import compose_config, metrics, write_run
 
 LARGE = ("model=xxl", "federation.num_sites=64", "strategy.overlap=8")

@@ -15,8 +15,7 @@ from rich.console import Console, RenderableType
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.report import report
 from fomoe_flwr.report.load import load_run
-from fomoe_flwr.report.sweep import differing, job_dirs, sweep_table
-from fomoe_flwr.report.tables import comparison_table, run_table
+from fomoe_flwr.report.tables import comparison_table, differing, job_dirs, run_table, sweep_table
 from fomoe_flwr.units import count, duration, in_bytes, times
 from tests.report.runs import HEADERS, compose_config, metrics, write_run
 
