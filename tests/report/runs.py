@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from fomoe_flwr.compose import compose
@@ -16,8 +18,10 @@ from fomoe_flwr.placement import draw_for_round, draw_placement
 from fomoe_flwr.plan.traffic import compare_strategies
 from fomoe_flwr.records import NAME as PLACEMENTS
 from fomoe_flwr.records import append_placement
+from fomoe_flwr.report.picture import DPI
 
 HEADERS = 1000  # bytes a site and round that are not tensors
+LARGE = ("model=xxl", "federation.num_sites=64", "strategy.overlap=8")
 
 
 @cache
@@ -143,3 +147,14 @@ def write_run(
             )
             before = draw
     return directory
+
+
+def check_picture(path: Path, size_inches: tuple[float, float]) -> None:
+    """A picture of this size with something in each quarter and nothing cut off at its edges."""
+    dark = imread(path)[:, :, :3].min(axis=2) < 0.8
+    height, width = dark.shape
+    assert (width, height) == tuple(round(side * DPI) for side in size_inches)
+    for half in (dark[: height // 2], dark[height // 2 :]):
+        assert half[:, : width // 2].any()
+        assert half[:, width // 2 :].any()
+    assert not np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).any()
