@@ -24,9 +24,9 @@ from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import CheckpointError, ConfigError, DataError, WireError
 from fomoe_flwr.evaluation import (
     DRAWS,
+    Figures,
     Judged,
     Text,
-    as_json,
     describe_text,
     evaluate_model,
     necessity,
@@ -34,6 +34,7 @@ from fomoe_flwr.evaluation import (
 )
 from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.report.tables import show_evaluation
+from fomoe_flwr.units import finite
 
 NECESSITY_BATCHES = 32  # without --batches: necessity takes 1 + draws · (1 + layers) passes
 
@@ -96,15 +97,26 @@ def evaluate_request(given: argparse.Namespace) -> dict[str, Any]:
 
     whole, sample = text(given.batches), text(given.batches or NECESSITY_BATCHES)
     with _naming(saved.checkpoint):
-        evaluation = evaluate_model(judged, whole, train.dtype, device, given.draws, sample)
-    content, reference_necessity = {"checkpoint": str(saved.checkpoint.path)}, None
+        figures = evaluate_model(judged, whole, train.dtype, device, given.draws, sample)
+    content = {"checkpoint": str(saved.checkpoint.path)}
     if reference is not None:
         content["reference"] = str(reference.checkpoint.path)
         with _naming(reference.checkpoint):
             module = reference.judged.module(reference.judged.everything, device)
-            reference_necessity = necessity(module, sample, train.dtype, given.draws)
-    figures = as_json(evaluation, reference_necessity)
+            theirs = necessity(module, sample, train.dtype, given.draws)
+        figures["routing"] |= compared(figures["routing"], theirs)
     return {**content, "round": saved.checkpoint.round, "text": about, **figures}
+
+
+def compared(ours: Figures, reference: Figures) -> Figures:
+    """Routing necessity as a share of the reference's; null if that is not above 0."""
+    needed, there = ours["necessity"], reference["necessity"]
+    figures = {
+        "reference_necessity": there,
+        "necessity_share": needed / there if needed is not None and there > 0 else None,
+        "reference_necessity_by_layer": reference["necessity_by_layer"],
+    }
+    return {key: finite(value) for key, value in figures.items()}
 
 
 def _with_progress_bar(text: Text) -> Text:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ FINAL_DRAWS = 1
 _LOGITS_AT_ONCE = 2**26  # 256 MB; larger logits are computed in pieces
 
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
+Figures = dict[str, Any]  # JSON values, except that some may be infinite
 
 
 # ----- the model and the text
@@ -114,20 +115,6 @@ def describe_text(
 # ----- loss
 
 
-class Figures(NamedTuple):
-    """How well a text was predicted."""
-
-    loss: float  # mean cross-entropy, nats a token
-    tokens: int  # predicted
-    # Of text, so that tokenizers can be compared. End tokens cost bits and have no bytes.
-    bits_per_byte: float
-    by_domain: dict[str, Figures]  # a token belongs to the domain of its document
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
 def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
     """Mean cross-entropy (nats a token) and number of predicted tokens: the validation loss of a round."""
     total_D, tokens_D = _sums(module, ((tokens_BT, None) for tokens_BT in batches), dtype, device, 1)
@@ -137,17 +124,31 @@ def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device:
 def evaluate_text(module: Transformer, text: Text, dtype: str) -> Figures:
     """Loss on a text, whole and by domain, with the experts that the module holds.
 
+    A token belongs to the domain of its document. Bits per byte can be compared between tokenizers; end tokens cost
+    bits and have no bytes.
+
     Args:
         dtype: of the matrix products, fp32 or bf16.
     """
     device = str(next(module.parameters()).device)
     total_D, tokens_D = _sums(module, text.batches(), dtype, device, len(text.domains))
-    by_domain = {
+    figures = _figures(total_D.sum(), tokens_D.sum(), text.bytes_per_token)
+    figures["by_domain"] = {
         name: _figures(total_D[index], tokens_D[index], text.bytes_per_token_by_domain[index])
         for index, name in enumerate(text.domains)
         if tokens_D[index]
     }
-    return _figures(total_D.sum(), tokens_D.sum(), text.bytes_per_token, by_domain)
+    return figures
+
+
+def _figures(total: float, tokens: int, bytes_per_token: float) -> Figures:
+    loss = float(total) / max(int(tokens), 1)
+    return {
+        "loss": loss,  # mean cross-entropy, nats a token
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf,
+        "tokens": int(tokens),  # predicted
+    }
 
 
 @torch.no_grad()
@@ -192,14 +193,6 @@ def token_losses(module: Transformer, tokens_BT: Tensor) -> Tensor:
     )
 
 
-def _figures(
-    total: float, tokens: int, bytes_per_token: float, by_domain: dict[str, Figures] | None = None
-) -> Figures:
-    loss = float(total) / max(int(tokens), 1)
-    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
-    return Figures(loss, int(tokens), bits_per_byte, by_domain or {})
-
-
 def evaluate_residents(judged: Judged, text: Text, dtype: str, device: str) -> dict[str, Figures | None]:
     """Loss at each site with its residents only; None for a site that has no expert in some layer.
 
@@ -221,16 +214,6 @@ def evaluate_residents(judged: Judged, text: Text, dtype: str, device: str) -> d
 
 
 # ----- routing necessity
-
-
-class Necessity(NamedTuple):
-    """Loss with random routing minus loss with the learned router, nats a token. 0: any expert is as good."""
-
-    overall: float  # random in every layer; mean over the draws
-    by_layer: list[float]  # random in that layer only; their sum need not be `overall`
-    by_draw: list[float]  # `overall` of each draw
-    learned_loss: float
-    tokens: int
 
 
 @contextmanager
@@ -265,8 +248,11 @@ def _redraw(rng: np.random.Generator) -> Callable[[nn.Module, tuple[Any, ...], R
 
 def necessity(
     module: Transformer, text: Text, dtype: str, draws: int = DRAWS, learned: Figures | None = None
-) -> Necessity:
-    """Routing necessity of a module that holds all experts.
+) -> Figures:
+    """Routing necessity of a module that holds all experts, nats a token. 0: any expert is as good.
+
+    `necessity` is the mean over the draws, with random routing in all layers. `necessity_by_layer` has it with
+    random routing in one layer only; these need not add up to it.
 
     Takes draws · (1 + layers) passes over the text, and one more where `learned` (the figures with the learned
     router) is not given. Draw i has seed i, so the result is always the same.
@@ -275,31 +261,26 @@ def necessity(
 
     def loss_more(seed: int, layers: Collection[int] | None = None) -> float:
         with random_routing(module, seed, layers):
-            return evaluate_text(module, text, dtype).loss - learned.loss
+            return float(evaluate_text(module, text, dtype)["loss"] - learned["loss"])
 
     by_draw = [loss_more(seed) for seed in range(draws)]
     by_layer = [
         sum(loss_more(seed, [layer]) for seed in range(draws)) / draws
         for layer in range(len(module.moe_layers))
     ]
-    return Necessity(sum(by_draw) / draws, by_layer, by_draw, learned.loss, learned.tokens)
-
-
-# ----- all figures
-
-
-class Evaluation(NamedTuple):
-    """All figures."""
-
-    all_experts: Figures
-    residents: dict[str, Figures | None]  # by site
-    necessity: Necessity
+    return {
+        "necessity": sum(by_draw) / draws,
+        "necessity_by_layer": by_layer,
+        "necessity_by_draw": by_draw,
+        "learned_loss": learned["loss"],
+        "tokens": learned["tokens"],
+    }
 
 
 def evaluate_model(
     judged: Judged, text: Text, dtype: str, device: str, draws: int = DRAWS, sample: Text | None = None
-) -> Evaluation:
-    """All figures; one model is on the device at a time.
+) -> Figures:
+    """All figures, infinity as null; one model is on the device at a time.
 
     Args:
         sample: a part of the text for necessity, which takes many passes; None: all of it.
@@ -309,44 +290,8 @@ def evaluate_model(
     """
     module = judged.module(judged.everything, device)
     all_experts = evaluate_text(module, text, dtype)
-    needed = necessity(module, sample or text, dtype, draws, None if sample else all_experts)
+    routing = necessity(module, sample or text, dtype, draws, None if sample else all_experts)
     del module
-    return Evaluation(all_experts, evaluate_residents(judged, text, dtype, device), needed)
-
-
-def as_json(evaluation: Evaluation, reference: Necessity | None = None) -> dict[str, Any]:
-    """The figures as JSON values; infinity becomes null.
-
-    Args:
-        reference: the necessity of a centralised run, of which this one's is a share.
-    """
-    needed = evaluation.necessity
-    routing: dict[str, Any] = {
-        "necessity": needed.overall,
-        "necessity_by_layer": needed.by_layer,
-        "necessity_by_draw": needed.by_draw,
-        "learned_loss": needed.learned_loss,
-        "tokens": needed.tokens,
-    }
-    if reference is not None:
-        routing["reference_necessity"] = reference.overall
-        routing["necessity_share"] = needed.overall / reference.overall if reference.overall > 0 else None
-        routing["reference_necessity_by_layer"] = reference.by_layer
-    residents = {
-        site: figures and _figures_as_json(figures) for site, figures in evaluation.residents.items()
-    }
-    all_experts = _figures_as_json(evaluation.all_experts)
-    content: dict[str, Any] = finite({"all_experts": all_experts, "residents": residents, "routing": routing})
-    return content
-
-
-def _figures_as_json(figures: Figures) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "loss": figures.loss,
-        "perplexity": figures.perplexity,
-        "bits_per_byte": figures.bits_per_byte,
-        "tokens": figures.tokens,
-    }
-    if figures.by_domain:
-        content["by_domain"] = {name: _figures_as_json(part) for name, part in figures.by_domain.items()}
+    residents = evaluate_residents(judged, text, dtype, device)
+    content: Figures = finite({"all_experts": all_experts, "residents": residents, "routing": routing})
     return content

@@ -31,7 +31,6 @@ from fomoe_flwr.evaluation import (
     FILE,
     FINAL_DRAWS,
     Judged,
-    as_json,
     describe_text,
     evaluate,
     evaluate_model,
@@ -188,12 +187,12 @@ class RunRecorder(RoundObserver):
         text = text_of(corpus, documents, train.seq_len, train.batch_size, train.final_eval_batches)
         with cpu_threads(train.threads):
             device = resolve_device(train.device)
-            evaluation = evaluate_model(judged, text, train.dtype, device, FINAL_DRAWS)
+            figures = evaluate_model(judged, text, train.dtype, device, FINAL_DRAWS)
         content = {
             "checkpoint": str(checkpoint_path(self._composed.run_dir, current.number)),
             "round": current.number,
             "text": describe_text(config.data, "validation", corpus, documents),
-            **as_json(evaluation),
+            **figures,
         }
         as_text = json.dumps(content, indent=1)
         write_atomically(self._composed.run_dir / FILE, lambda path: path.write_text(as_text))
