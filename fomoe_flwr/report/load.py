@@ -157,12 +157,9 @@ def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
             raise RunError(f"{path}, line {number}: not JSON: {error}") from error
         try:
             rounds.append(_round(values, site_names))
-        except KeyError as error:
-            raise RunError(
-                f"{path}, line {number}: not the metrics of a round: {error} is missing"
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise RunError(f"{path}, line {number}: not the metrics of a round: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise RunError(f"{path}, line {number}: not the metrics of a round: {what}") from error
     if not rounds:
         raise RunError(f"{path}: no complete round in it")
     return tuple(rounds)
