@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: log lines without a stack of prefixes, and tables that are not cut off."""
+"""The log and tables on a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDEST = 200  # columns of a table
 
 
 def setup_logging(verbose: bool = False) -> None:
-    """Send the program's own log to stderr; the sites' step lines only when asked for."""
+    """Send the program's own log to stderr; the sites' log of each step only if `verbose`."""
     logger = logging.getLogger("fomoe")
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
@@ -23,13 +23,14 @@ def setup_logging(verbose: bool = False) -> None:
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("fomoe.site").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # of Flower's data base; it lists its plugins
+    # A part of Flower's database, which logs the list of its plugins.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def print_whole(table: Table, console: Console) -> None:
-    """Print a table as wide as it must be.
+    """Print a table with lines as long as it needs.
 
-    In 80 columns, which is also what rich takes a file to have, numbers would be cut off; better a long line.
+    rich would cut numbers off to fit into the terminal, or into 80 columns if the output is a file.
     """
     table.width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
     console.print(table, crop=False)

@@ -1,15 +1,16 @@
-"""`fomoe eval`: a checkpoint judged on any text, in one go."""
+"""`fomoe eval`: the figures of a checkpoint on any text."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from tqdm import tqdm
@@ -23,49 +24,33 @@ from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import CheckpointError, ConfigError, DataError, WireError
 from fomoe_flwr.evaluation import (
     DRAWS,
+    Figures,
     Judged,
     Text,
-    as_json,
     describe_text,
     evaluate_model,
     necessity,
     text_of,
 )
 from fomoe_flwr.model.spec import is_moment
-from fomoe_flwr.report.evaluation import show_evaluation
-
-USAGE = """usage: fomoe eval CHECKPOINT [OVERRIDE ...] [--json] [--reference CHECKPOINT] [--batches N] [--draws N]
-CHECKPOINT     a run directory, its checkpoints folder, or one checkpoint
-OVERRIDE       the text: data=text data.path=FILE, data=jsonl ..., data.tokenizer=...; without, the run's own
-               corpus, of which the validation part is used (any other text is used whole); and
-               train.{device,dtype,batch_size,seq_len,threads}, model.experts_impl
---json         one JSON object instead of the table
---reference    a centralised run, of whose routing necessity this one's is a share
---batches N    at most so many batches, spread over the text; without, all of it (necessity: 32 batches)
---draws N      draws of random routing to average over; without, 3"""
+from fomoe_flwr.report.tables import show_evaluation
+from fomoe_flwr.units import finite
 
 NECESSITY_BATCHES = 32  # without --batches: necessity takes 1 + draws · (1 + layers) passes
 
-# What an override may change: where and how it is computed. The model is the checkpoint's.
+# What may be overridden: the text, and how it is computed. The model is the checkpoint's.
 TRAIN_KEYS = ("device", "dtype", "batch_size", "seq_len", "threads")
-ALLOWED = f"allowed are data, data.*, {', '.join(f'train.{key}' for key in TRAIN_KEYS)}, model.experts_impl"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
-
-    checkpoint: str
-    overrides: list[str] = field(default_factory=list)
-    as_json: bool = False
-    reference: str | None = None
-    batches: int | None = None
-    draws: int = DRAWS
+KEYS = ("data", *(f"train.{key}" for key in TRAIN_KEYS), "model.experts_impl")
+ALLOWED = ", ".join((*KEYS, "data.*"))
+USAGE = "fomoe eval CHECKPOINT [OVERRIDE ...] [--json] [--reference CHECKPOINT] [--batches N] [--draws N]"
+WORDS_HELP = f"""CHECKPOINT is a run directory, its checkpoints folder, or one checkpoint. OVERRIDE names the text, as
+in data=text data.path=FILE, or another key ({ALLOWED}). Without a text, the validation part of the run's own corpus
+is used; any other text is used whole."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint, and the sections of its configuration that matter here."""
+    """A checkpoint, and the sections of its configuration that are used here."""
 
     checkpoint: Checkpoint
     judged: Judged
@@ -77,33 +62,30 @@ def evaluate_command(arguments: Sequence[str], console: Console | None = None) -
     """The command.
 
     Raises:
-        ConfigError: an argument that cannot be.
-        CheckpointError: missing, damaged or foreign.
-        DataError: a text that cannot be read.
+        ConfigError: an argument is wrong.
+        CheckpointError: the checkpoint is missing, damaged or not of this program.
+        DataError: the text cannot be read.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    request = parse(arguments)
-    content = evaluate_request(request)
-    if request.as_json:
+    given = parse(arguments)
+    content = evaluate_request(given)
+    if given.json:
         print(json.dumps(content, allow_nan=False, ensure_ascii=False))
     else:
         show_evaluation(content, console or Console())
 
 
-def evaluate_request(request: Request) -> dict[str, Any]:
+def evaluate_request(given: argparse.Namespace) -> dict[str, Any]:
     """All figures, as JSON values."""
-    saved = load(request.checkpoint, f"fomoe eval {request.checkpoint}")
-    reference = load(request.reference, f"--reference {request.reference}") if request.reference else None
-    train, data, model = _overridden(saved, request.overrides)
+    saved = load(given.checkpoint, f"fomoe eval {given.checkpoint}")
+    reference = load(given.reference, f"--reference {given.reference}") if given.reference else None
+    train, data, model = _overridden(saved, given.overrides)
     judged = dataclasses.replace(saved.judged, model=model)
     device = resolve_device(train.device)
     use_cpu(train.threads)
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
     if reference is not None:
         _check_reference(reference, data)
-    data, part = choose_part(saved.data, data, _given(request.overrides, "data.val_fraction"))
+    data, part = choose_part(saved.data, data, "data.val_fraction" in _keys(given.overrides))
     corpus = prepare(data)
     about = describe_text(data, part, corpus, corpus.val_documents)
     if about["tokens"] < 1:
@@ -111,28 +93,34 @@ def evaluate_request(request: Request) -> dict[str, Any]:
 
     def text(num_batches: int | None) -> Text:
         batches = text_of(corpus, corpus.val_documents, train.seq_len, train.batch_size, num_batches)
-        return _watched(batches)
+        return _with_progress_bar(batches)
 
-    whole, sample = text(request.batches), text(request.batches or NECESSITY_BATCHES)
+    whole, sample = text(given.batches), text(given.batches or NECESSITY_BATCHES)
     with _naming(saved.checkpoint):
-        evaluation = evaluate_model(judged, whole, train.dtype, device, request.draws, sample)
-    other, others_path = None, {}
+        figures = evaluate_model(judged, whole, train.dtype, device, given.draws, sample)
+    content = {"checkpoint": str(saved.checkpoint.path)}
     if reference is not None:
-        others_path = {"reference": str(reference.checkpoint.path)}
+        content["reference"] = str(reference.checkpoint.path)
         with _naming(reference.checkpoint):
             module = reference.judged.module(reference.judged.everything, device)
-            other = necessity(module, sample, train.dtype, request.draws)
-    return {
-        "checkpoint": str(saved.checkpoint.path),
-        **others_path,
-        "round": saved.checkpoint.round,
-        "text": about,
-        **as_json(evaluation, other),
+            theirs = necessity(module, sample, train.dtype, given.draws)
+        figures["routing"] |= compared(figures["routing"], theirs)
+    return {**content, "round": saved.checkpoint.round, "text": about, **figures}
+
+
+def compared(ours: Figures, reference: Figures) -> Figures:
+    """Routing necessity as a share of the reference's; null if that is not above 0."""
+    needed, there = ours["necessity"], reference["necessity"]
+    figures = {
+        "reference_necessity": there,
+        "necessity_share": needed / there if needed is not None and there > 0 else None,
+        "reference_necessity_by_layer": reference["necessity_by_layer"],
     }
+    return {key: finite(value) for key, value in figures.items()}
 
 
-def _watched(text: Text) -> Text:
-    """The text with a bar for each pass over it that takes long, if somebody looks."""
+def _with_progress_bar(text: Text) -> Text:
+    """The text with a progress bar for each long pass over it, on a terminal only."""
     hidden = not sys.stderr.isatty()
 
     def batches() -> Iterator[LabelledBatch]:
@@ -148,22 +136,20 @@ def load(where: str, asked: str) -> Saved:
     """The checkpoint that the user names.
 
     Raises:
-        CheckpointError: missing, damaged, or not one that can be judged.
+        CheckpointError: it is missing, damaged or not of this program.
     """
     folder = Path(where).expanduser().absolute()
-    if (folder / "manifest.json").is_file():  # one checkpoint; it may have been copied to another name
+    # The folder of one checkpoint may have been copied and may have any name.
+    if (folder / "manifest.json").is_file():
         checkpoint = read_checkpoint(folder)
     else:
         _, checkpoint = find_checkpoint(where, asked)
     try:
         config, placement = checkpoint.manifest["config"], checkpoint.manifest["placement"]
         routing = config["strategy"]["routing"]
-        # A key that is newer than the checkpoint takes its default.
-        model, train, data = (
-            ModelConfig(**config["model"]),
-            TrainConfig(**config["train"]),
-            DataConfig(**config["data"]),
-        )
+        # A key that the checkpoint does not have gets its default.
+        model, train = ModelConfig(**config["model"]), TrainConfig(**config["train"])
+        data = DataConfig(**config["data"])
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: manifest.json is not that of a run of this version ({error})"
@@ -174,7 +160,7 @@ def load(where: str, asked: str) -> Saved:
 
 @contextmanager
 def _naming(checkpoint: Checkpoint) -> Iterator[None]:
-    """A tensor that is missing or of another shape is the checkpoint's fault."""
+    """An error about a tensor names the checkpoint in which it is."""
     try:
         yield
     except WireError as error:
@@ -182,7 +168,7 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _check_reference(reference: Saved, data: DataConfig) -> None:
-    """Nats a token can be compared where the tokens are the same."""
+    """Losses can only be compared if the tokens are the same."""
     ours, theirs = load_tokenizer(data.tokenizer), load_tokenizer(reference.data.tokenizer)
     if ours.fingerprint != theirs.fingerprint:
         raise CheckpointError(
@@ -198,39 +184,37 @@ def _check_reference(reference: Saved, data: DataConfig) -> None:
 def _overridden(saved: Saved, overrides: Sequence[str]) -> tuple[TrainConfig, DataConfig, ModelConfig]:
     """The checkpoint's sections with what the user changed.
 
-    Composed as for a run, which checks keys, types and bounds; but of the result only what was asked for is taken.
-    A new source (`data=text`) begins from the defaults, except for the tokenizer, which the model knows, and the
-    place of the cache.
+    `compose` checks keys, types and bounds as for a run; only the keys that were given are taken from its result.
+    With a new source (`data=text`) the other data keys get their defaults, except the tokenizer, on which the model
+    depends, the cache and the validation share.
     """
-    composed = compose(overrides).config
-    data = saved.data
-    if _given(overrides, "data"):
-        data = dataclasses.replace(
-            composed.data,
-            tokenizer=data.tokenizer,
-            cache_dir=data.cache_dir,
-            val_fraction=data.val_fraction,
-        )
-    given = [key for key in map(_key, overrides) if key.startswith("data.")]
-    changed = {key.removeprefix("data."): getattr(composed.data, key.removeprefix("data.")) for key in given}
-    train = {key: getattr(composed.train, key) for key in TRAIN_KEYS if _given(overrides, f"train.{key}")}
-    model = saved.judged.model
-    if _given(overrides, "model.experts_impl"):
-        model = dataclasses.replace(model, experts_impl=composed.model.experts_impl)
-    return dataclasses.replace(saved.train, **train), dataclasses.replace(data, **changed), model
+    composed, given, data = compose(overrides).config, _keys(overrides), saved.data
+    if "data" in given:
+        kept = {key: getattr(data, key) for key in ("tokenizer", "cache_dir", "val_fraction")}
+        data = dataclasses.replace(composed.data, **kept)
+
+    def changed(section: str) -> dict[str, Any]:
+        names = [key.partition(".")[2] for key in given if key.startswith(f"{section}.")]
+        return {name: getattr(getattr(composed, section), name) for name in names}
+
+    return (
+        dataclasses.replace(saved.train, **changed("train")),
+        dataclasses.replace(data, **changed("data")),
+        dataclasses.replace(saved.judged.model, **changed("model")),
+    )
 
 
 def choose_part(own: DataConfig, data: DataConfig, share_given: bool) -> tuple[DataConfig, str]:
-    """Of the corpus that the run was trained on, its validation part; any other text whole (ours).
+    """The validation part of the corpus on which the run was trained; any other text whole.
 
-    It is the run's own if it holds the same, wherever it lies now. Whether another text is a part of what the run
-    was trained on, nobody can tell from outside.
+    A corpus with the same content is the run's own, even at another path. This does not find out whether another
+    text was part of the training text.
 
     Args:
-        share_given: data.val_fraction was, so that is the share of another text.
+        share_given: whether the user gave data.val_fraction, which is then the share of another text.
 
     Raises:
-        ConfigError: a larger validation part than the run's own, for it would hold text that it was trained on.
+        ConfigError: the validation part is larger than the run's own, so it has text on which the run was trained.
     """
     if not _same_source(own, data):
         return (data, "validation") if share_given else (dataclasses.replace(data, val_fraction=1.0), "whole")
@@ -246,74 +230,72 @@ def _same_source(own: DataConfig, data: DataConfig) -> bool:
     if own.source != data.source:
         return False
     place = ("path", "name", "config_name", "split")
-    if own.source == "huggingface" or all(getattr(own, key) == getattr(data, key) for key in place):
-        return all(getattr(own, key) == getattr(data, key) for key in place)
+    if all(getattr(own, key) == getattr(data, key) for key in place):
+        return True
+    # A data set on a hub is not downloaded for a comparison.
+    if own.source == "huggingface":
+        return False
     try:
         return source_digest(own) == source_digest(data)
-    except DataError:  # the run's own is not on this machine
+    except DataError:  # the run's corpus is not on this machine
         return False
 
 
 # ----- arguments
 
 
-def parse(arguments: Sequence[str]) -> Request:
-    """The arguments, each looked at before anything is read.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"fomoe eval: {message}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments. They are checked before anything is read.
 
     Raises:
-        ConfigError: the first that cannot be.
+        ConfigError: an argument is wrong.
     """
-    checkpoint: str | None = None
-    overrides: list[str] = []
-    values: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        item = rest.pop(0)
-        key, equals, value = item.partition("=")
-        if item == "--json":
-            values["as_json"] = True
-        elif key in ("--reference", "--batches", "--draws"):
-            text = value if equals else rest.pop(0) if rest else ""
-            values[key.removeprefix("--")] = text if key == "--reference" else _number(key, text)
-            if not text:
-                raise ConfigError(f"{key}: needs the checkpoint of another run")
-        elif item.startswith("-"):
-            raise ConfigError(
-                f"{item}: no option of fomoe eval; it has --json, --reference, --batches, --draws and --help"
-            )
-        elif checkpoint is None and ("=" not in item or Path(item).exists()):
-            checkpoint = item
-        else:
-            overrides.append(item)
-    if checkpoint is None:
+    parser = _Parser("fomoe eval", USAGE, "The figures of a checkpoint on any text.", allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="CHECKPOINT OVERRIDE", help=WORDS_HELP)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument(
+        "--reference", metavar="CHECKPOINT", type=_name,
+        help="a centralised run; the table shows routing necessity as a share of this run's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batches", metavar="N", type=_at_least_1,
+        help=f"at most N batches, spread over the text; default: all of it, for necessity {NECESSITY_BATCHES}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draws", metavar="N", type=_at_least_1, default=DRAWS,
+        help="draws of random routing, of which necessity is the mean; default: %(default)s",
+    )  # fmt: skip
+    given = parser.parse_intermixed_args(list(arguments))
+    # An override has a "=", but so may a path.
+    places = [word for word in given.words if "=" not in word or Path(word).exists()]
+    if not places:
         raise ConfigError("fomoe eval: which checkpoint? fomoe eval RUN_DIR; --help says more")
-    _check_keys(overrides)
-    return Request(checkpoint, overrides, **values)
+    given.checkpoint, given.overrides = places[0], given.words
+    given.overrides.remove(given.checkpoint)
+    for item, key in zip(given.overrides, _keys(given.overrides), strict=True):
+        if key not in KEYS and not key.startswith("data."):
+            raise ConfigError(
+                f"{item}: not for fomoe eval, which takes the rest from the checkpoint; allowed are {ALLOWED}"
+            )
+    return given
 
 
-def _number(option: str, text: str) -> int:
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("needs the checkpoint of another run")
+    return text
+
+
+def _at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{option} {text}".rstrip() + ": needs a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: needs a whole number of at least 1")
     return int(text)
 
 
-def _check_keys(overrides: Sequence[str]) -> None:
-    for item in overrides:
-        key = _key(item)
-        if not (
-            key == "data"
-            or key.startswith("data.")
-            or key == "model.experts_impl"
-            or key in (f"train.{name}" for name in TRAIN_KEYS)
-        ):
-            raise ConfigError(
-                f"{item}: not for fomoe eval, which takes the rest from the checkpoint; {ALLOWED}"
-            )
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _given(overrides: Sequence[str], key: str) -> bool:
-    return key in map(_key, overrides)
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [override.partition("=")[0].lstrip("+~") for override in overrides]

@@ -1,15 +1,14 @@
-"""A model judged on a text: with all experts, with each site's residents only, and what its router is worth.
+"""The loss of a model on a text: with all experts, with each site's residents only, and routing necessity.
 
-The definitions are the project's (issue 5, part 3); what they leave open is ours and said where it is decided.
+Routing necessity is the loss with random routing minus the loss with the learned router.
 
-Random routing: k experts a token, drawn uniformly without replacement among the router's candidates, instead of
-the k that it would choose. A drawn expert is weighted by the learned router's own score of it, which is what it
-would contribute had it been chosen: so the choice alone is replaced, and the figure says what the choice is
-worth. The alternative, the weights of the chosen dealt to the drawn, weighs an expert by the router's trust in
-another one, which is a model that nobody trained. (How large the weights are together hardly counts: the norm
-behind the experts takes it out again.) Draws come from NumPy, so that they are the same on every device.
+Random routing draws k experts for each token, uniformly and without replacement among the router's candidates. A
+drawn expert is weighted by the learned router's own score of it, which is what it would contribute if the router had
+chosen it. So only the choice is replaced, and the figure says what the choice is worth. NumPy makes the draws, so
+that they are the same on every device.
 
-Letters: B sequences, T tokens of a sequence with its first, P predicted tokens, C candidates, K experts a token.
+Letters: B sequences, T tokens of a sequence with its first, P predicted tokens, C candidates, K experts a token,
+D domains.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,20 +34,22 @@ from fomoe_flwr.model.spec import parameter_shapes
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.units import finite
 
-DRAWS = 3  # of random routing, over which necessity is averaged
-# At the end of a run, which should not be long: where passes are few, more text says more than more draws of it.
+FILE = "evaluation.json"  # in the run directory
+DRAWS = 3  # of random routing; necessity is their mean
+# At the end of a run there is little time. One draw over more text has less noise than three draws over less text.
 FINAL_DRAWS = 1
-_LOGITS_AT_ONCE = 2**26  # more numbers than this are computed in pieces: 256 MB
+_LOGITS_AT_ONCE = 2**26  # 256 MB; larger logits are computed in pieces
 
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
+Figures = dict[str, Any]  # JSON values, except that some may be infinite
 
 
-# ----- what is judged, and by what
+# ----- the model and the text
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A model and who held which part of it."""
+    """A model, and which site holds which experts of it."""
 
     model: ModelConfig
     routing: str  # skip or partitioned
@@ -57,14 +58,14 @@ class Judged:
 
     @property
     def everything(self) -> Residents:
-        """The residents of whoever holds the whole model."""
+        """Residents of a holder of the whole model."""
         return full_residents(self.model.num_layers, self.model.num_experts)
 
     def module(self, residents: Residents, device: str) -> Transformer:
-        """The model with these experts alone.
+        """The model with these experts only.
 
         Raises:
-            WireError: the state is not that of such a model.
+            WireError: the state does not fit such a model.
         """
         names = parameter_shapes(self.model, residents, self.routing)
         shard = {name: self.state[name] for name in names if name in self.state}
@@ -73,7 +74,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to predict, and the bytes they stand for."""
+    """Tokens to predict, and how many bytes they stand for."""
 
     batches: Callable[[], Iterable[LabelledBatch]]  # the same at every call
     domains: Sequence[str]
@@ -84,7 +85,7 @@ class Text:
 def text_of(
     corpus: TokenCorpus, documents: NDArray[np.int64], seq_len: int, batch_size: int, num_batches: int | None
 ) -> Text:
-    """Documents of a corpus, whole or `num_batches` of them (`data.labelled_batches`)."""
+    """Documents of a corpus: all of their text, or `num_batches` batches of it (see `data.labelled_batches`)."""
 
     def ratio(chosen: NDArray[np.int64]) -> float:
         return float(corpus.doc_bytes[chosen].sum() / max(corpus.doc_lengths[chosen].sum(), 1))
@@ -98,36 +99,87 @@ def text_of(
     )
 
 
+def describe_text(
+    data: DataConfig, part: str, corpus: TokenCorpus, documents: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Which text it was, as JSON values. `part` is validation or whole."""
+    place = data.path or data.name
+    return {
+        "name": f"{data.source} {place}" if place else data.source,
+        "part": part,
+        "documents": len(documents),
+        "tokens": int(corpus.doc_lengths[documents].sum()) - 1,  # the first is not predicted
+    }
+
+
 # ----- loss
 
 
-class Figures(NamedTuple):
-    """How well a text was predicted."""
+def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
+    """Mean cross-entropy (nats a token) and number of predicted tokens: the validation loss of a round."""
+    total_D, tokens_D = _sums(module, ((tokens_BT, None) for tokens_BT in batches), dtype, device, 1)
+    return float(total_D[0]) / max(int(tokens_D[0]), 1), int(tokens_D[0])
 
-    loss: float  # mean cross-entropy, nats a token
-    tokens: int  # predicted
-    bits_per_byte: (
-        float  # of the text, so that tokenizers can be compared; end tokens cost bits, and have no bytes
-    )
-    by_domain: dict[str, Figures]  # where the corpus has domains; a token belongs to its document's
 
-    @property
-    def perplexity(self) -> float:
-        """exp(loss): as unsure as between so many equally likely tokens."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+def evaluate_text(module: Transformer, text: Text, dtype: str) -> Figures:
+    """Loss on a text, whole and by domain, with the experts that the module holds.
+
+    A token belongs to the domain of its document. Bits per byte can be compared between tokenizers; end tokens cost
+    bits and have no bytes.
+
+    Args:
+        dtype: of the matrix products, fp32 or bf16.
+    """
+    device = str(next(module.parameters()).device)
+    total_D, tokens_D = _sums(module, text.batches(), dtype, device, len(text.domains))
+    figures = _figures(total_D.sum(), tokens_D.sum(), text.bytes_per_token)
+    figures["by_domain"] = {
+        name: _figures(total_D[index], tokens_D[index], text.bytes_per_token_by_domain[index])
+        for index, name in enumerate(text.domains)
+        if tokens_D[index]
+    }
+    return figures
+
+
+def _figures(total: float, tokens: int, bytes_per_token: float) -> Figures:
+    loss = float(total) / max(int(tokens), 1)
+    return {
+        "loss": loss,  # mean cross-entropy, nats a token
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf,
+        "tokens": int(tokens),  # predicted
+    }
 
 
 @torch.no_grad()
-def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
-    """Mean cross-entropy (nats a token) and number of tokens."""
+def _sums(
+    module: Transformer,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    dtype: str,
+    device: str,
+    num_domains: int,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sum of the losses and number of predicted tokens, by domain.
+
+    Args:
+        batches: tokens, and the domain of each token; None: all tokens belong to domain 0.
+    """
     module.eval()
-    total, tokens = 0.0, 0
-    for tokens_BT in batches:
-        count = tokens_BT[:, 1:].numel()
+    total_D, tokens_D = np.zeros(num_domains), np.zeros(num_domains, dtype=np.int64)
+    for tokens_BT, domain_BT in batches:
         with autocast(device, dtype):
-            total += float(module(tokens_BT.to(device)).cross_entropy) * count
-        tokens += count
-    return total / max(tokens, 1), tokens
+            if domain_BT is None:
+                # As in training: the mean of the batch.
+                count = tokens_BT[:, 1:].numel()
+                total_D[0] += float(module(tokens_BT.to(device)).cross_entropy) * count
+                tokens_D[0] += count
+                continue
+            losses_P = token_losses(module, tokens_BT.to(device))
+        # Summed on the CPU in fp64, so that batch size and device do not change the result.
+        domain_P = domain_BT[:, 1:].flatten().numpy()
+        total_D += np.bincount(domain_P, losses_P.cpu().numpy(), num_domains)
+        tokens_D += np.bincount(domain_P, minlength=num_domains)
+    return total_D, tokens_D
 
 
 @torch.no_grad()
@@ -141,47 +193,14 @@ def token_losses(module: Transformer, tokens_BT: Tensor) -> Tensor:
     )
 
 
-def evaluate_all(module: Transformer, text: Text, dtype: str) -> Figures:
-    """Loss with the experts that the module holds: with all of them, what a user deploys (issue 5).
-
-    Args:
-        dtype: of the matrix products, fp32 or bf16.
-    """
-    module.eval()
-    device = str(next(module.parameters()).device)
-    number = len(text.domains)
-    total_D, tokens_D = np.zeros(number), np.zeros(number, dtype=np.int64)
-    for tokens_BT, domain_BT in text.batches():
-        with autocast(device, dtype):
-            losses_P = token_losses(module, tokens_BT.to(device))
-        # Summed on the CPU in fp64: the same whatever the device's order of addition and the batches' sizes.
-        domain_P = domain_BT[:, 1:].flatten().numpy()
-        total_D += np.bincount(domain_P, losses_P.cpu().numpy(), number)
-        tokens_D += np.bincount(domain_P, minlength=number)
-    by_domain = {
-        name: _figures(total_D[index], tokens_D[index], text.bytes_per_token_by_domain[index])
-        for index, name in enumerate(text.domains)
-        if tokens_D[index]
-    }
-    return _figures(total_D.sum(), tokens_D.sum(), text.bytes_per_token, by_domain)
-
-
-def _figures(
-    total: float, tokens: int, bytes_per_token: float, by_domain: dict[str, Figures] | None = None
-) -> Figures:
-    loss = float(total) / max(int(tokens), 1)
-    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
-    return Figures(loss, int(tokens), bits_per_byte, by_domain or {})
-
-
 def evaluate_residents(judged: Judged, text: Text, dtype: str, device: str) -> dict[str, Figures | None]:
-    """Loss at each site with its residents only: what a site sees (issue 5). None: it holds no experts.
+    """Loss at each site with its residents only; None for a site that has no expert in some layer.
 
-    As in training: in skip mode the router chooses among all experts and a ghost contributes nothing, in
-    partitioned mode it chooses among the residents. Without the bias of model.locality=bias, which is a site's own
-    and works in training alone.
+    As in training: in skip mode the router chooses among all experts and an expert that is not held contributes
+    nothing; in partitioned mode it chooses among the residents. The bias of model.locality=bias is not used.
     """
-    measured: dict[tuple[tuple[int, ...], ...], Figures] = {}  # sites of full replicas all hold the same
+    # Sites with the same residents have the same figures and are evaluated once.
+    measured: dict[tuple[tuple[int, ...], ...], Figures] = {}
     figures: dict[str, Figures | None] = {}
     for site, residents in judged.placement.items():
         if not all(residents):
@@ -189,7 +208,7 @@ def evaluate_residents(judged: Judged, text: Text, dtype: str, device: str) -> d
             continue
         held = tuple(tuple(experts) for experts in residents)
         if held not in measured:
-            measured[held] = evaluate_all(judged.module(residents, device), text, dtype)
+            measured[held] = evaluate_text(judged.module(residents, device), text, dtype)
         figures[site] = measured[held]
     return figures
 
@@ -197,26 +216,12 @@ def evaluate_residents(judged: Judged, text: Text, dtype: str, device: str) -> d
 # ----- routing necessity
 
 
-class Necessity(NamedTuple):
-    """Loss with random routing minus loss with the learned router, nats a token (issue 5). 0: any expert will do."""
-
-    overall: float  # random in every layer; mean over the draws
-    by_layer: list[float]  # random in that layer alone; they need not add up to `overall`
-    by_draw: list[float]  # `overall` of each draw
-    learned_loss: float
-    tokens: int
-
-    def share_of(self, reference: Necessity) -> float | None:
-        """As a share of a centralised run's; None where that is not positive."""
-        return self.overall / reference.overall if reference.overall > 0 else None
-
-
 @contextmanager
 def random_routing(module: Transformer, seed: int, layers: Collection[int] | None = None) -> Iterator[None]:
-    """Within it, the routers of these layers (None: of all) choose at random; see the top of the file.
+    """Let the routers of these layers (None: of all) choose at random.
 
-    A hook on the router replaces its answer, so the router may be of any kind that can score its candidates. A
-    layer's draws depend on the seed and the layer alone, not on which others are random.
+    A hook replaces what the router returns, so this works with every kind of router. The draws of a layer depend
+    on the seed and the layer, not on which other layers are random.
     """
     handles = [
         moe.gate.register_forward_hook(_redraw(np.random.default_rng([seed, layer])))
@@ -233,7 +238,7 @@ def random_routing(module: Transformer, seed: int, layers: Collection[int] | Non
 def _redraw(rng: np.random.Generator) -> Callable[[nn.Module, tuple[Any, ...], Routing], Routing]:
     def hook(router: Any, arguments: tuple[Any, ...], routing: Routing) -> Routing:
         scores_TC = router.scores(*arguments)
-        # The places of the k largest of equally distributed numbers are k different places, each set as likely.
+        # The places of the k largest of equally distributed numbers: each set of k places is equally likely.
         noise_TC = torch.from_numpy(rng.random(scores_TC.shape))
         drawn_TK = noise_TC.topk(routing.chosen_TK.shape[1]).indices.to(scores_TC.device)
         return routing._replace(weights_TK=scores_TC.gather(1, drawn_TK), chosen_TK=drawn_TK)
@@ -243,100 +248,50 @@ def _redraw(rng: np.random.Generator) -> Callable[[nn.Module, tuple[Any, ...], R
 
 def necessity(
     module: Transformer, text: Text, dtype: str, draws: int = DRAWS, learned: Figures | None = None
-) -> Necessity:
-    """Routing necessity of a module that holds all experts, over the text.
+) -> Figures:
+    """Routing necessity of a module that holds all experts, nats a token. 0: any expert is as good.
 
-    Passes over the text: draws · (1 + layers), and one for the learned router's figures where they are not known
-    yet. Deterministic: draw i comes from seed i.
+    `necessity` is the mean over the draws, with random routing in all layers. `necessity_by_layer` has it with
+    random routing in one layer only; these need not add up to it.
+
+    Takes draws · (1 + layers) passes over the text, and one more where `learned` (the figures with the learned
+    router) is not given. Draw i has seed i, so the result is always the same.
     """
-    learned = learned or evaluate_all(module, text, dtype)
+    learned = learned or evaluate_text(module, text, dtype)
 
     def loss_more(seed: int, layers: Collection[int] | None = None) -> float:
         with random_routing(module, seed, layers):
-            return evaluate_all(module, text, dtype).loss - learned.loss
+            return float(evaluate_text(module, text, dtype)["loss"] - learned["loss"])
 
     by_draw = [loss_more(seed) for seed in range(draws)]
     by_layer = [
         sum(loss_more(seed, [layer]) for seed in range(draws)) / draws
         for layer in range(len(module.moe_layers))
     ]
-    return Necessity(sum(by_draw) / draws, by_layer, by_draw, learned.loss, learned.tokens)
-
-
-# ----- all of it
-
-
-class Evaluation(NamedTuple):
-    """The whole table."""
-
-    all_experts: Figures
-    residents: dict[str, Figures | None]  # by site
-    necessity: Necessity
+    return {
+        "necessity": sum(by_draw) / draws,
+        "necessity_by_layer": by_layer,
+        "necessity_by_draw": by_draw,
+        "learned_loss": learned["loss"],
+        "tokens": learned["tokens"],
+    }
 
 
 def evaluate_model(
     judged: Judged, text: Text, dtype: str, device: str, draws: int = DRAWS, sample: Text | None = None
-) -> Evaluation:
-    """Everything at once; one model is on the device at a time.
+) -> Figures:
+    """All figures, infinity as null; one model is on the device at a time.
 
     Args:
         sample: a part of the text for necessity, which takes many passes; None: all of it.
 
     Raises:
-        WireError: the state is not that of such a model.
+        WireError: the state does not fit the model.
     """
     module = judged.module(judged.everything, device)
-    all_experts = evaluate_all(module, text, dtype)
-    needed = necessity(module, sample or text, dtype, draws, None if sample else all_experts)
+    all_experts = evaluate_text(module, text, dtype)
+    routing = necessity(module, sample or text, dtype, draws, None if sample else all_experts)
     del module
-    return Evaluation(all_experts, evaluate_residents(judged, text, dtype, device), needed)
-
-
-def describe_text(
-    data: DataConfig, part: str, corpus: TokenCorpus, documents: NDArray[np.int64]
-) -> dict[str, Any]:
-    """Which text it was, as JSON values. `part` is validation or whole; the tokens are those of all of it."""
-    place = data.path or data.name
-    return {
-        "name": f"{data.source} {place}" if place else data.source,
-        "part": part,
-        "documents": len(documents),
-        "tokens": int(corpus.doc_lengths[documents].sum()) - 1,  # the first is not predicted
-    }
-
-
-def as_json(evaluation: Evaluation, reference: Necessity | None = None) -> dict[str, Any]:
-    """The figures for a program; `routing.necessity` is the overall one, and null stands for infinity."""
-    needed = evaluation.necessity
-    routing: dict[str, Any] = {
-        "necessity": needed.overall,
-        "necessity_by_layer": needed.by_layer,
-        "necessity_by_draw": needed.by_draw,
-        "learned_loss": needed.learned_loss,
-        "tokens": needed.tokens,
-    }
-    if reference is not None:
-        routing["reference_necessity"] = reference.overall
-        routing["necessity_share"] = needed.share_of(reference)
-        routing["reference_necessity_by_layer"] = reference.by_layer
-    content = {
-        "all_experts": _figures_as_json(evaluation.all_experts),
-        "residents": {
-            site: None if figures is None else _figures_as_json(figures)
-            for site, figures in evaluation.residents.items()
-        },
-        "routing": routing,
-    }
-    return {key: finite(value) for key, value in content.items()}
-
-
-def _figures_as_json(figures: Figures) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "loss": figures.loss,
-        "perplexity": figures.perplexity,
-        "bits_per_byte": figures.bits_per_byte,
-        "tokens": figures.tokens,
-    }
-    if figures.by_domain:
-        content["by_domain"] = {name: _figures_as_json(part) for name, part in figures.by_domain.items()}
+    residents = evaluate_residents(judged, text, dtype, device)
+    content: Figures = finite({"all_experts": all_experts, "residents": residents, "routing": routing})
     return content

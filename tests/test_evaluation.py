@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.data import LabelledBatch
+from fomoe_flwr.eval_command import compared
 from fomoe_flwr.evaluation import (
     Judged,
-    Necessity,
     Text,
-    as_json,
     evaluate,
-    evaluate_all,
     evaluate_model,
     evaluate_residents,
+    evaluate_text,
     necessity,
     random_routing,
     token_losses,
@@ -75,23 +74,23 @@ def test_loss_is_that_of_the_papers_equations_with_all_experts_and_with_resident
         ]
         return sum(losses) / len(losses)
 
-    assert evaluate_all(whole(subject), text([tokens_BT]), "fp32").loss == pytest.approx(
+    assert evaluate_text(whole(subject), text([tokens_BT]), "fp32")["loss"] == pytest.approx(
         plain(EVERYTHING), rel=1e-5
     )
     figures = evaluate_residents(subject, text([tokens_BT]), "fp32", "cpu")
     assert list(figures) == ["a", "b"]
     for site, residents in PLACEMENT.items():
-        assert figures[site].loss == pytest.approx(plain(residents), rel=1e-5)
-        assert figures[site].tokens == 12
-    assert figures["a"].loss != figures["b"].loss
+        assert figures[site]["loss"] == pytest.approx(plain(residents), rel=1e-5)
+        assert figures[site]["tokens"] == 12
+    assert figures["a"]["loss"] != figures["b"]["loss"]
 
 
 def test_every_token_weighs_the_same_however_it_is_batched() -> None:
     module, batches = whole(judged()), some_tokens((3, 9), (1, 4))
     losses_P = torch.cat([token_losses(module, tokens_BT) for tokens_BT in batches])
-    figures = evaluate_all(module, text(batches), "fp32")
-    assert figures.tokens == 3 * 8 + 3 == len(losses_P)
-    assert figures.loss == pytest.approx(losses_P.double().mean().item(), rel=1e-12)
+    figures = evaluate_text(module, text(batches), "fp32")
+    assert figures["tokens"] == 3 * 8 + 3 == len(losses_P)
+    assert figures["loss"] == pytest.approx(losses_P.double().mean().item(), rel=1e-12)
 
 
 def test_units() -> None:
@@ -102,28 +101,28 @@ def test_units() -> None:
         for name, value in subject.state.items()
     }
     module = whole(Judged(SMALL, "skip", blank, {}))
-    figures = evaluate_all(module, text(some_tokens((4, 9)), bytes_per_token=2.5), "fp32")
-    assert figures.loss == pytest.approx(math.log(29), rel=1e-6)
-    assert figures.perplexity == pytest.approx(29, rel=1e-5)
-    assert figures.bits_per_byte == pytest.approx(math.log2(29) / 2.5, rel=1e-6)
+    figures = evaluate_text(module, text(some_tokens((4, 9)), bytes_per_token=2.5), "fp32")
+    assert figures["loss"] == pytest.approx(math.log(29), rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(29, rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(math.log2(29) / 2.5, rel=1e-6)
 
 
 def test_domains_share_the_tokens_out() -> None:
     """A predicted token belongs to its own document's domain, not to that of the one before it."""
     module, (tokens_BT,) = whole(judged()), some_tokens((2, 6))
     domain_BT = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    figures = evaluate_all(module, text([tokens_BT], [domain_BT]), "fp32")
+    figures = evaluate_text(module, text([tokens_BT], [domain_BT]), "fp32")
     losses_BP, of_two_BP = token_losses(module, tokens_BT).view(2, 5), domain_BT[:, 1:] == 1
-    one, two = figures.by_domain["one"], figures.by_domain["two"]
-    assert (one.tokens, two.tokens) == (2, 8)
-    assert one.loss == pytest.approx(losses_BP[~of_two_BP].mean().item(), rel=1e-6)
-    assert two.loss == pytest.approx(losses_BP[of_two_BP].mean().item(), rel=1e-6)
-    assert two.bits_per_byte == pytest.approx(two.loss / math.log(2) / 2, rel=1e-12)
-    assert figures.loss == pytest.approx((2 * one.loss + 8 * two.loss) / 10, rel=1e-12)
+    one, two = figures["by_domain"]["one"], figures["by_domain"]["two"]
+    assert (one["tokens"], two["tokens"]) == (2, 8)
+    assert one["loss"] == pytest.approx(losses_BP[~of_two_BP].mean().item(), rel=1e-6)
+    assert two["loss"] == pytest.approx(losses_BP[of_two_BP].mean().item(), rel=1e-6)
+    assert two["bits_per_byte"] == pytest.approx(two["loss"] / math.log(2) / 2, rel=1e-12)
+    assert figures["loss"] == pytest.approx((2 * one["loss"] + 8 * two["loss"]) / 10, rel=1e-12)
 
 
 def test_a_domain_without_a_token_is_left_out() -> None:
-    assert list(evaluate_all(whole(judged()), text(some_tokens((1, 5))), "fp32").by_domain) == ["one"]
+    assert list(evaluate_text(whole(judged()), text(some_tokens((1, 5))), "fp32")["by_domain"]) == ["one"]
 
 
 def test_logits_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +139,7 @@ def test_sites_that_hold_everything_see_what_a_user_does_and_one_without_experts
     batches = text(some_tokens((2, 9)))
     figures = evaluate_residents(subject, batches, "fp32", "cpu")
     assert figures["none"] is None
-    assert figures["full"] == figures["also full"] == evaluate_all(whole(subject), batches, "fp32")
+    assert figures["full"] == figures["also full"] == evaluate_text(whole(subject), batches, "fp32")
 
 
 # ----- random routing
@@ -221,20 +220,23 @@ def test_necessity_is_zero_where_all_experts_are_alike_and_no_router_prefers_any
     module = whole(Judged(SMALL, "skip", state, {}))
     needed = necessity(module, text(some_tokens((4, 9))), "fp32")
     # To the last digits of fp32: a matrix product may round a row otherwise when other rows stand beside it.
-    assert needed.overall == pytest.approx(0, abs=1e-6)
-    assert needed.by_layer == pytest.approx([0, 0], abs=1e-6)
+    assert needed["necessity"] == pytest.approx(0, abs=1e-6)
+    assert needed["necessity_by_layer"] == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_necessity_is_zero_where_every_expert_is_always_chosen() -> None:
     model = ModelConfig(**{**vars(SMALL), "top_k": SMALL.num_experts})
     needed = necessity(whole(judged(model)), text(some_tokens((4, 9))), "fp32")
-    assert needed.overall == pytest.approx(0, abs=1e-6)
+    assert needed["necessity"] == pytest.approx(0, abs=1e-6)
 
 
 def test_necessity_is_about_zero_before_training() -> None:
     model = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_experts=8, d_expert=16)
     needed = necessity(whole(judged(model)), text(some_tokens((32, 33), vocab_size=64)), "fp32")
-    assert all(abs(value) < 0.02 * needed.learned_loss for value in (needed.overall, *needed.by_layer))
+    assert all(
+        abs(value) < 0.02 * needed["learned_loss"]
+        for value in (needed["necessity"], *needed["necessity_by_layer"])
+    )
 
 
 PLANTED = ModelConfig(
@@ -292,14 +294,14 @@ def test_necessity_of_a_planted_router_is_what_it_is_by_hand(shift: int) -> None
     learned = losses_TE[tokens, (tokens + shift) % 4].mean().item()
     by_hand = losses_TE.mean().item() - learned
     assert by_hand > 5 if shift == 0 else by_hand < -1
-    assert needed.learned_loss == pytest.approx(learned, rel=1e-4, abs=1e-6)
-    noise = losses_TE.std().item() / math.sqrt(3 * needed.tokens)  # 3 draws of 2048 tokens
-    assert needed.overall == pytest.approx(by_hand, abs=4 * noise)
-    assert needed.by_layer == pytest.approx(
-        [needed.overall]
+    assert needed["learned_loss"] == pytest.approx(learned, rel=1e-4, abs=1e-6)
+    noise = losses_TE.std().item() / math.sqrt(3 * needed["tokens"])  # 3 draws of 2048 tokens
+    assert needed["necessity"] == pytest.approx(by_hand, abs=4 * noise)
+    assert needed["necessity_by_layer"] == pytest.approx(
+        [needed["necessity"]]
     )  # one layer: random in it alone is random in all
-    assert needed.overall == pytest.approx(sum(needed.by_draw) / 3)
-    assert len(set(needed.by_draw)) == 3
+    assert needed["necessity"] == pytest.approx(sum(needed["necessity_by_draw"]) / 3)
+    assert len(set(needed["necessity_by_draw"])) == 3
 
 
 def test_necessity_of_a_router_made_random_is_zero() -> None:
@@ -308,8 +310,8 @@ def test_necessity_of_a_router_made_random_is_zero() -> None:
     module = whole(Judged(PLANTED, "skip", planted_state(walsh_VD / 4), {}))
     with random_routing(module, seed=100):
         needed = necessity(module, planted_text(), "fp32")
-    noise = planted_losses().std().item() * math.sqrt((1 + 1 / 3) / needed.tokens)
-    assert needed.overall == pytest.approx(0, abs=4 * noise)
+    noise = planted_losses().std().item() * math.sqrt((1 + 1 / 3) / needed["tokens"])
+    assert needed["necessity"] == pytest.approx(0, abs=4 * noise)
 
 
 def test_the_same_figures_every_time_whatever_the_global_generator() -> None:
@@ -323,27 +325,22 @@ def test_the_same_figures_every_time_whatever_the_global_generator() -> None:
         assert torch.equal(torch.get_rng_state(), before)
     assert results[0] == results[1]
     sampled = evaluate_model(subject, batches, "fp32", "cpu", sample=text(some_tokens((2, 9))))
-    assert sampled.all_experts == results[0].all_experts
-    assert sampled.necessity.tokens == 16
+    assert sampled["all_experts"] == results[0]["all_experts"]
+    assert sampled["routing"]["tokens"] == 16
 
 
 def test_share_of_a_reference() -> None:
-    def of(value: float) -> Necessity:
-        return Necessity(value, [value], [value], 1.0, 10)
+    ours = {"necessity": 0.2}
+    for there, share in ((0.8, pytest.approx(0.25)), (0.0, None), (-0.1, None), (math.inf, 0.0)):
+        figures = compared(ours, {"necessity": there, "necessity_by_layer": [there]})
+        assert figures["necessity_share"] == share
+        assert figures["reference_necessity"] == (None if there == math.inf else there)
 
-    assert of(0.2).share_of(of(0.8)) == pytest.approx(0.25)
-    assert of(0.2).share_of(of(0.0)) is None
-    assert of(0.2).share_of(of(-0.1)) is None
 
-
-def test_as_json_holds_the_necessity_where_programs_look_and_null_for_infinity() -> None:
-    batches = text(some_tokens((2, 9)), bytes_per_token=0.0)
-    evaluation = evaluate_model(judged(), batches, "fp32", "cpu", draws=2)
-    content = as_json(evaluation, evaluation.necessity)
-    assert content["routing"]["necessity"] == evaluation.necessity.overall
+def test_programs_find_null_instead_of_infinity() -> None:
+    content = evaluate_model(judged(), text(some_tokens((2, 9)), bytes_per_token=0.0), "fp32", "cpu", draws=2)
     assert len(content["routing"]["necessity_by_layer"]) == SMALL.num_layers
     assert len(content["routing"]["necessity_by_draw"]) == 2
-    assert content["routing"]["necessity_share"] in (pytest.approx(1.0), None)
     assert content["all_experts"]["bits_per_byte"] is None
     assert set(content["residents"]) == {"a", "b"}
     assert content["all_experts"]["by_domain"]["one"]["tokens"] == 16

@@ -32,10 +32,9 @@ from benchmarks.paper.scale import (
 )
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.system import split_parameters, transfer_s
-from fomoe_flwr.report.panels import INK, dress
+from fomoe_flwr.report.picture import INK, dress, save_figure
 from fomoe_flwr.units import count, in_bytes, percent, times
 
 DPI = 80

@@ -17,15 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fomoe_flwr.config import RunConfig, SiteConfig
-from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import dividing_overlaps, fomoe_overlap, some, with_strategy
 from fomoe_flwr.plan.show import Outlook, assumptions_in_words
 from fomoe_flwr.plan.system import PlanSite
-from fomoe_flwr.report.panels import INK, dress
-from fomoe_flwr.report.summary import setting
+from fomoe_flwr.report.picture import INK, dress, save_figure
+from fomoe_flwr.report.tables import setting
 from fomoe_flwr.units import byte_unit, in_bytes
 
 SIZE_INCHES = (13.0, 9.0)

@@ -212,7 +212,7 @@ def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     model, routing = run.config.model, run.config.strategy.routing
     names = [name for name in seconds if seconds[name]]
     seconds_M = np.array([median(seconds[name]) for name in names])
-    held = dict.fromkeys(names, run.held_share * model.num_experts)
+    held = dict.fromkeys(names, run.mean_residents)
     if run.plan is not None:
         held = {site.site: site.experts_per_layer for site in run.plan.sites}
     work_M = np.array(

@@ -1,11 +1,11 @@
-"""Read a run directory: `config.yaml` and `metrics.jsonl` as typed values."""
+"""Read a run directory: `config.yaml`, `metrics.jsonl`, `placements.jsonl` and `plan.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fomoe_flwr.compose import from_tree, one_line
-from fomoe_flwr.config import PLANNED, RunConfig
+from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
-from fomoe_flwr.placement import Placement, draw_for_round, draw_placement
-from fomoe_flwr.plan.planner import plan_placement
+from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.records import read_placements
 
-CLASSES = ("dense", "expert", "other")  # of bytes; other is what is no tensor
+CLASSES = ("dense", "expert", "other")  # of bytes; "other" is everything that is not a tensor
 
 
 @dataclass(frozen=True)
@@ -32,34 +31,11 @@ class SiteRound:
     tokens: int
     bytes_down: int
     bytes_up: int
-    # What the site itself reports; a ClientApp of another make may report less.
+    # Reported by the site itself. A ClientApp that is not ours may report less.
     train_loss: float | None = None
     tokens_per_second: float | None = None
-    resident_share: float | None = None  # of the router's choices, those whose expert the site holds
-    memory_bytes: float | None = None  # the most that its state took
-
-
-ByLayer = list[float | None]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How healthy routing was in one round; what each figure means stands in `fomoe_flwr/health.py`.
-
-    Means over the layers, and `by_layer` under the same names; None is what was not defined.
-    """
-
-    by_layer: dict[str, ByLayer]
-    load_entropy: float | None = None
-    dead_experts: int | None = None  # in all layers
-    agreement: float | None = None
-    js_distance: float | None = None
-    drift: float | None = None
-    expert_similarity: float | None = None
-    spike: float | None = None
-    resident_share_by_layer: ByLayer | None = None
-    load: list[list[int]] | None = None  # assignments, layers x experts
-    residents: dict[str, ByLayer] | None = None  # site -> share of its assignments resident, by layer
+    resident_share: float | None = None  # share of the router's choices whose expert the site holds
+    memory_bytes: float | None = None  # most memory that the round needed
 
 
 @dataclass(frozen=True)
@@ -67,77 +43,68 @@ class Round:
     """A line of `metrics.jsonl`. Round 0 is the evaluation before training."""
 
     round: int
-    tokens: int  # since the beginning, all sites
+    tokens: int  # of all sites, since the beginning
     train_loss: float | None  # nats a token
     val_loss: float | None
     val_bpb: float | None  # bits per byte of text
-    bytes_down: int  # in this round, all sites
+    bytes_down: int  # of all sites, in this round
     bytes_up: int
     bytes_by_class: dict[str, int]  # by `CLASSES`; down + up
     resident_share: float | None
     seconds: float  # the whole round
-    committed: bool  # False: discarded, below the quorum
+    committed: bool  # False: too few sites answered, so the round was discarded
     failures: dict[str, str]  # site -> why its reply is not part of the model
-    refused: dict[str, str]  # site -> kind of bad reply; the others of `failures` never came
+    refused: dict[str, str]  # site -> what was wrong with its reply; other sites in `failures` sent none
     sites: tuple[SiteRound, ...]
-    virtual: dict[str, Any] | None = None  # simulated sites: the round by their own devices and links
-    routing: Routing | None = None  # runs of older versions have none
+    virtual: dict[str, Any] | None = None  # simulated sites: times computed for their own devices and links
+    routing: dict[str, Any] | None = None  # see docs/routing.md; a figure that is not defined is None
 
     @property
     def site_bytes(self) -> float | None:
-        """Bytes down + up for each site that took part; None where none did."""
+        """Bytes down + up, mean over the sites that took part; None if there were none."""
         return (self.bytes_down + self.bytes_up) / len(self.sites) if self.sites else None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory; `rounds` ascend and are never empty."""
+    """A run directory. `rounds` are in ascending order; there is at least one."""
 
     directory: Path
     config: RunConfig
     rounds: tuple[Round, ...]
     plan: Plan | None = None
-    placements: dict[int, Placement] = dataclasses.field(
-        default_factory=dict
-    )  # by the round from which they held
+    placements: Mapping[int, Placement] = field(default_factory=dict)  # by the first round that used it
 
-    def placement(self, round_: int) -> Placement:
-        """Who held what in a round, as it was recorded; of an older run, as configuration and plan have it."""
+    def placement(self, round_: int) -> Placement | None:
+        """Which site held which expert in a round; None if it is not recorded."""
+        # Before training: what round 1 uses, if it has begun.
         recorded = [start for start in self.placements if start <= max(round_, 1)]
-        if recorded:
-            return self.placements[max(recorded)]
-        config, strategy = self.config, self.config.strategy
-        if strategy.placement in PLANNED and self.plan is not None:
-            return plan_placement(config, self.plan)
-        draw = draw_for_round(strategy.placement, strategy.reshuffle_every, max(round_, 1))
-        return draw_placement(
-            len(config.federation.sites),
-            config.model.num_experts,
-            config.overlap,
-            config.model.num_layers,
-            config.seed,
-            draw,
-        )
+        return self.placements[max(recorded)] if recorded else None
 
     def residents(self, round_: int) -> list[float]:
-        """Experts a layer at each site in a round, mean over the layers."""
-        held_M = self.placement(round_).holds_LEM.sum(axis=(0, 1)) / self.config.model.num_layers
+        """Experts of a layer at each site in a round, mean over the layers; as planned if it is not recorded."""
+        placement = self.placement(round_)
+        if placement is None:
+            sites = len(self.config.federation.sites)
+            equal = self.config.model.num_experts * self.config.overlap / sites
+            return [equal if self.plan is None else self.plan.mean_residents] * sites
+        held_M = placement.holds_LEM.sum(axis=(0, 1)) / self.config.model.num_layers
         return [float(held) for held in held_M]
+
+    @property
+    def mean_residents(self) -> float:
+        """Experts of a layer at a site in the last round, mean over the sites."""
+        held = self.residents(self.rounds[-1].round)
+        return sum(held) / len(held)
 
     @property
     def held_share(self) -> float:
         """Share of the experts that a site holds in the last round, mean over the sites."""
         return self.mean_residents / self.config.model.num_experts
 
-    @property
-    def mean_residents(self) -> float:
-        """Experts a layer at a site in the last round, mean over the sites."""
-        held = self.residents(self.rounds[-1].round)
-        return sum(held) / len(held)
-
 
 def load_run(directory: Path) -> Run:
-    """Read a run that is finished, under way or cut short.
+    """Read a run that is finished, still running or was stopped early.
 
     Raises:
         ConfigError: `config.yaml` is missing, empty or not a run's configuration.
@@ -160,7 +127,7 @@ def read_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: no such file; is this the directory of a run?")
     try:
         tree = OmegaConf.load(path)
-        # An empty tree would pass for a run with every value at its default.
+        # from_tree would take an empty file as a run with all values at their defaults.
         if not isinstance(tree, DictConfig) or not tree:
             raise ConfigError("empty or not a mapping")
         return from_tree(tree, saved=True)
@@ -171,14 +138,14 @@ def read_config(path: Path) -> RunConfig:
 
 
 def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
-    """The rounds in the order written. A half-written last line is what a crash leaves and does not count.
+    """The rounds in the order written. A crash may leave half a line at the end, which is ignored.
 
     Raises:
         RunError: see `load_run`.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such file; the run ended before its first evaluation")
-    # A crash may also cut a character in two; its line is then no JSON, as it should be.
+    # A crash may cut a character in two. With errors="replace" that line is not JSON, and so is ignored.
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     site_names = {site.name for site in config.federation.sites}
     rounds = []
@@ -191,12 +158,9 @@ def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
             raise RunError(f"{path}, line {number}: not JSON: {error}") from error
         try:
             rounds.append(_round(values, site_names))
-        except KeyError as error:
-            raise RunError(
-                f"{path}, line {number}: not the metrics of a round: {error} is missing"
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise RunError(f"{path}, line {number}: not the metrics of a round: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise RunError(f"{path}, line {number}: not the metrics of a round: {what}") from error
     if not rounds:
         raise RunError(f"{path}: no complete round in it")
     return tuple(rounds)
@@ -210,7 +174,7 @@ def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
     routing = values.get("routing")
     parsed = {
         "sites": sites,
-        "routing": None if routing is None else Routing(**_known(Routing, routing)),
+        "routing": None if routing is None else {**routing, "by_layer": routing["by_layer"]},
         "seconds": float(values["seconds"]["round"]),
         "bytes_by_class": {name: int(values["bytes_by_class"][name]) for name in CLASSES},
     }
@@ -218,7 +182,7 @@ def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass out of a line that may carry more."""
+    """The fields of a dataclass. A line may have more keys, and may lack those that have a default."""
     return {
         spec.name: values[spec.name]
         for spec in dataclasses.fields(kind)

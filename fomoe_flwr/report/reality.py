@@ -1,4 +1,4 @@
-"""The plan of a run beside what was measured, and which assumption was off."""
+"""What was planned for a run beside what was measured, and which assumption was wrong."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fomoe_flwr.plan.record import Plan, SitePlan
+from fomoe_flwr.plan.record import SitePlan
 from fomoe_flwr.plan.system import one_way_bytes
 from fomoe_flwr.report.load import Round, Run, SiteRound
+from fomoe_flwr.report.tables import narrow_table
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
 
 MAX_ROWS = 16
-OFF = 0.15  # relative difference from which on an assumption is named
+OFF = 0.15  # an assumption is named if its figure is wrong by more than this share
 
 
 class Pair(NamedTuple):
-    """A planned figure and the measured one, None where there is none."""
+    """A planned figure and the measured one; None if it was not measured."""
 
     planned: float
     measured: float | None
 
     @property
     def off(self) -> bool:
-        """Whether they differ by more than is worth no word."""
+        """Whether the plan was wrong by more than `OFF`."""
         if self.measured is None:
             return False
         return abs(self.measured - self.planned) > OFF * max(abs(self.planned), 1e-12)
 
+    def told(self, text: Callable[[float], str]) -> str:
+        """Both, as text."""
+        return f"{text(self.planned)} -> {NONE if self.measured is None else text(self.measured)}"
+
 
 class SiteReality(NamedTuple):
-    """One site's figures; the medians over the rounds."""
+    """One site's figures; measured ones are medians over the rounds."""
 
     site: str
     memory_bytes: Pair
@@ -44,7 +48,7 @@ class SiteReality(NamedTuple):
 
 
 class Reality(NamedTuple):
-    """A run's plan against its rounds."""
+    """A run's plan and its rounds."""
 
     payload_bytes: Pair  # tensors of a round in which every site answered, all sites
     round_s: Pair
@@ -52,19 +56,22 @@ class Reality(NamedTuple):
 
 
 def compare(run: Run) -> Reality | None:
-    """None where there is no plan or no training round."""
+    """None if there is no plan or no training round."""
     trained = [record for record in run.rounds if record.sites]
     if run.plan is None or not trained:
         return None
-    settled = trained[1:] or trained  # the first one starts things up
+    # The first round also starts things up, so its times say little.
+    settled = trained[1:] or trained
     full = [record for record in trained if len(record.sites) == len(run.plan.sites) and not record.failures]
     payload = [record.bytes_by_class["dense"] + record.bytes_by_class["expert"] for record in full]
-    expected_payload = _payload(run, full[-1].round if full else trained[-1].round)
-    virtual = any(record.virtual for record in settled)
+    if any(record.virtual for record in settled):
+        round_s = [float(record.virtual["round_s"]) for record in settled if record.virtual]
+    else:
+        round_s = [record.seconds for record in settled]
     return Reality(
-        Pair(expected_payload, payload[-1] if payload else None),
-        Pair(run.plan.round_s, _median([_round_s(record, virtual) for record in settled])),
-        [_site(run.plan, planned, settled) for planned in run.plan.sites],
+        Pair(_payload(run, (full or trained)[-1].round), payload[-1] if payload else None),
+        Pair(run.plan.round_s, _median(round_s)),
+        [_site(planned, settled) for planned in run.plan.sites],
     )
 
 
@@ -73,16 +80,14 @@ def _payload(run: Run, round_: int) -> float:
     return sum(2 * one_way_bytes(run.config, held) for held in run.residents(round_) if held)
 
 
-def _site(plan: Plan, planned: SitePlan, rounds: Sequence[Round]) -> SiteReality:
-    def measured(value: Callable[[Round, SiteRound], float | None]) -> float | None:
-        return _median([value(r, site) for r in rounds for site in r.sites if site.site == planned.site])
-
+def _site(planned: SitePlan, rounds: Sequence[Round]) -> SiteReality:
+    mine = [(record, site) for record in rounds for site in record.sites if site.site == planned.site]
     return SiteReality(
         planned.site,
-        Pair(planned.memory_bytes, measured(lambda _, site: site.memory_bytes or None)),
-        Pair(planned.compute_s / planned.local_steps, measured(lambda r, s: _step_s(r, s, planned))),
-        Pair(planned.resident_share, measured(lambda _, site: site.resident_share)),
-        Pair(planned.round_s, measured(lambda r, site: _done_s(r, site.site))),
+        Pair(planned.memory_bytes, _median(site.memory_bytes or None for _, site in mine)),
+        Pair(planned.compute_s / planned.local_steps, _median(_step_s(*pair, planned) for pair in mine)),
+        Pair(planned.resident_share, _median(site.resident_share for _, site in mine)),
+        Pair(planned.round_s, _median(_done_s(*pair) for pair in mine)),
     )
 
 
@@ -94,90 +99,68 @@ def _step_s(record: Round, site: SiteRound, planned: SitePlan) -> float | None:
     return site.tokens / site.tokens_per_second / planned.local_steps
 
 
-def _done_s(record: Round, site: str) -> float | None:
+def _done_s(record: Round, site: SiteRound) -> float | None:
     if not record.virtual:
         return None
-    figures = record.virtual["sites"][site]
+    figures = record.virtual["sites"][site.site]
     return float(figures["compute_s"] + figures["communication_s"])
 
 
-def _round_s(record: Round, virtual: bool) -> float | None:
-    if virtual:
-        return float(record.virtual["round_s"]) if record.virtual else None
-    return record.seconds
-
-
-def _median(values: Sequence[float | None]) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
 def reality_table(reality: Reality) -> Table:
     """Planned -> measured, by site."""
-    table = Table(title="planned -> measured", box=SIMPLE, pad_edge=False, collapse_padding=True)
-    table.add_column("site", no_wrap=True)
-    for header in ("memory", "step", "resident share", "round"):
-        table.add_column(header, justify="right", no_wrap=True)
+    table = narrow_table("site", "memory", "step", "resident share", "round", title="planned -> measured")
     for site in reality.sites[:MAX_ROWS]:
         table.add_row(
             escape(site.site),
-            _both(site.memory_bytes, in_bytes),
-            _both(site.step_s, _milliseconds),
-            _both(site.resident_share, percent),
-            _both(site.round_s, duration),
+            site.memory_bytes.told(in_bytes),
+            site.step_s.told(_milliseconds),
+            site.resident_share.told(percent),
+            site.round_s.told(duration),
         )
     if len(reality.sites) > MAX_ROWS:
         table.add_row(f"… and {len(reality.sites) - MAX_ROWS} more")
-    table.add_row(
-        "all", "", "", f"payload {_both(reality.payload_bytes, in_bytes)}", _both(reality.round_s, duration)
-    )
+    payload = f"payload {reality.payload_bytes.told(in_bytes)}"
+    table.add_row("all", "", "", payload, reality.round_s.told(duration))
     return table
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
+
+
 def notes(run: Run, reality: Reality) -> list[str]:
-    """Which assumption was off, a sentence each."""
-    said = []
-    if reality.payload_bytes.measured is not None and reality.payload_bytes.off:
+    """Which assumptions were wrong, a sentence each."""
+    plan, sites, said = run.config.plan, reality.sites, []
+    if reality.payload_bytes.off:
         said.append(
             "payload: more or less was sent than the shards that the sites held (evaluations at the sites?)"
         )
-    plan = run.config.plan
-    if _any_off(site.step_s for site in reality.sites):
+    if worst := _worst([site.step_s for site in sites]):
         source = f"plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}"
         if plan.measured:
             source = f"plan.measured={plan.measured}"
         said.append(
-            f"step time: assumed from {source}, off by {_worst(s.step_s for s in reality.sites)}; "
+            f"step time: assumed from {source}, off by {worst}; "
             f"plan.measured={run.directory} uses what this run measured"
         )
-    if _any_off(site.memory_bytes for site in reality.sites):
-        said.append(
-            f"memory: plan.bytes_per_parameter={plan.bytes_per_parameter:g}, off by "
-            f"{_worst(s.memory_bytes for s in reality.sites)}"
-        )
-    if _any_off(site.resident_share for site in reality.sites):
-        said.append(
-            "resident share: routing was assumed to be balanced, off by "
-            f"{_worst(s.resident_share for s in reality.sites)}"
-        )
+    if worst := _worst([site.memory_bytes for site in sites]):
+        said.append(f"memory: plan.bytes_per_parameter={plan.bytes_per_parameter:g}, off by {worst}")
+    if worst := _worst([site.resident_share for site in sites]):
+        said.append(f"resident share: routing was assumed to be balanced, off by {worst}")
     return said
 
 
-def _any_off(pairs: Iterable[Pair]) -> bool:
-    return any(pair.off for pair in pairs)
-
-
-def _worst(pairs: Iterable[Pair]) -> str:
+def _worst(pairs: Sequence[Pair]) -> str | None:
+    """The largest relative difference in words; None if all pairs are as planned."""
+    if not any(pair.off for pair in pairs):
+        return None
     ratios = [pair.measured / pair.planned for pair in pairs if pair.measured is not None and pair.planned]
     worst = max(ratios, key=lambda ratio: abs(ratio - 1), default=1.0)
     if worst > 3:
         return f"a factor of {worst:,.0f} at most" if worst >= 10 else f"a factor of {worst:.1f} at most"
     return f"{100 * (worst - 1):+.0f} % at most"
-
-
-def _both(pair: Pair, text: Callable[[float], str]) -> str:
-    return f"{text(pair.planned)} -> {NONE if pair.measured is None else text(pair.measured)}"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else duration(seconds)

@@ -1,12 +1,13 @@
-"""`routing.png`: which experts are where, which are used, which are dying, and how the routers came to it.
+"""`routing.png`: where the experts are, how much each is used, and how the routers develop.
 
-Load is shown relative to an even share: white is what every expert would get if all got the same.
+Load is relative to an even share. White is the load that each expert has if all have the same.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,22 +20,33 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from fomoe_flwr.drawing import save_figure
 from fomoe_flwr.health import COLLAPSED_BELOW, DYING_BELOW
-from fomoe_flwr.report.expert_map import EMPTY, expert_map, short_names
 from fomoe_flwr.report.load import Run
-from fomoe_flwr.report.panels import INK, MANY_ROUNDS, TRAIN, VALIDATION, draw_line, dress, round_axis, say
-from fomoe_flwr.report.summary import setting
+from fomoe_flwr.report.picture import (
+    DPI,
+    EMPTY,
+    INK,
+    MANY_ROUNDS,
+    TRAIN,
+    VALIDATION,
+    draw_line,
+    dress,
+    expert_map,
+    round_axis,
+    save_figure,
+    say,
+    short_names,
+)
+from fomoe_flwr.report.tables import setting
 from fomoe_flwr.units import percent
 
 SIZE_INCHES = (14.0, 11.5)
-DPI = 120
 MAX_LAYERS = 6  # whose load is shown round by round
 MAX_MARKS = 1024  # cells of a heat map up to which dying experts are marked one by one
 
 WARN = "#D55E00"
-EVEN = LogNorm(1 / 8, 8)  # times an even share; the colours mean the same in every picture
-NOBODY = 1e-9  # stands for no token at all, which has no logarithm
+EVEN = LogNorm(1 / 8, 8)  # times an even share; fixed, so that pictures can be compared
+NOBODY = 1e-9  # shown instead of 0, which has no logarithm
 
 Loads = NDArray[np.float64]
 
@@ -45,7 +57,7 @@ def draw_routing(run: Run) -> Path | None:
     Raises:
         RunError: it cannot be written.
     """
-    if not any(record.routing and record.round for record in run.rounds):
+    if not measured(run):
         return None
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
@@ -65,18 +77,24 @@ def draw_routing(run: Run) -> Path | None:
     return save_figure(figure, run.directory / "routing.png")
 
 
+def measured(run: Run) -> dict[int, dict[str, Any]]:
+    """The routing figures by round, from round 1 on."""
+    return {record.round: record.routing for record in run.rounds if record.routing and record.round}
+
+
 def headline(run: Run) -> str:
     """The state of routing in the last round that was measured, in one sentence."""
-    record = next((r for r in reversed(run.rounds) if r.routing and r.routing.load_entropy is not None), None)
-    if record is None or record.routing is None:
+    entropies = _points(run, "load_entropy")
+    if not entropies:
         return "no load was reported"
-    routing, total = record.routing, run.config.model.num_layers * run.config.model.num_experts
-    parts = [f"round {record.round}: load entropy {percent(routing.load_entropy)} of its maximum"]
-    parts.append(f"{routing.dead_experts} of {total:,} experts without any token")
-    if (load_LE := relative_loads(run).get(record.round)) is not None:
+    last, entropy = entropies[-1]
+    routing, total = measured(run)[last], run.config.model.num_layers * run.config.model.num_experts
+    parts = [f"round {last}: load entropy {percent(entropy)} of its maximum"]
+    parts.append(f"{routing.get('dead_experts')} of {total:,} experts without any token")
+    if (load_LE := relative_loads(run).get(last)) is not None:
         parts.append(f"{int(_dying(load_LE).sum())} dying")
-    if routing.agreement is not None:
-        parts.append(f"two sites' routers agree on {percent(routing.agreement)} of the choices")
+    if (agreement := routing.get("agreement")) is not None:
+        parts.append(f"two sites' routers agree on {percent(agreement)} of the choices")
     return "    ".join(parts)
 
 
@@ -84,11 +102,11 @@ def headline(run: Run) -> str:
 
 
 def relative_loads(run: Run) -> dict[int, Loads]:
-    """Load of each layer's experts by round, relative to an even share; nan for a layer that got nothing."""
+    """Load of each layer's experts by round, relative to an even share; nan for a layer without any token."""
     tables = {
-        record.round: np.array(record.routing.load, dtype=np.float64)
-        for record in run.rounds
-        if record.routing and record.routing.load
+        round_: np.array(routing["load"], dtype=np.float64)
+        for round_, routing in measured(run).items()
+        if routing.get("load")
     }
     with np.errstate(invalid="ignore"):
         return {round_: load_LE / load_LE.mean(axis=1, keepdims=True) for round_, load_LE in tables.items()}
@@ -119,10 +137,10 @@ def load_map(axes: Axes, run: Run) -> None:
 
 
 def layer_map(axes: Axes, run: Run, name: str, title: str) -> None:
-    """Layers x rounds of a figure: where the load is not recorded by expert, because there are too many."""
+    """Layers x rounds of a figure, for models with so many experts that the load is not recorded by expert."""
     dress(axes, title, "layer")
-    columns = {r.round: r.routing.by_layer[name] for r in run.rounds if r.routing and r.round}
-    values_LR = np.array([columns[round_] for round_ in sorted(columns)], dtype=np.float64).T
+    columns = {round_: routing["by_layer"][name] for round_, routing in measured(run).items()}
+    values_LR = np.array(list(columns.values()), dtype=np.float64).T
     if np.isnan(values_LR).all():
         say(axes, "not measured")
         return
@@ -183,7 +201,7 @@ def _heat_map(axes: Axes, load_YX: Loads, first: int = 0) -> AxesImage:
 
 
 def _colors() -> Colormap:
-    # Without its darkest ends: what is dying must not look as if it were dead.
+    # Without the darkest colours: an expert with few tokens must not look like one without any (black).
     shades = matplotlib.colormaps["RdBu_r"](np.linspace(0.1, 0.9, 256))
     return ListedColormap(shades).with_extremes(under="black", bad=EMPTY)
 
@@ -201,20 +219,19 @@ def load_spread(axes: Axes, run: Run) -> None:
     round_axis(axes, run)
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ranges = [
-        (record.round, [value for value in record.routing.by_layer["load_entropy"] if value is not None])
-        for record in run.rounds
-        if record.routing and record.routing.load_entropy is not None
-    ]
-    if not ranges:
+    entropies = _points(run, "load_entropy")
+    if not entropies:
         say(axes, "not measured")
         return
-    rounds = [round_ for round_, _ in ranges]
-    low, high = [min(values) for _, values in ranges], [max(values) for _, values in ranges]
+    rounds = [round_ for round_, _ in entropies]
+    by_layer = [measured(run)[round_]["by_layer"]["load_entropy"] for round_ in rounds]
+    known = [[value for value in values if value is not None] for values in by_layer]
+    low, high = [min(values) for values in known], [max(values) for values in known]
     axes.fill_between(rounds, low, high, color=TRAIN, alpha=0.4, label="least to most even layer")
-    draw_line(axes, run, _points(run, "load_entropy"), VALIDATION, "mean of the layers")
+    draw_line(axes, run, entropies, VALIDATION, "mean of the layers")
     if (experts := run.config.model.num_experts) > 2:
-        bound = 1 + math.log(COLLAPSED_BELOW) / math.log(experts)  # exp H = n/2
+        # exp(entropy) is the number of experts that seem to be used.
+        bound = 1 + math.log(COLLAPSED_BELOW) / math.log(experts)
         axes.axhline(
             bound, color=WARN, linestyle=":", linewidth=1.5, label="as if half of the experts were used"
         )
@@ -242,14 +259,15 @@ def router_figures(axes: Axes, run: Run) -> None:
 
 def resident_map(axes: Axes, run: Run) -> None:
     """Sites x layers: share of the router's choices that the site held, in the last round that was measured."""
-    measured = [record for record in run.rounds if record.routing and record.routing.residents]
-    if not measured:
+    known = [
+        (round_, found) for round_, routing in measured(run).items() if (found := routing.get("residents"))
+    ]
+    if not known:
         dress(axes, "Choices held by the site", "")
         say(axes, "not measured")
         return
-    residents = measured[-1].routing.residents if measured[-1].routing else None
-    assert residents is not None
-    dress(axes, f"Choices held, round {measured[-1].round}", "")
+    round_, residents = known[-1]
+    dress(axes, f"Choices held, round {round_}", "")
     share_ML = np.array(list(residents.values()), dtype=np.float64)
     axes.spines[:].set_visible(False)
     image = axes.imshow(share_ML, "viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -277,8 +295,6 @@ def spikes(axes: Axes, run: Run) -> None:
 
 
 def _points(run: Run, name: str) -> list[tuple[int, float]]:
-    return [
-        (record.round, value)
-        for record in run.rounds
-        if record.routing and record.round and (value := getattr(record.routing, name)) is not None
-    ]
+    """A figure by round, where it is defined."""
+    values = [(round_, routing.get(name)) for round_, routing in measured(run).items()]
+    return [(round_, value) for round_, value in values if value is not None]

@@ -28,9 +28,9 @@ from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepa
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.evaluation import (
+    FILE,
     FINAL_DRAWS,
     Judged,
-    as_json,
     describe_text,
     evaluate,
     evaluate_model,
@@ -43,7 +43,6 @@ from fomoe_flwr.plan.planner import plan_for_run
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
 from fomoe_flwr.records import append_placement, cut_placements
-from fomoe_flwr.report.evaluation import FILE
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
 from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.rounds import Round, RoundObserver, Server
@@ -187,12 +186,12 @@ class RunRecorder(RoundObserver):
         text = text_of(corpus, documents, train.seq_len, train.batch_size, train.final_eval_batches)
         with cpu_threads(train.threads):
             device = resolve_device(train.device)
-            evaluation = evaluate_model(judged, text, train.dtype, device, FINAL_DRAWS)
+            figures = evaluate_model(judged, text, train.dtype, device, FINAL_DRAWS)
         content = {
             "checkpoint": str(checkpoint_path(self._composed.run_dir, current.number)),
             "round": current.number,
             "text": describe_text(config.data, "validation", corpus, documents),
-            **as_json(evaluation),
+            **figures,
         }
         as_text = json.dumps(content, indent=1)
         write_atomically(self._composed.run_dir / FILE, lambda path: path.write_text(as_text))

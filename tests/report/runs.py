@@ -8,13 +8,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.placement import draw_for_round, draw_placement
 from fomoe_flwr.plan.rivals import compare_strategies
+from fomoe_flwr.records import NAME as PLACEMENTS
+from fomoe_flwr.records import append_placement
+from fomoe_flwr.report.picture import DPI
 
 HEADERS = 1000  # bytes a site and round that are not tensors
+LARGE = ("model=xxl", "federation.num_sites=64", "strategy.overlap=8")
 
 
 @cache
@@ -120,10 +127,34 @@ def write_run(
     val: bool = True,
     lines: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """A run directory; `lines` takes the place of the made-up metrics."""
+    """A run directory, with `lines` instead of made-up metrics if they are given."""
     config = compose_config(*overrides)
     directory.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), directory / "config.yaml")
     records = metrics(config, rounds, val) if lines is None else lines
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    model, strategy = config.model, config.strategy
+    names = [site.name for site in config.federation.sites]
+    (directory / PLACEMENTS).unlink(missing_ok=True)
+    before = None
+    for number in range(1, records[-1]["round"] + 1):
+        draw = draw_for_round(strategy.placement, strategy.reshuffle_every, number)
+        if draw != before:
+            sizes = (len(names), model.num_experts, config.overlap, model.num_layers)
+            placement = draw_placement(*sizes, config.seed, draw)
+            append_placement(
+                directory, number, {name: placement.residents(site) for site, name in enumerate(names)}
+            )
+            before = draw
     return directory
+
+
+def check_picture(path: Path, size_inches: tuple[float, float]) -> None:
+    """A picture of this size with something in each quarter and nothing cut off at its edges."""
+    dark = imread(path)[:, :, :3].min(axis=2) < 0.8
+    height, width = dark.shape
+    assert (width, height) == tuple(round(side * DPI) for side in size_inches)
+    for half in (dark[: height // 2], dark[height // 2 :]):
+        assert half[:, : width // 2].any()
+        assert half[:, width // 2 :].any()
+    assert not np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).any()

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from rich.console import Console
 
-from fomoe_flwr.errors import RunError
 from fomoe_flwr.report import report
 from fomoe_flwr.report.load import Run, load_run
 from fomoe_flwr.report.routing import (
-    DPI,
     SIZE_INCHES,
     draw_routing,
     headline,
@@ -29,9 +26,7 @@ from fomoe_flwr.report.routing import (
     router_figures,
     spikes,
 )
-from tests.report.runs import compose_config, metrics, with_routing, write_run
-
-LARGE = ("model=xxl", "federation.num_sites=64", "strategy.overlap=8")
+from tests.report.runs import LARGE, check_picture, compose_config, metrics, with_routing, write_run
 
 
 def a_run(directory: Path, *overrides: str, rounds: int = 3, dead: bool = False) -> Run:
@@ -43,56 +38,28 @@ def a_run(directory: Path, *overrides: str, rounds: int = 3, dead: bool = False)
 @pytest.mark.parametrize(
     ("overrides", "rounds"),
     [
-        (("federation=labs",), 12),
-        (
-            (
-                "strategy.routing=partitioned",
-                "model.num_layers=1",
-                "federation.num_sites=1",
-                "strategy.overlap=1",
-            ),
-            1,
-        ),
+        (("federation.num_sites=1", "strategy.overlap=1", "model.num_layers=1"), 1),
         (("model.num_layers=24", "federation.num_sites=16"), 100),
         (LARGE, 2),
     ],
-    ids=[
-        "usual",
-        "one site, one layer, one round",
-        "24 layers, 16 sites, 100 rounds",
-        "64 sites, 512 layers",
-    ],
+    ids=["one site, one layer, one round", "24 layers, 16 sites, 100 rounds", "64 sites, 512 layers"],
 )
 def test_every_kind_of_run_has_a_picture(tmp_path: Path, overrides: tuple[str, ...], rounds: int) -> None:
     path = draw_routing(a_run(tmp_path, *overrides, rounds=rounds, dead=True))
     assert path == tmp_path / "routing.png"
-    dark = imread(path)[:, :, :3].min(axis=2) < 0.8
-    height, width = dark.shape
-    assert (width, height) == tuple(round(side * DPI) for side in SIZE_INCHES)
-    # Ink in each quarter and none on the rim: nothing is empty and nothing is cut off.
-    for quarter in (dark[: height // 2], dark[height // 2 :]):
-        assert quarter[:, : width // 2].any()
-        assert quarter[:, width // 2 :].any()
-    assert not np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).any()
+    check_picture(path, SIZE_INCHES)
 
 
-def test_a_run_of_an_older_version_is_reported_without(tmp_path: Path) -> None:
-    run = load_run(write_run(tmp_path))
-    assert all(record.routing is None for record in run.rounds)
-    assert draw_routing(run) is None
-    report(tmp_path, console := Console(record=True, width=200))
-    assert "routing.png" not in console.export_text()
-    assert not (tmp_path / "routing.png").exists()
-
-
-def test_a_run_before_its_first_round_has_none(tmp_path: Path) -> None:
-    assert draw_routing(a_run(tmp_path, rounds=0)) is None
+def test_a_run_without_routing_figures_has_no_picture(tmp_path: Path) -> None:
+    assert draw_routing(load_run(write_run(tmp_path / "old"))) is None
+    assert draw_routing(a_run(tmp_path / "new", rounds=0)) is None
+    assert not list(tmp_path.rglob("routing.png"))
 
 
 def test_report_says_where_the_picture_is(tmp_path: Path) -> None:
     a_run(tmp_path)
     report(tmp_path, console := Console(record=True, width=200))
-    assert f"routing: {tmp_path / 'routing.png'}" in console.export_text()
+    assert str(tmp_path / "routing.png") in console.export_text()
 
 
 def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
@@ -105,14 +72,14 @@ def test_dead_experts_are_black_and_dying_ones_marked(tmp_path: Path) -> None:
     run = a_run(tmp_path, "model.num_experts=4", "model.num_layers=2", rounds=2, dead=True)
     axes = Figure().subplots()
     load_map(axes, run)
-    assert axes.get_title(loc="left") == "Load of each expert in round 2"
     (image,) = axes.images
     colors = image.to_rgba(image.get_array())
     black = np.all(np.isclose(colors, to_rgba("black")), axis=2)
     assert np.argwhere(black).tolist() == [[1, 0]]
     marks = axes.collections[0].get_offsets()
     assert np.asarray(marks).tolist() == [[1, 1]]  # expert 1 of layer 1: 5 of an even 176
-    assert "1 of 8 experts without any token    1 dying" in headline(run)
+    assert "1 of 8 experts" in headline(run)
+    assert "1 dying" in headline(run)
 
 
 def test_an_even_load_is_white(tmp_path: Path) -> None:
@@ -134,7 +101,7 @@ def test_load_by_round_has_a_column_a_round_and_a_gap_where_nothing_was_measured
         figure.add_subfigure(figure.add_gridspec(1, 1)[0]),
         load_run(write_run(tmp_path, "model.num_layers=2", lines=lines)),
     )
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Load by round: layer 0", "layer 1"]
+    assert len(figure.axes) == 2
     for axes in figure.axes:
         shown = np.ma.masked_invalid(axes.images[0].get_array())
         assert shown.shape == (16, 4)
@@ -153,7 +120,6 @@ def test_of_a_model_with_too_many_experts_the_layers_are_shown(tmp_path: Path) -
     run = a_run(tmp_path, *LARGE, rounds=2, dead=True)
     axes = Figure().subplots()
     load_map(axes, run)
-    assert axes.get_title(loc="left") == "Load entropy of each layer, share of its maximum"
     shown = np.asarray(axes.images[0].get_array())
     assert shown.shape == (512, 2)
     assert shown[:3, 1].tolist() == [0.9, 0.89, 0.88]
@@ -192,37 +158,12 @@ def test_resident_map_is_sites_by_layers(tmp_path: Path) -> None:
     assert names == ["datacentre", "lab-0", "lab-1", "workstation"]
 
 
-def nothing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As if no site had said anything: what is not defined is null."""
+def test_a_run_in_which_nothing_was_defined_has_a_picture(tmp_path: Path) -> None:
+    """As if no site had reported anything."""
+    config = compose_config()
+    lines = with_routing(metrics(config, 2), config)
     for line in lines:
         empty: dict[str, Any] = dict.fromkeys(line["routing"])
-        line["routing"] = empty | {
-            "by_layer": dict.fromkeys(line["routing"]["by_layer"], [None] * 4),
-            "residents": {},
-        }
-    return lines
-
-
-def test_a_run_in_which_nothing_was_defined_has_a_picture(tmp_path: Path) -> None:
-    config = compose_config()
-    run = load_run(write_run(tmp_path, lines=nothing(with_routing(metrics(config, 2), config))))
-    assert draw_routing(run)
-    assert headline(run) == "no load was reported"
-
-
-def test_damaged_figures_are_one_clear_line(tmp_path: Path) -> None:
-    config = compose_config()
-    lines = with_routing(metrics(config, 1), config)
-    del lines[1]["routing"]["by_layer"]
-    write_run(tmp_path, lines=lines)
-    with pytest.raises(
-        RunError, match=r"metrics\.jsonl, line 2: not the metrics of a round: 'by_layer' is missing"
-    ):
-        load_run(tmp_path)
-
-
-def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    (tmp_path / "routing.png").mkdir()
-    with pytest.raises(RunError, match=r"routing\.png: cannot write the picture"):
-        draw_routing(run)
+        by_layer = dict.fromkeys(line["routing"]["by_layer"], [None] * 4)
+        line["routing"] = empty | {"by_layer": by_layer, "residents": {}}
+    assert draw_routing(load_run(write_run(tmp_path, lines=lines)))
