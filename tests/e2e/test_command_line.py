@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ from tests.conftest import SMALL_MODEL, SMALL_TRAIN
 from tests.strategies.helpers import metrics, without_times
 
 
-@pytest.fixture
-def arguments(corpus_dir: Path, cache_dir: Path) -> list[str]:
+def run_arguments(corpus_dir: Path, cache_dir: Path) -> list[str]:
     return [
         *SMALL_MODEL, *SMALL_TRAIN, "data=text", f"data.path={corpus_dir}", f"data.cache_dir={cache_dir}",
         "runtime=local", "wandb.mode=disabled",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(corpus_dir: Path, cache_dir: Path) -> list[str]:
+    return run_arguments(corpus_dir, cache_dir)
 
 
 def fomoe(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,26 +72,50 @@ def test_bad_input_is_one_clear_line(
     assert refused(capsys, *overrides).startswith(line)
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(arguments: list[str], tmp_path: Path, capsys) -> None:
-    main(["train", *arguments, "train.rounds=1", f"hydra.run.dir={tmp_path}/run"])
-    capsys.readouterr()
-    checkpoint = checkpoint_path(tmp_path / "run", 1)
+@pytest.fixture(scope="module")
+def finished(corpus_dir: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one round; tests that change it copy it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    main(["train", *run_arguments(corpus_dir, cache_dir), "train.rounds=1", f"hydra.run.dir={run}"])
+    return run
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    checkpoint = checkpoint_path(run, 1)
     (checkpoint / "manifest.json").write_text("{")
     assert "manifest.json is damaged" in refused(capsys, f"resume={checkpoint}")
     with pytest.raises(SystemExit):
-        main(["train", f"resume={tmp_path}/run"])
+        main(["train", f"resume={run}"])
     warning, error = capsys.readouterr().err.splitlines()
     assert "round_00001: manifest.json is damaged" in warning
-    assert error.startswith(f"error: resume={tmp_path}/run: no checkpoint is whole")
+    assert error.startswith(f"error: resume={run}: no checkpoint is whole")
 
 
-def test_a_run_directory_in_use_is_not_overwritten(arguments: list[str], tmp_path: Path, capsys) -> None:
-    run = [*arguments, "train.rounds=1", f"hydra.run.dir={tmp_path}/run"]
-    main(["train", *run])
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    capsys.readouterr()
-    assert "holds a run already" in refused(capsys, *run)
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+def test_a_run_directory_in_use_is_not_overwritten(
+    arguments: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    assert "holds a run already" in refused(capsys, *arguments, f"hydra.run.dir={finished}")
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_report_can_be_drawn_again(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "report.png").unlink()
+    main(["report", str(run)])
+    assert (run / "report.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "nothing")])
+
+
+def test_manifest_holds_what_a_checkpoint_needs(finished: Path) -> None:
+    manifest = json.loads((checkpoint_path(finished, 1) / "manifest.json").read_text())
+    assert set(manifest) >= {
+        "format", "round", "sha256", "run", "tokens", "config", "overrides", "placement", "rng",
+    }  # fmt: skip
 
 
 def test_a_run_leaves_what_it_promises_and_resumes(arguments: list[str], tmp_path: Path) -> None:
@@ -104,8 +133,7 @@ def test_a_run_leaves_what_it_promises_and_resumes(arguments: list[str], tmp_pat
     }  # fmt: skip
     phases = {"round", "train", "wire", "aggregate", "evaluate", "routing", "checkpoint"}
     assert set(lines[-1]["seconds"]) == phases
-    resumed = fomoe("train", f"resume={tmp_path}/run", "train.rounds=3")
-    assert resumed.returncode == 0, resumed.stderr
+    main(["train", f"resume={tmp_path}/run", "train.rounds=3"])
     after = metrics(tmp_path / "run")
     assert without_times(after[:3]) == without_times(lines)
     assert [line["round"] for line in after] == [0, 1, 2, 3]
@@ -120,15 +148,15 @@ def test_a_failed_run_has_an_exit_code(arguments: list[str], tmp_path: Path) -> 
 
 def test_a_sweep_runs_every_job_and_prints_one_table(arguments: list[str], tmp_path: Path) -> None:
     done = fomoe(
-        "train", "-m", *arguments, "strategy.overlap=1,2,4", "strategy.routing=skip,partitioned", "train.rounds=1",
+        "train", "-m", *arguments, "strategy.overlap=1,4", "strategy.routing=skip,partitioned", "train.rounds=1",
         f"hydra.sweep.dir={tmp_path}/sweep",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == list("012345")
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == list("0123")
     table = done.stdout[done.stdout.rindex("overrides") :]
-    assert [table.count(f"strategy.overlap={overlap}") for overlap in (1, 2, 4)] == [2, 2, 2]
-    assert [table.count(f"strategy.routing={routing}") for routing in ("skip", "partitioned")] == [3, 3]
-    assert table.count(" ok ") == 6
+    assert [table.count(f"strategy.overlap={overlap}") for overlap in (1, 4)] == [2, 2]
+    assert [table.count(f"strategy.routing={routing}") for routing in ("skip", "partitioned")] == [2, 2]
+    assert table.count(" ok ") == 4
 
 
 def test_a_sweep_with_an_impossible_job_starts_none(arguments: list[str], tmp_path: Path, capsys) -> None:
@@ -147,39 +175,11 @@ def test_sites_may_be_listed_in_a_file_of_the_users(arguments: list[str], tmp_pa
          f"hydra.run.dir={tmp_path}/run"]
     )  # fmt: skip
     assert [site["site"] for site in metrics(tmp_path / "run")[-1]["sites"]] == [
-        "big",
-        "lab-0",
-        "lab-1",
-        "lab-2",
-    ]
-
-
-def test_report_can_be_drawn_again(arguments: list[str], tmp_path: Path, capsys) -> None:
-    main(["train", *arguments, "train.rounds=1", f"hydra.run.dir={tmp_path}/run"])
-    (tmp_path / "run/report.png").unlink()
-    main(["report", str(tmp_path / "run")])
-    assert (tmp_path / "run/report.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit):
-        main(["report", str(tmp_path / "nothing")])
+        "big", "lab-0", "lab-1", "lab-2",
+    ]  # fmt: skip
 
 
 def test_wrong_words_show_the_usage() -> None:
     done = fomoe("trian")
     assert done.returncode == 2
     assert "usage: fomoe train" in done.stderr
-
-
-def test_manifest_holds_what_a_checkpoint_needs(arguments: list[str], tmp_path: Path) -> None:
-    main(["train", *arguments, "train.rounds=1", f"hydra.run.dir={tmp_path}/run"])
-    manifest = json.loads((checkpoint_path(tmp_path / "run", 1) / "manifest.json").read_text())
-    assert set(manifest) >= {
-        "format",
-        "round",
-        "sha256",
-        "run",
-        "tokens",
-        "config",
-        "overrides",
-        "placement",
-        "rng",
-    }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from fomoe_flwr.cli import main
 from tests.conftest import SMALL_MODEL, SMALL_TRAIN
 from tests.strategies.helpers import metrics, without_times
 
@@ -23,13 +24,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
 
-@pytest.fixture
-def overrides(corpus_dir: Path, cache_dir: Path) -> list[str]:
+def run_overrides(corpus_dir: Path, cache_dir: Path) -> list[str]:
     """No `runtime=`: it is what the tests of this file vary."""
     return [
         *SMALL_MODEL, *SMALL_TRAIN, "data=text", f"data.path={corpus_dir}", f"data.cache_dir={cache_dir}",
         "strategy.overlap=2", "strategy.wire_dtype=fp32", "wandb.mode=disabled",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def overrides(corpus_dir: Path, cache_dir: Path) -> list[str]:
+    return run_overrides(corpus_dir, cache_dir)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -43,8 +48,8 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def train(overrides: list[str], runtime: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "fomoe", "train", *overrides, f"runtime={runtime}", f"hydra.run.dir={run_dir}"]
+def train(overrides: list[str], run_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "fomoe", "train", *overrides, "runtime=flower", f"hydra.run.dir={run_dir}"]
     return subprocess.run(
         command,
         env=environment(run_dir.parent / "home"),
@@ -69,17 +74,17 @@ def assert_same_losses(run_dir: Path, reference: Path) -> None:
             assert [site["site"] for site in a["sites"]] == [site["site"] for site in b["sites"]]
 
 
-@pytest.fixture
-def reference(overrides: list[str], tmp_path: Path) -> Path:
-    done = train(overrides, "local", tmp_path / "local")
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "local"
+@pytest.fixture(scope="module")
+def reference(corpus_dir: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("reference") / "local"
+    main(["train", *run_overrides(corpus_dir, cache_dir), "runtime=local", f"hydra.run.dir={run_dir}"])
+    return run_dir
 
 
 def test_the_simulation_engine_equals_the_local_runtime(
     overrides: list[str], reference: Path, tmp_path: Path
 ) -> None:
-    done = train(overrides, "flower", tmp_path / "flower")
+    done = train(overrides, tmp_path / "flower")
     assert done.returncode == 0, done.stderr
     assert_same_losses(tmp_path / "flower", reference)
 
@@ -87,7 +92,7 @@ def test_the_simulation_engine_equals_the_local_runtime(
 def test_a_run_that_fails_in_the_simulation_engine_has_an_exit_code(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    failed = train([*overrides, "train.lr=1e30"], "flower", tmp_path / "flower")
+    failed = train([*overrides, "train.lr=1e30"], tmp_path / "flower")
     assert failed.returncode == 1
     assert "error: round 2: nothing was committed in the last 2 rounds" in failed.stderr
     assert "training loss is" in failed.stderr
@@ -121,8 +126,7 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(overrides: list[str], reference: 
     checkpoint = run_dir / "checkpoints/round_00002"
     if not checkpoint.exists():  # the run went on and dropped it between two looks
         checkpoint = min((run_dir / "checkpoints").iterdir())
-    done = train([f"resume={checkpoint}", f"train.rounds={int(checkpoint.name[-5:]) + 1}"], "local", run_dir)
-    assert done.returncode == 0, done.stderr
+    main(["train", f"resume={checkpoint}", f"train.rounds={int(checkpoint.name[-5:]) + 1}", "runtime=local"])
     assert metrics(run_dir)[1]["val_loss"] == pytest.approx(metrics(reference)[1]["val_loss"], rel=1e-5)
 
 
