@@ -36,6 +36,7 @@ log = logging.getLogger("fomoe.site")
 
 # Environment variable of everything that belongs to a site: the path of its lock file.
 MARK = "FOMOE_SITE_LOCK"
+KEY_REFUSED = "2004"  # Flower's number of the error
 POLL_S = 1.0
 REFUSED_S = 120.0  # a SuperLink takes up to 60 s to notice that a SuperNode was killed
 REFUSED_PAUSE_S = 5.0  # so that the site is back soon after that
@@ -112,11 +113,11 @@ def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) 
 def may_be_accepted_later(error: str, accepted_before: bool, refused_s: float) -> bool:
     """Whether another try may help after the SuperLink's error of this number.
 
-    2004 says that the key is unknown *or* that the last SuperNode of this key has not been missed yet; the reply is
-    the same. So a key that was never accepted from here is taken as unknown at once, any other after the
-    time within which the SuperLink must have missed its last SuperNode.
+    KEY_REFUSED says that the key is unknown *or* that the SuperLink has not noticed yet that the last SuperNode of this
+    key is gone. So a key that was never accepted from here is taken as unknown at once, any other only after the time
+    that the SuperLink needs to notice.
     """
-    return error == "2004" and accepted_before and refused_s <= REFUSED_S
+    return error == KEY_REFUSED and accepted_before and refused_s <= REFUSED_S
 
 
 def refusal(options: Options, error: str) -> str:
