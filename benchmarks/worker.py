@@ -44,8 +44,7 @@ def do_message(folder: Path, way: str, round_: int) -> None:
 
         header = hand_over("train", json.dumps(task), blobs.items(), settings, 600.0).header
     else:
-        from clients.memory import Memory
-        from clients.site import perform
+        from clients.site import Memory, perform
 
         _, reply = perform("train", json.dumps(task), blobs, settings, Memory(), lambda phase: None)
         header = reply.to_json()

@@ -70,8 +70,7 @@ def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
 
 
 def _work_here(kind: str, task_text: str, message: Message, settings: NodeSettings) -> Answer:
-    from clients.memory import Memory
-    from clients.site import perform
+    from clients.site import Memory, perform
 
     began, budget_s = time.monotonic(), message.metadata.ttl
 

@@ -34,7 +34,7 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     """Read `--node-config 'site="a" device="cuda:1" state-dir="/data/fomoe" …'`.
 
     Raises:
-        ConfigError: a key nobody reads.
+        ConfigError: an unknown key.
     """
     simulation = {"partition-id", "num-partitions"}
     if unknown := sorted(set(node_config) - set(KEYS) - simulation):
@@ -71,7 +71,7 @@ def own_task(text: str, settings: NodeSettings) -> Task:
 
 
 def device_of(task: Task, settings: NodeSettings) -> str:
-    """The node's own word first, then the federation file's, then train.device."""
+    """The node's own setting first, then the federation file's, then train.device."""
     return settings.device or task.site.device or task.train.device
 
 

@@ -1,8 +1,8 @@
-"""Hands a message to the worker of this site and waits for its answer. The light side: no PyTorch here.
+"""Hands a message to the worker of this site and waits for its answer. It never imports PyTorch.
 
-Flower starts a process for every message; what it would have to import, open and build each time waits in the
-worker instead. The worker is started on demand and may die at any time: the message is then handed to a new one, for
-all that a site must keep is on its disk.
+Flower starts a process for every message. So that PyTorch, data and model are not loaded each time, a worker keeps
+them (`clients.worker`). It is started when it is needed and may die at any time: the message is then handed to a new
+one, because all that a site must keep is on its disk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NamedTuple
 
+import psutil
+
 from clients.identity import NodeSettings, own_task, state_root
 from fomoe_flwr import errors
 from fomoe_flwr.deploy import processes
@@ -38,19 +40,19 @@ from fomoe_flwr.deploy.channel import (
     unpack_answer,
     write_blobs,
 )
+from fomoe_flwr.deploy.supernode import EXECUTOR, SUPERNODE
 
 log = logging.getLogger("fomoe.site")
 
 CODE = Path(__file__).resolve().parents[1]  # the folder in which the packages lie
 START_S = 120.0  # in which a new worker must be there
 ATTEMPTS = 3  # workers that a message is handed to, one after the death of the other
-GUARDIANS = ("flower-supernode", "flower-superexec")  # whose end ends the worker; the first that is found
-LOG_BYTES = 8 * 2**20  # a longer log is put aside when a worker starts
+LOG_BYTES = 8 * 2**20  # a longer log is renamed when a worker starts
 TAIL_LINES = 8
 
 
-class _Left(Exception):
-    """The worker has other code, and made room for a new one."""
+class _Ending(Exception):
+    """The worker is about to end, and does not take the message."""
 
 
 class _Site(NamedTuple):
@@ -67,7 +69,7 @@ def hand_over(
     Args:
         task_text: the Task as JSON.
         blobs: the shard's bundles; each is asked for once and let go.
-        budget_s: seconds after which nobody waits for the answer any more.
+        budget_s: seconds after which no one waits for the answer any more.
 
     Raises:
         FomoeError: what the worker says; or a WorkerError if it cannot be started, dies again and again, gives no
@@ -84,12 +86,12 @@ def hand_over(
         header = {
             "kind": kind,
             "task": task_text,
-            # The worker may have another environment than this process.
+            # With the folder written out: the worker may have another environment than this process.
             "settings": asdict(replace(settings, state_dir=str(root))),
             "sizes": sizes,
             "folder": str(Path.cwd()),
             "code": str(CODE),
-            "guardian": guardian(),
+            "supernode": parent_supernode(),
         }
         with file:
             for _ in range(ATTEMPTS):
@@ -99,20 +101,21 @@ def hand_over(
                     return _ask(channel, worker, site, header, file, settings.stall_s, deadline)
                 except ConnectionError:
                     log.warning("the worker of site %s died: the message goes to a new one", site.name)
-                    processes.wait_until_gone([worker], 10.0)
-                    time.sleep(0.1)  # its socket may still be there for a moment
-                except _Left:
-                    log.info("the worker of site %s had other code: a new one is started", site.name)
+                    processes.wait_until_gone(*worker, 10.0)
+                    # Its socket may still be there for a moment.
+                    time.sleep(0.1)
+                except _Ending:
+                    log.info("the worker of site %s was about to end: a new one is started", site.name)
                 finally:
                     channel.close()
     raise WorkerError(
-        f"site {site.name}: {ATTEMPTS} workers died or left over one message; {site.log_file} ends: {_tail(site)}"
+        f"site {site.name}: {ATTEMPTS} workers ended before they answered; {site.log_file} ends: {_tail(site)}"
     )
 
 
 def _ask(
     channel: Channel,
-    worker: tuple[int, int],
+    worker: tuple[int, float],
     site: _Site,
     header: Mapping[str, Any],
     file: IO[bytes],
@@ -121,14 +124,15 @@ def _ask(
 ) -> Answer:
     """Send a message and wait for the answer, as long as the worker gives signs of life and there is time."""
     began = heard = time.monotonic()
-    patient = False
-    with suppress(TimeoutError):  # it does not read: then it is silent as well
+    opens_data = False
+    # A worker that does not read gives no sign of life either.
+    with suppress(TimeoutError):
         channel.send(header, file, stall_s)
     while True:
         now = time.monotonic()
         if now >= deadline:
             raise WorkerError(f"site {site.name} gave up after {now - began:.1f} s: the round's time is over")
-        silence = math.inf if patient else heard + stall_s - now
+        silence = math.inf if opens_data else heard + stall_s - now
         if silence <= 0:
             processes.kill(*worker)
             raise WorkerError(
@@ -144,11 +148,11 @@ def _ask(
                 return unpack_answer(line["result"], answer)
         if "error" in line:
             raise _error(line["error"])
-        if "leave" in line:
-            raise _Left
+        if "ending" in line:
+            raise _Ending
         heard = time.monotonic()
-        # Nobody can say how long a corpus takes that is read for the first time: only the budget ends that.
-        patient = line["phase"] == "data"
+        # Reading a corpus for the first time may take any time, without a sign of life: only the budget ends that.
+        opens_data = line["phase"] == "data"
 
 
 def _error(error: Mapping[str, str]) -> Exception:
@@ -162,7 +166,7 @@ def _error(error: Mapping[str, str]) -> Exception:
     return FloatingPointError(text) if name == "FloatingPointError" else WorkerError(f"{name}: {text}")
 
 
-def _peer(connection: socket.socket) -> tuple[int, int]:
+def _peer(connection: socket.socket) -> tuple[int, float]:
     """The process that listens at the other end, and when it started (-1: it has ended)."""
     pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     started = processes.start_time(pid)
@@ -175,7 +179,8 @@ def _connect(site: _Site) -> Channel:
     Raises:
         WorkerError: it cannot be started.
     """
-    with locked(site.folder / START_LOCK, 2 * START_S):  # or two ClientApps would start two workers
+    # Without the lock two ClientApps could start two workers.
+    with locked(site.folder / START_LOCK, 2 * START_S):
         channel = _try_connect(site.folder)
         if channel is not None:
             return channel
@@ -206,7 +211,7 @@ def _start(site: _Site) -> subprocess.Popen[bytes]:
     """A worker of this very code, which survives this process."""
     if site.log_file.exists() and site.log_file.stat().st_size > LOG_BYTES:
         site.log_file.replace(site.log_file.with_name(f"{site.log_file.name}.1"))
-    # -P: not also what lies in the folder it starts in.
+    # -P: do not import from the folder it starts in.
     command = [sys.executable, "-P", "-m", "clients.worker", "--site", site.name]
     command += ["--folder", str(site.folder)]
     paths = [str(CODE), *(path for path in sys.path if Path(path).is_absolute())]
@@ -230,19 +235,16 @@ def _tail(site: _Site) -> str:
     return " | ".join(lines[-TAIL_LINES:]) or "nothing"
 
 
-def guardian() -> tuple[int, int] | None:
-    """The process above this one whose end shall end the worker, and when it started."""
-    above: list[processes.Process] = []
-    process = processes.read(os.getpid())
-    while process is not None and process.parent > 1:
-        process = processes.read(process.parent)
-        if process is not None:
-            above.append(process)
-    for name in GUARDIANS:
-        for process in above:
-            # The program itself, or its interpreter and it; not a shell that has it somewhere in its script.
-            if name in [Path(word).name for word in processes.command(process.pid)[:3]]:
-                return process.pid, process.started
+def parent_supernode() -> tuple[int, float] | None:
+    """The SuperNode above this process, or else its helper that started us: its number and when it started.
+
+    The worker ends when that process does.
+    """
+    parents = reversed(psutil.Process().parents())  # so that of two of a name the nearest stays
+    above = {processes.program_of(process.pid): process.pid for process in parents}
+    for program in (SUPERNODE, EXECUTOR):
+        if program in above and (started := processes.start_time(above[program])) is not None:
+            return above[program], started
     return None
 
 
@@ -250,7 +252,7 @@ def guardian() -> tuple[int, int] | None:
 def _terminating_raises() -> Iterator[None]:
     """SIGTERM raises an error, which Flower turns into a reply.
 
-    Flower's own handler ends the process without one, and its SuperNode then waits for ever and answers nothing.
+    Flower's own handler ends the process without a reply, and then the SuperNode waits for it for ever.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

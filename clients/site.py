@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder
-from clients.memory import Memory
 from clients.state import SiteState, discard_later, load_state, save_state
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
@@ -27,6 +29,7 @@ from fomoe_flwr.data import (
     prepare,
     validation_batches,
 )
+from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.evaluation import evaluate
 from fomoe_flwr.messages import OWN, Deal, Reply, Task
@@ -34,12 +37,75 @@ from fomoe_flwr.model.sigma_moe import load_shard, read_shard
 
 log = logging.getLogger("fomoe.site")
 
-# Called with the name of the phase, DATA or WORK, wherever a round may be broken off: it raises to do so.
+# A sign that the work goes on. It is called with the name of the phase wherever a round may be broken off, and raises
+# if it shall be.
 Beat = Callable[[str], None]
-DATA = "data"  # opening the corpus; the first time it is read and tokenised, and nobody knows how long that takes
+# Opening the corpus. The first time it is read and tokenised, which may take any time.
+DATA = "data"
 WORK = "work"
 
-CORPORA = 64  # kept open in a process; simulated sites may each have text of their own
+# Kept open in a process: simulated sites may each have text of their own.
+CORPORA = 64
+
+
+@dataclass
+class Memory:
+    """What need not be read, opened or built again when the next message of the same run comes.
+
+    A round gives the same bits with an empty memory. Moments and parameters are changed in place, so everything is
+    forgotten when a round fails.
+    """
+
+    run: str = ""
+    _folder: Path | None = None
+    _state: SiteState | None = None  # that of the newest file in the folder
+    _engine: Engine | None = None
+    _engine_is_for: Any = None
+    _stream: TokenStream | None = None
+    _stream_is_for: Any = None
+
+    def empty(self) -> None:
+        """Forget everything."""
+        self.run, self._folder, self._state = "", None, None
+        self._engine = self._engine_is_for = self._stream = self._stream_is_for = None
+
+    @contextmanager
+    def serving(self, run: str) -> Iterator[None]:
+        """Around the work of one message: forgets what is of another run, and everything if the work fails."""
+        if run != self.run:
+            self.empty()
+        self.run = run
+        try:
+            yield
+        except BaseException:
+            self.empty()
+            raise
+
+    def take_state(self, folder: Path, round_: int) -> SiteState | None:
+        """The state after this round, if it is the one in memory. It is handed out, not shared."""
+        state, self._state = self._state, None
+        return state if state is not None and (self._folder, state.round) == (folder, round_) else None
+
+    def keep_state(self, folder: Path, state: SiteState) -> None:
+        """The state as it was just written to the folder."""
+        self._folder, self._state = folder, state
+
+    def engine(self, task: Task, device: str) -> Engine:
+        """The site's engine; built anew only for another shape or device, for torch.compile's work takes long."""
+        wanted = (task.model, task.strategy.routing, task.residents, device)
+        if self._engine is None or self._engine_is_for != wanted:
+            # The old one first: two at a time may be more than the device holds.
+            self._engine = None
+            log.info("site %s builds its model", task.name)
+            self._engine = Engine(task.model, task.residents, task.strategy.routing, device)
+            self._engine_is_for = wanted
+        return self._engine
+
+    def stream(self, wanted: object, open_stream: Callable[[], TokenStream]) -> TokenStream:
+        """The site's data; opened anew for other data."""
+        if self._stream is None or self._stream_is_for != wanted:
+            self._stream, self._stream_is_for = open_stream(), wanted
+        return self._stream
 
 
 def perform(
@@ -106,7 +172,8 @@ def train_round(
     new_state = SiteState(
         task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state
     )
-    beat(WORK)  # the last chance to break off: from here on there is a state of this round
+    # The last chance to break off: from here on there is a state of this round.
+    beat(WORK)
     save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)
     reply = Reply(

@@ -2,10 +2,10 @@
 
     python -m clients.worker --site NAME --folder FOLDER
 
-`clients.relay` starts it on demand and hands it messages over the socket in FOLDER. Three threads: the main one does
-the work of one message after the other; one accepts connections; one looks twice a second whether the SuperNode is
-still there, and tells those that wait whether the main thread goes on. Signs of life come from the loop that trains,
-not from a thread beside it: a loop that hangs shall be seen to hang.
+`clients.relay` starts it when it is needed and hands it messages over the socket in FOLDER. Three threads: the main one
+does the work of one message after the other; one accepts connections; one looks twice a second whether the SuperNode is
+still there, and tells the clients that wait whether the main thread goes on. Signs of life come from the training loop
+and not from another thread, so that a loop that hangs is noticed.
 
 It ends when its SuperNode is gone, when it has been idle, when a message comes from another version of the code,
 after an error that it does not know, and on SIGTERM. Nothing is lost then: what a site must keep is on its disk.
@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from clients.identity import NodeSettings, state_root
-from clients.memory import Memory
 from clients.relay import CODE
-from clients.site import WORK, Beat, perform
+from clients.site import WORK, Beat, Memory, perform
 from fomoe_flwr.deploy.channel import (
     SOCKET,
     WORKER_LOCK,
@@ -50,12 +49,12 @@ log = logging.getLogger("fomoe.worker")
 IDLE_S = 1800.0
 BEAT_EVERY_S = 0.5
 WATCH_EVERY_S = 0.5
-REQUEST_S = 30.0  # in which a request must come, once somebody has connected
-PREDECESSOR_S = 60.0  # in which one that is ending must be gone
+REQUEST_S = 30.0  # in which a request must come, once a client has connected
+PREDECESSOR_S = 60.0  # in which a worker that is ending must have ended
 
 
 class Abandoned(Exception):
-    """Nobody waits for this work any more."""
+    """No client waits for this work any more."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Request:
     header: Mapping[str, Any]
 
 
-class Desk:
-    """What the threads share: who waits, and when the main thread was last seen to go on."""
+class RequestQueue:
+    """What the threads share: the requests that wait, and how often the main thread gave a sign of life."""
 
     def __init__(self) -> None:
         self._waiting: deque[Request] = deque()
@@ -75,25 +74,26 @@ class Desk:
         self._beats = 0
         self._beats_told = 0
         self._phase = WORK
-        self.guardian: tuple[int, int] | None = None  # process and its start time
+        self.supernode: tuple[int, float] | None = None  # process number and start time
 
     def add(self, request: Request) -> None:
         """One more. The worker belongs to the SuperNode of whoever came last."""
-        guardian = request.header["guardian"]
+        # By get: a message from other code may lack it, and must still come as far as the look at its code.
+        supernode = request.header.get("supernode")
         with self._changed:
-            self.guardian = None if guardian is None else (int(guardian[0]), int(guardian[1]))
+            self.supernode = None if supernode is None else (supernode[0], supernode[1])
             self._waiting.append(request)
             self._changed.notify()
 
     def next(self, idle_s: float) -> Request | None:
-        """The oldest request of somebody who still waits; None after `idle_s` seconds without any."""
+        """The oldest request whose client still waits; None after `idle_s` seconds without any."""
         with self._changed:
             while True:
                 while self._waiting:
                     request = self._waiting.popleft()
                     if not request.channel.is_closed():
                         return request
-                    log.info("nobody waits for this message any more: it is not begun")
+                    log.info("no client waits for this message any more: it is not begun")
                     request.channel.close()
                 if not self._changed.wait(idle_s) and not self._waiting:
                     return None
@@ -103,31 +103,33 @@ class Desk:
         self._beats, self._phase = self._beats + 1, phase
 
     def tell_waiting(self) -> None:
-        """Pass the main thread's signs of life on to those that wait, so that they do not take it for dead."""
+        """Pass the main thread's signs of life on to the clients that wait, so that they do not take it for dead."""
         beats, phase = self._beats, self._phase
         if beats == self._beats_told:
             return
         self._beats_told = beats
         with self._changed:
             for request in self._waiting:
-                with suppress(OSError):  # gone: noticed when it would be served
+                # A client that is gone is noticed when its turn comes.
+                with suppress(OSError):
                     request.channel.try_send({"busy": beats, "phase": phase})
 
-    def turn_away(self) -> None:
-        """Have those that wait look for another worker."""
+    def decline_all(self) -> None:
+        """Have the clients that wait look for another worker."""
         with self._changed:
             for request in self._waiting:
-                _leave(request)
+                decline(request)
             self._waiting.clear()
 
 
-def _leave(request: Request) -> None:
+def decline(request: Request) -> None:
+    """Have the client look for another worker, because this one is about to end."""
     with suppress(OSError):
-        request.channel.try_send({"leave": str(CODE)})
+        request.channel.try_send({"ending": str(CODE)})
     request.channel.close()
 
 
-def accept(listener: socket.socket, desk: Desk) -> None:
+def accept(listener: socket.socket, queue: RequestQueue) -> None:
     """Take in requests; a thread."""
     while True:
         try:
@@ -135,36 +137,36 @@ def accept(listener: socket.socket, desk: Desk) -> None:
         except OSError:
             return  # the worker is about to end
         try:
-            desk.add(Request(channel, channel.receive(REQUEST_S)))
+            queue.add(Request(channel, channel.receive(REQUEST_S)))
         except (OSError, ValueError, KeyError, TypeError):
             log.warning("a connection without a request")
             channel.close()
 
 
-def watch(desk: Desk) -> None:
+def watch(queue: RequestQueue) -> None:
     """End with the SuperNode, and pass on signs of life; a thread."""
     while True:
         time.sleep(WATCH_EVERY_S)
-        if desk.guardian is not None and not is_alive(*desk.guardian):
-            log.info("process %d is gone: so is its worker", desk.guardian[0])
+        if (supernode := queue.supernode) is not None and not is_alive(*supernode):
+            log.info("the SuperNode, process %d, has ended: its worker ends too", supernode[0])
             end(0)
-        desk.tell_waiting()
+        queue.tell_waiting()
 
 
 def end(code: int) -> NoReturn:
-    """At once, whatever the other threads are doing: files are written aside and renamed."""
+    """End at once, whatever the other threads are doing: files are written under another name and renamed."""
     logging.shutdown()
     os._exit(code)
 
 
-def beat_for(channel: Channel, desk: Desk, stall_s: float) -> Beat:
-    """Signs of life to the one who waits for this work. They raise Abandoned if he is gone or does not listen."""
+def beat_for(channel: Channel, queue: RequestQueue, stall_s: float) -> Beat:
+    """Signs of life to the client that waits for this work. They raise Abandoned if it is gone or does not read."""
     began = time.monotonic()
     sent, sent_phase, unread_since = 0.0, "", 0.0
 
     def beat(phase: str) -> None:
         nonlocal sent, sent_phase, unread_since
-        desk.beat(phase)
+        queue.beat(phase)
         if channel.is_closed():
             raise Abandoned
         now = time.monotonic()
@@ -184,48 +186,49 @@ def beat_for(channel: Channel, desk: Desk, stall_s: float) -> Beat:
     return beat
 
 
-def serve(request: Request, memory: Memory, desk: Desk) -> bool:
-    """Do the work of one message and answer; False if the process is not to be trusted after it."""
+def serve(request: Request, memory: Memory, queue: RequestQueue) -> bool:
+    """Do the work of one message and answer; False if an unknown error may have left the process broken."""
     header, channel = request.header, request.channel
     settings = NodeSettings(**header["settings"])
-    fit, file, began = True, None, time.monotonic()
+    usable, file, began = True, None, time.monotonic()
     try:
         with channel.file() as sent:
             blobs = mapped_blobs(sent, header["sizes"])
+        # Relative paths mean what they mean to the ClientApp.
         with suppress(OSError):
-            os.chdir(header["folder"])  # relative paths mean what they mean to the ClientApp
-        beat = beat_for(channel, desk, settings.stall_s)
+            os.chdir(header["folder"])
+        beat = beat_for(channel, queue, settings.stall_s)
         answered, reply = perform(header["kind"], header["task"], blobs, settings, memory, beat)
         result, file = pack_answer(Answer(answered, reply.to_json()), state_root(settings))
         line = {"result": result}
         seconds = time.monotonic() - began
         log.info("%s of round %s: %.2f s", header["kind"], reply.round, seconds)
     except Abandoned:
-        log.info("nobody waits for this message any more: its work is dropped")
+        log.info("no client waits for this message any more: its work is dropped")
         return True
     except Exception as error:
-        fit = isinstance(error, FomoeError | FloatingPointError)
-        log.error("%s: %s", type(error).__name__, error, exc_info=not fit)
+        usable = isinstance(error, FomoeError | FloatingPointError)
+        log.error("%s: %s", type(error).__name__, error, exc_info=not usable)
         line = {"error": {"type": type(error).__name__, "text": str(error)}}
     finally:
         os.chdir("/")
     deliver(channel, line, file, settings.stall_s)
-    return fit
+    return usable
 
 
 def deliver(channel: Channel, line: Mapping[str, Any], file: IO[bytes] | None, seconds: float) -> None:
-    """Send the answer; who does not take it within so many seconds does not get it."""
+    """Send the answer; a client that does not read it within so many seconds does not get it."""
     try:
         channel.send(line, file, seconds)
     except OSError as error:
-        log.info("nobody takes the answer: %s", error)
+        log.info("the client does not take the answer: %s", error)
     finally:
         if file is not None:
             file.close()
 
 
 def listen(folder: Path) -> socket.socket:
-    """The socket that ClientApps connect to. The lock says that whatever lies there is left over."""
+    """The socket that ClientApps connect to. The caller holds the lock, so a socket that is there is an old one."""
     (folder / SOCKET).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(folder / SOCKET))
@@ -235,26 +238,28 @@ def listen(folder: Path) -> socket.socket:
 
 def run(site: str, folder: Path, idle_s: float) -> int:
     """Serve until there is a reason to end; the exit code."""
-    desk, memory, code = Desk(), Memory(), 0
-    gc.freeze()  # what is there now stays; a collection that looked at all of PyTorch would take a tenth of a second
+    queue, memory, code = RequestQueue(), Memory(), 0
+    # What is there now stays. A collection that looked at all of PyTorch would take a tenth of a second.
+    gc.freeze()
     listener = listen(folder)
-    threading.Thread(target=accept, args=(listener, desk), daemon=True).start()
-    threading.Thread(target=watch, args=(desk,), daemon=True).start()
+    threading.Thread(target=accept, args=(listener, queue), daemon=True).start()
+    threading.Thread(target=watch, args=(queue,), daemon=True).start()
     log.info("worker of site %s, process %d, code in %s", site, os.getpid(), CODE)
-    while (request := desk.next(idle_s)) is not None:
+    while (request := queue.next(idle_s)) is not None:
         if request.header["code"] != str(CODE):
-            log.info("a message from other code in %s: it gets a worker of its own", request.header["code"])
-            _leave(request)
+            log.info("a message from other code in %s: it needs a new worker", request.header["code"])
+            decline(request)
             break
-        fit = serve(request, memory, desk)
+        usable = serve(request, memory, queue)
         request.channel.close()
-        gc.collect()  # optimizers and tracebacks are held by cycles, and hold gigabytes
-        if not fit:
+        # Optimizers and tracebacks are held by cycles, and hold gigabytes.
+        gc.collect()
+        if not usable:
             code = 1
             break
     (folder / SOCKET).unlink(missing_ok=True)
     listener.close()
-    desk.turn_away()
+    queue.decline_all()
     return code
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
 
+from fomoe_flwr.arguments import Parser
 from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
@@ -244,18 +245,13 @@ def _same_source(own: DataConfig, data: DataConfig) -> bool:
 # ----- arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"fomoe eval: {message}")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments. They are checked before anything is read.
 
     Raises:
         ConfigError: an argument is wrong.
     """
-    parser = _Parser("fomoe eval", USAGE, "The figures of a checkpoint on any text.", allow_abbrev=False)
+    parser = Parser(prog="fomoe eval", usage=USAGE, description="The figures of a checkpoint on any text.")
     parser.add_argument("words", nargs="*", metavar="CHECKPOINT OVERRIDE", help=WORDS_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument(

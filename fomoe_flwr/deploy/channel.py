@@ -1,4 +1,4 @@
-"""What a ClientApp and its worker say to each other: lines of JSON over a Unix socket, bundles in a file.
+"""How a ClientApp and its worker talk to each other: lines of JSON over a Unix socket, bundles in a file.
 
 The file has no name and lies in the site's state folder, whose disk has room for it; its descriptor goes along with a
 line. The receiver maps it and reads the bundles where they lie. No PyTorch here.
@@ -49,21 +49,22 @@ class Channel:
         """Send one line, and with it a file.
 
         Raises:
-            TimeoutError: nobody reads for so many seconds.
-            OSError: nobody is there.
+            TimeoutError: the other end does not read for so many seconds.
+            OSError: the other end is gone.
         """
         self.socket.settimeout(seconds)
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
         if file is not None:
             line = line[socket.send_fds(self.socket, [line], [file.fileno()]) :]
-        if line:  # the other end may be satisfied and gone by now
+        # Nothing may be left, and then the other end may be gone already.
+        if line:
             self.socket.sendall(line)
 
     def try_send(self, message: Mapping[str, Any]) -> bool:
         """Send one short line if there is room for it.
 
         Raises:
-            OSError: nobody is there.
+            OSError: the other end is gone.
         """
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
         self.socket.setblocking(False)
@@ -153,7 +154,7 @@ def write_blobs(blobs: Iterable[tuple[str, bytes]], folder: Path) -> tuple[IO[by
 
 
 def mapped_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
-    """The bundles where they lie. They stay after the file is closed, and go when nobody uses them."""
+    """The bundles where they lie. They stay after the file is closed, until they are not used any more."""
     blobs: dict[str, bytes] = {}
     begin = 0
     for key, size in sizes.items():
@@ -183,8 +184,8 @@ def unpack_answer(line: Mapping[str, Any], file: IO[bytes]) -> Answer:
 
 # ----- the folder with the socket: only its owner may enter it
 #
-# Nothing listens on a network. Who can enter the folder can have the worker do anything, so a folder of somebody
-# else's, or one that others can enter, is refused.
+# Nothing listens on a network. A user who can enter the folder can have the worker do anything, so a folder of another
+# user, or one that others can enter, is refused.
 
 SOCKET = "socket"
 START_LOCK = "start.lock"  # held by a ClientApp that looks for a worker or starts one
@@ -217,7 +218,7 @@ def socket_folder(state_root: Path, site: str) -> Path:
 
 
 def check_private(folder: Path) -> None:
-    """Raises WorkerError for anything but a folder of our own that nobody else can enter."""
+    """Raises WorkerError for anything but a folder of our own that no one else can enter."""
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode):
         raise WorkerError(f"{folder}: must be a folder, for the worker's socket")
@@ -231,10 +232,10 @@ def check_private(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold a lock that goes when its process does.
+    """Hold a lock that is released when its process ends, however it ends.
 
     Raises:
-        WorkerError: somebody else holds it and does not let go within `seconds`.
+        WorkerError: another process holds it and does not release it within `seconds`.
     """
     deadline = time.monotonic() + seconds
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

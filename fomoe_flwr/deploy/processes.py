@@ -1,9 +1,7 @@
-"""What the kernel says about processes (Linux `/proc`), and how to end one without hitting another.
+"""Find the processes of a site, and end one without hitting another.
 
-A process number is used again after its process ended, so a process is named by its number *and* the time at which
-it started. A zombie counts as ended: nobody has asked for its exit status yet, but it does nothing any more.
-
-Where there is no `/proc` only a process number can be asked about; tables are empty there.
+A process number is used again after its process ended. So a process is identified by its number *and* the time at
+which it started.
 """
 
 from __future__ import annotations
@@ -11,48 +9,29 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-PROC = Path("/proc")
+import psutil
+
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
-@dataclass(frozen=True)
-class Process:
-    """One line of the process table."""
+class Process(NamedTuple):
+    """A living process."""
 
     pid: int
-    parent: int
-    state: str  # one letter: R, S, D, T (stopped by a signal), t (by a debugger), I
-    started: int  # clock ticks since the machine was started
-
-
-def has_proc() -> bool:
-    """Whether this system tells about processes in `/proc`."""
-    return (PROC / "self" / "stat").exists()
-
-
-def read(pid: int) -> Process | None:
-    """The process of this number; None where there is none, or only a zombie."""
-    try:
-        # The name of the program stands in parentheses and may itself hold blanks and parentheses.
-        fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    if len(fields) < 20 or fields[0] in "ZXx":
-        return None
-    return Process(pid, int(fields[1]), fields[0], int(fields[19]))
-
-
-def command(pid: int) -> list[str]:
-    """The words of the command that the process runs; empty if it has ended."""
-    return _words(pid, "cmdline")
+    started: float  # see `start_time`
+    stopped: bool = False  # by a signal; a process that a debugger holds is not meant
 
 
 def program_of(pid: int) -> str:
     """`flower-superexec`, `clients.worker`, …: the script or module a process runs, not the interpreter of it."""
-    words = command(pid)
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return ""
     if "-m" in words[:-1]:
         return words[words.index("-m") + 1]
     names = [Path(word).name for word in words if word and not word.startswith("-")]
@@ -61,54 +40,71 @@ def program_of(pid: int) -> str:
     return names[0] if names else ""
 
 
-def start_time(pid: int) -> int | None:
-    """When the process started, in clock ticks since the machine was started; None if it has ended.
+def start_time(pid: int) -> float | None:
+    """What tells this process from an earlier or later one of the same number; None if it has ended.
 
-    Without `/proc` it is 0 for every living process.
+    A zombie counts as ended: it does nothing any more, only its exit code has not been read yet.
     """
-    if has_proc():
-        process = read(pid)
-        return None if process is None else process.started
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        with suppress(psutil.AccessDenied):
+            if process.status() in _ENDED:
+                return None
+        return _started(pid)
+    except psutil.NoSuchProcess:
         return None
-    except PermissionError:
-        pass  # somebody else's, but alive
-    return 0
 
 
-def is_alive(pid: int, started: int) -> bool:
+def _started(pid: int) -> float:
+    if not psutil.LINUX:
+        return psutil.Process(pid).create_time()
+    # Clock ticks since the machine was started. Not psutil's create_time: that changes when the clock is set.
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError as error:
+        raise psutil.NoSuchProcess(pid) from error
+    # The second field is the name of the program in parentheses, which may itself hold blanks and parentheses.
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def is_alive(pid: int, started: float) -> bool:
     """Whether the process that had this number and this `start_time` still runs (or is stopped)."""
     return start_time(pid) == started
-
-
-def table() -> list[Process]:
-    """Every living process of the machine."""
-    numbers = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()] if has_proc() else []
-    return [process for pid in numbers if (process := read(pid)) is not None]
 
 
 class Marked:
     """The processes that were started with NAME=VALUE in their environment, and all that they started.
 
-    Unlike a walk from parents to children this also finds those whose parent has ended.
+    A walk from parents to children would not find those whose parent has ended.
     """
 
     def __init__(self, name: str, value: str) -> None:
-        self._entry = f"{name}={value}"
-        self._known: dict[tuple[int, int], bool] = {}  # an environment is read once for each process
+        self._name, self._value = name, value
+        self._known: dict[tuple[int, float], bool] = {}  # an environment is read once for each process
 
     def look(self) -> list[Process]:
         """Those that live now; a process of another user is never among them."""
-        now = {(process.pid, process.started): process for process in table()}
-        self._known = {known: marked for known, marked in self._known.items() if known in now}
-        for known in now.keys() - self._known.keys():
-            self._known[known] = self._entry in _words(known[0], "environ")
-        return [process for known, process in now.items() if self._known[known]]
+        before, self._known, found = self._known, {}, []
+        for pid in psutil.pids():
+            with suppress(psutil.Error):
+                known = pid, _started(pid)
+                marked = before[known] if known in before else self._is_marked(pid)
+                if marked is not None:
+                    self._known[known] = marked
+                if marked and (status := psutil.Process(pid).status()) not in _ENDED:
+                    found.append(Process(*known, status == psutil.STATUS_STOPPED))
+        return found
+
+    def _is_marked(self, pid: int) -> bool | None:
+        """None if it cannot be said yet: the environment is empty while a process starts its program."""
+        try:
+            environment = psutil.Process(pid).environ()
+        except psutil.AccessDenied:
+            return False
+        return environment.get(self._name) == self._value if environment else None
 
 
-def kill(pid: int, started: int, signum: int = signal.SIGKILL) -> bool:
+def kill(pid: int, started: float, signum: int = signal.SIGKILL) -> bool:
     """Send a signal to this process unless its number belongs to another one by now; whether it was sent."""
     if not is_alive(pid, started):
         return False
@@ -127,25 +123,17 @@ def end_marked(marked: Marked, grace_s: float = 0.0) -> int:
     deadline = time.monotonic() + grace_s
     while marked.look() and time.monotonic() < deadline:
         time.sleep(0.05)
-    killed: set[tuple[int, int]] = set()
+    killed: set[tuple[int, float]] = set()
     deadline = time.monotonic() + 10.0
-    while (left := marked.look()) and time.monotonic() < deadline:  # again: one may have started another
-        killed |= {(process.pid, process.started) for process in left if kill(process.pid, process.started)}
+    # Again and again: one may have started another in the meantime.
+    while (left := marked.look()) and time.monotonic() < deadline:
+        killed |= {(pid, started) for pid, started, _ in left if kill(pid, started)}
         time.sleep(0.02)
     return len(killed)
 
 
-def wait_until_gone(processes: Iterable[tuple[int, int]], seconds: float) -> list[tuple[int, int]]:
-    """Those, given as (number, start time), that still live after at most so many seconds."""
+def wait_until_gone(pid: int, started: float, seconds: float) -> None:
+    """Return when this process has ended, or after so many seconds."""
     deadline = time.monotonic() + seconds
-    left = list(processes)
-    while (left := [known for known in left if is_alive(*known)]) and time.monotonic() < deadline:
+    while is_alive(pid, started) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return left
-
-
-def _words(pid: int, file: str) -> list[str]:
-    try:
-        return (PROC / str(pid) / file).read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-    except OSError:
-        return []

@@ -2,12 +2,12 @@
 
 A SuperNode handles one message at a time, each in a process of its own (`flwr-clientapp`), started by a helper
 (`flower-superexec`). When one of these is killed at a bad moment, stopped or lost, the SuperNode looks online and
-answers nothing until somebody starts it again. This program is that somebody: it starts the SuperNode, passes its
-output on, looks at its processes every second and starts it again when it is dead or will never answer.
+answers nothing until it is started again. This program does that: it starts the SuperNode, passes its output on,
+looks at its processes every second and starts it again when it is dead or will never answer.
 
 Everything below a SuperNode carries the path of the site's lock file in its environment, so that it is found
 whoever its parent is by now: nothing of an old SuperNode is left when the next one starts, also when this program
-itself was killed. Where there is no `/proc` only a dead SuperNode is noticed.
+itself was killed.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from fomoe_flwr.deploy.flower import flower_environment, program
-from fomoe_flwr.deploy.options import Options, parse, supernode_command
 from fomoe_flwr.deploy.processes import Marked, end_marked, kill, program_of
-from fomoe_flwr.deploy.supernode import Watch
+from fomoe_flwr.deploy.supernode import Options, Watch, parse, supernode_command
 from fomoe_flwr.errors import ConfigError, RunError
 
 log = logging.getLogger("fomoe.site")
 
-MARK = (
-    "FOMOE_SITE_LOCK"  # environment variable of everything that belongs to a site: the path of its lock file
-)
+# Environment variable of everything that belongs to a site: the path of its lock file.
+MARK = "FOMOE_SITE_LOCK"
+KEY_REFUSED = "2004"  # Flower's number of the error
 POLL_S = 1.0
-REFUSED_S = 120.0  # a SuperLink believes for up to 60 s that a killed SuperNode is still there
+REFUSED_S = 120.0  # a SuperLink takes up to 60 s to notice that a SuperNode was killed
 REFUSED_PAUSE_S = 5.0  # so that the site is back soon after that
 GRACE_S = 10.0  # between asking a SuperNode to end and killing it
+REST_GRACE_S = 2.0  # after the end of the last SuperNode, for its worker to end by itself
 LONGEST_PAUSE_S = 15.0
-SETTLED_S = 60.0  # a SuperNode that lived so long did not die of its start
+SETTLED_S = 60.0  # a SuperNode that lived so long had started well
 
 
 def site(arguments: Sequence[str]) -> int:
@@ -99,7 +99,7 @@ def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) 
             ):
                 raise RunError(refusal(options, watch.refused))
             log.info(
-                "site %s: refused; either the SuperLink still believes in the SuperNode before (up to 60 s), or it "
+                "site %s: refused; either the SuperLink still counts on the SuperNode before (up to 60 s), or it "
                 "does not know the key any more", options.name,
             )  # fmt: skip
         short_lives = 1 if lived >= SETTLED_S else short_lives + 1
@@ -113,11 +113,11 @@ def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) 
 def may_be_accepted_later(error: str, accepted_before: bool, refused_s: float) -> bool:
     """Whether another try may help after the SuperLink's error of this number.
 
-    2004 says that the key is unknown *or* that the last SuperNode of this key has not been missed yet; the reply is
-    the same. So a key that was never accepted from here is taken as unknown at once, any other after the
-    time within which the SuperLink must have missed its last SuperNode.
+    KEY_REFUSED says that the key is unknown *or* that the SuperLink has not noticed yet that the last SuperNode of this
+    key is gone. So a key that was never accepted from here is taken as unknown at once, any other only after the time
+    that the SuperLink needs to notice.
     """
-    return error == "2004" and accepted_before and refused_s <= REFUSED_S
+    return error == KEY_REFUSED and accepted_before and refused_s <= REFUSED_S
 
 
 def refusal(options: Options, error: str) -> str:
@@ -133,8 +133,8 @@ def refusal(options: Options, error: str) -> str:
 def _one_life(options: Options, memory: dict[str, Any], marked: Marked, ended: threading.Event) -> Watch:
     """Start one SuperNode and stay with it until it is gone; nothing that it started is left then."""
     home = options.state_dir / f"{options.name}.flower"
-    # Flower copies each app into its home and believes a copy that exists, even one that a killed process left half
-    # done or another site is just making. So each site has a home of its own, and each SuperNode an empty one.
+    # Flower copies each app into its home, and uses a copy that exists even if a killed process left it half done or
+    # another site is still making it. So each site has a home of its own, and each SuperNode an empty one.
     shutil.rmtree(home / "apps", ignore_errors=True)
     environment = flower_environment() | {MARK: str(options.lock), "FLWR_HOME": str(home)}
     watch = Watch(options.stopped_s)
@@ -169,12 +169,12 @@ def _one_life(options: Options, memory: dict[str, Any], marked: Marked, ended: t
             log.warning("site %s: SuperNode ended with exit code %s", options.name, process.poll())
     finally:
         if process.poll() is None:
-            process.terminate()  # it takes leave of the SuperLink
+            process.terminate()  # it tells the SuperLink that it leaves
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
             process.kill()
         process.wait()
-        end_marked(marked, grace_s=2.0 if ended.is_set() else 0.0)
+        end_marked(marked, grace_s=REST_GRACE_S if ended.is_set() else 0.0)
         reader.join(5.0)
     return watch
 
@@ -187,7 +187,7 @@ def _pass_on(output: IO[str], watch: Watch) -> None:
             try:
                 sys.stdout.write(line)
                 sys.stdout.flush()
-            except (OSError, ValueError):  # our reader is gone; the SuperNode must not wait for it
+            except (OSError, ValueError):  # nobody reads our output any more; the SuperNode must not wait
                 readable = False
 
 

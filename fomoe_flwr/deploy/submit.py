@@ -24,7 +24,8 @@ from fomoe_flwr.errors import ConfigError, RunError
 
 _STATUS_PAUSE_S = 2.0
 _STATUS_TRIES = 5  # of asking a SuperLink that does not answer
-_STARTED = re.compile(r"Successfully started run (\d+)")
+# As Flower 1.41 prints it.
+STARTED = re.compile(r"Successfully started run (\d+)")
 _SERVER_PATHS = (
     "hydra.run.dir",
     "resume",
@@ -71,7 +72,7 @@ def submit(arguments: Sequence[str]) -> None:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
-                if run is None and (found := _STARTED.search(line)):
+                if run is None and (found := STARTED.search(line)):
                     run = found[1]
             process.wait()
             if run is None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from clients.identity import NodeSettings
-from clients.memory import Memory
-from clients.site import perform
+from clients.site import Memory, perform
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine import local

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clients.identity import state_folder
-from clients.memory import Memory
+from clients.site import Memory
 from clients.state import load_state
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS, CodecState, Part, Parts

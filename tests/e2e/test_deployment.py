@@ -7,17 +7,29 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import pytest
 
+from fomoe_flwr.deploy.processes import program_of
+from fomoe_flwr.deploy.site import KEY_REFUSED
+from fomoe_flwr.deploy.submit import STARTED
+from fomoe_flwr.deploy.supernode import (
+    ACCEPTED,
+    CLIENT_APP,
+    EXECUTOR,
+    RECEIVED,
+    REFUSED,
+    SENDING,
+    SUPERNODE,
+    Watch,
+)
 from tests.conftest import SMALL_MODEL, SMALL_TRAIN
 from tests.e2e.deployment import BIN, REPOSITORY, Deployment, Marker, blocks, free_port, until
 from tests.strategies.helpers import metrics
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def small(corpus: Path, cache: Path) -> list[str]:
@@ -48,31 +60,24 @@ def assert_same_losses(run_dir: Path, reference: Path) -> None:
             assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
 
 
-@dataclass
-class ByTheBook:
-    """What came of following the document."""
-
-    marker: Marker
-    overrides: list[str]
-    run_dir: Path
-    stranger: tuple[int, str]  # exit code and output of a site whose key was not registered
-    exit_codes: dict[str, int]  # of what runs until Ctrl-C
-    left: list[str]  # processes, after Ctrl-C
+def text_of_site(name: str) -> str:
+    return next(text for _, text in blocks() if text.startswith("fomoe site") and f"--name {name}" in text)
 
 
-@pytest.fixture(scope="module")
-def by_the_book(
-    tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path
-) -> Iterator[ByTheBook]:
-    """The document's blocks, one after the other, each in a shell with its settings: unchanged."""
-    folder = tmp_path_factory.mktemp("book")
+def test_the_document_word_for_word(tmp_path: Path, corpus_dir: Path, cache_dir: Path) -> None:
+    """Its blocks one after the other, each in a shell with its settings, unchanged.
+
+    One test, because it takes long: the losses are those of a run in one process, a site whose key is not registered is
+    turned away, Ctrl-C ends all, and Flower still prints what `fomoe site` and `fomoe submit` read.
+    """
     overrides = small(corpus_dir, cache_dir)
+    folder = tmp_path / "fomoe"
     marker = Marker(
-        folder / "logs",
+        tmp_path / "logs",
         {
             "SERVER": f"127.0.0.1:{free_port()}",
-            "FOLDER": str(folder / "fomoe"),
-            "FLWR_HOME": str(folder / "fomoe/flower"),
+            "FOLDER": str(folder),
+            "FLWR_HOME": str(folder / "flower"),
             "ROUNDS": str(ROUNDS),
             "OVERRIDES": shlex.join(overrides),
         },
@@ -84,57 +89,73 @@ def by_the_book(
         return marker.start(name, ["bash", "-e", "-o", "pipefail", "-c", f"{settings}\n{text}"], REPOSITORY)
 
     background: dict[str, subprocess.Popen[bytes]] = {}
-    stranger: subprocess.Popen[bytes] | None = None
+    programs: set[str] = set()
+    submitted = ""
     try:
         for number, (heading, text) in enumerate(blocks()):
             name = f"{number:02d}_{heading.replace(' ', '_')}"
             if "\nfomoe server" in text or text.startswith("fomoe site"):
                 background[name] = shell(name, text)
                 continue
-            if heading == "A run":  # in the middle of it, one that nobody knows
+            if heading == "A run":
+                # In the middle of it, a site whose key the SuperLink does not know.
                 command = (
                     text_of_site("c").replace("--name c", "--name d").replace('"$FOLDER/c"', '"$FOLDER/d"')
                 )
                 stranger = shell("stranger", f'ssh-keygen -q -t ecdsa -b 384 -N "" -f "$FOLDER/d"\n{command}')
+                submitted = name
             done = shell(name, text)
-            assert done.wait(180) == 0, marker.logs()
-        assert stranger is not None
-        refused = (stranger.wait(60), marker.log("stranger"))
+            deadline = time.monotonic() + 180
+            while done.poll() is None and time.monotonic() < deadline:
+                if heading == "A run":
+                    programs |= {program_of(process.pid) for process in marker.marked.look()}
+                time.sleep(0.1)
+            assert done.poll() == 0, marker.logs()
+        stranger_code = stranger.wait(60)
         for process in reversed(background.values()):
             os.killpg(process.pid, signal.SIGINT)
         exit_codes = {name: process.wait(30) for name, process in background.items()}
         until(lambda: not marker.left() or None, 15, lambda: f"left: {marker.left()}")
-        yield ByTheBook(marker, overrides, folder / "fomoe/run", refused, exit_codes, marker.left())
     finally:
         marker.end_all()
 
+    more = [f"train.rounds={ROUNDS + 1}", f"federation={folder}/labs.yaml"]
+    assert_same_losses(folder / "run", local_run([*overrides, *more], tmp_path / "local"))
+    assert all(len(line["sites"]) == 3 for line in metrics(folder / "run")[1:])
+    assert [code for name, code in exit_codes.items() if "sites" in name] == [130, 130, 130]
 
-def text_of_site(name: str) -> str:
-    return next(text for _, text in blocks() if text.startswith("fomoe site") and f"--name {name}" in text)
+    assert stranger_code == 1
+    last = marker.log("stranger").splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"flwr supernode register {folder}/d.pub" in last
 
-
-def test_the_document_gives_the_losses_of_a_run_in_one_process(
-    by_the_book: ByTheBook, tmp_path: Path
-) -> None:
-    federation = by_the_book.run_dir.parent / "labs.yaml"
-    more = [f"train.rounds={ROUNDS + 1}", f"federation={federation}"]
-    assert_same_losses(by_the_book.run_dir, local_run([*by_the_book.overrides, *more], tmp_path / "local"))
-    assert all(len(line["sites"]) == 3 for line in metrics(by_the_book.run_dir)[1:])
-
-
-def test_what_the_document_starts_ends_with_ctrl_c(by_the_book: ByTheBook) -> None:
-    assert by_the_book.left == []
-    sites = [code for name, code in by_the_book.exit_codes.items() if "sites" in name]
-    assert sites == [130, 130, 130]
+    logs = {name: marker.log(name) for name in background if "sites" in name}
+    assert_heard(logs, marker.log("stranger"), marker.log(submitted), programs)
 
 
-def test_a_key_that_is_not_registered_is_turned_away(by_the_book: ByTheBook) -> None:
-    code, output = by_the_book.stranger
-    assert code == 1
-    last = output.splitlines()[-1]
-    assert last.startswith("error: the SuperLink at 127.0.0.1:")
-    assert "does not know the key" in last
-    assert f"flwr supernode register {by_the_book.run_dir.parent}/d.pub" in last
+def watch_of(log: str) -> Watch:
+    """What the watch of a SuperNode knows after it has heard all of this."""
+    watch = Watch()
+    for line in log.splitlines():
+        watch.hear(line, 0.0)
+    return watch
+
+
+def assert_heard(sites: dict[str, str], refused_site: str, submitted: str, programs: set[str]) -> None:
+    """That Flower prints and starts what `fomoe_flwr/deploy` looks for; each failure names what is missing."""
+    assert {SUPERNODE, EXECUTOR, CLIENT_APP} <= programs, "names of Flower's programs"
+    assert STARTED.search(submitted), f"{STARTED.pattern}: {submitted}"
+    assert REFUSED.search(refused_site), f"{REFUSED.pattern}: {refused_site}"
+    watch = watch_of(refused_site)
+    assert (watch.node, watch.refused) == (None, KEY_REFUSED)
+    for name, log in sites.items():
+        for pattern in (ACCEPTED, RECEIVED, SENDING):
+            assert pattern.search(log), f"{pattern.pattern} in the output of {name}: {log}"
+        watch = watch_of(log)
+        assert watch.node is not None
+        assert watch.refused is None
+        # Every message was answered, in lines of the order that the watch expects.
+        assert watch._waiting_since is None, log
 
 
 @pytest.mark.slow
