@@ -1,16 +1,32 @@
-"""The log and tables on a terminal."""
+"""A terminal: arguments, the log, tables."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fomoe_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 WIDEST = 200  # columns of a table
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises a `ConfigError` of one line, and takes options by their full names only.
+
+    argparse itself prints the whole usage and exits; abbreviations would break when an option is added.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
 
 
 def setup_logging(verbose: bool = False) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from fomoe_flwr.arguments import Parser
 from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
+from fomoe_flwr.console import Parser
 from fomoe_flwr.data import LabelledBatch, check_vocabulary, load_tokenizer, prepare
 from fomoe_flwr.data.corpus import source_digest
 from fomoe_flwr.engine.device import resolve_device, use_cpu

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe_flwr.arguments import Parser
+from fomoe_flwr.console import Parser
 from fomoe_flwr.deploy.flower import toml_string
 from fomoe_flwr.deploy.processes import Process
 from fomoe_flwr.files import state_home

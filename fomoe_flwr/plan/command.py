@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fomoe_flwr.arguments import Parser
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.console import Parser
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.plan.advice import advise
 from fomoe_flwr.plan.planner import make_plan
