@@ -240,7 +240,8 @@ def parent_supernode() -> tuple[int, float] | None:
 
     The worker ends when that process does.
     """
-    parents = reversed(psutil.Process().parents())  # so that of two of a name the nearest stays
+    # Of two of a name the nearest is kept.
+    parents = reversed(psutil.Process().parents())
     above = {processes.program_of(process.pid): process.pid for process in parents}
     for program in (SUPERNODE, EXECUTOR):
         if program in above and (started := processes.start_time(above[program])) is not None:

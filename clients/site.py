@@ -164,7 +164,8 @@ def train_round(
     engine = memory.engine(task, device)
     engine.load(task, shard, state.engine)
     shard.clear()
-    del state  # the engine has taken the moments over
+    # The engine holds the moments now, and changes them in place.
+    del state
     start = wire.digests(engine.loaded(), codec)
     report = engine.train(batches())
     # Encoded before the state is saved: what the encoder could not send is part of it.

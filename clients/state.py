@@ -3,10 +3,10 @@ name, what its routers go by besides their weights), and what its encoder has no
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
-The server says which of them counts (`Task.counted_round`), for only it knows whose replies became part of the model.
-Later ones belong to replies that were lost, refused or discarded, and are removed when the next round begins; so
-whatever is older than the newest counted as well, and the server's checkpoint of round c goes with the newest
-state up to c.
+The server says which of them counts (`Task.counted_round`), because only the server knows which replies became part of
+the model. Later files belong to replies that were lost, refused or discarded, and are removed when the next round
+begins. So every file that is older than the newest counted too, and the server's checkpoint of round c goes with the
+newest state up to c.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
 def _tensors(path: Path) -> dict[str, Tensor]:
     """The file's tensors, each in memory of its own.
 
-    Not by safe_open: safetensors 0.8 keeps two objects for each tensor that is read that way, for ever, and a
-    simulation reads every site's state in every round.
+    Not by safe_open: safetensors 0.8 never frees two objects for each tensor that it reads, and a simulation reads all
+    sites' states in every round.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
         return {entry.name: wire.view(blob, entry).clone() for entry in wire.read_header(blob)}
@@ -154,7 +154,7 @@ def _at_checkpoints(files: Mapping[int, Path], round_: int, every: int, keep: in
         for checkpoint in range(last, max(last - keep * every, 0), -every):
             yield from [max((r for r in files if r <= checkpoint), default=0)]
         return
-    # A run with one checkpoint, at its end, may be prolonged, and come back to that until it ends again.
+    # A run with one checkpoint, at its end, may get more rounds; until they end it can go back to that checkpoint.
     for earlier in sorted((r for r in files if r < round_), reverse=True):
         with _opened(files[earlier]) as (_, facts):
             if facts["last_round"] < round_:

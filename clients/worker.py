@@ -78,7 +78,7 @@ class RequestQueue:
 
     def add(self, request: Request) -> None:
         """One more. The worker belongs to the SuperNode of whoever came last."""
-        # By get: a message from other code may lack it, and must still come as far as the look at its code.
+        # A message from other code may lack it. Such a message is declined later, with a reply.
         supernode = request.header.get("supernode")
         with self._changed:
             self.supernode = None if supernode is None else (supernode[0], supernode[1])
@@ -135,7 +135,8 @@ def accept(listener: socket.socket, queue: RequestQueue) -> None:
         try:
             channel = Channel(listener.accept()[0])
         except OSError:
-            return  # the worker is about to end
+            # The listener is closed: the worker is about to end.
+            return
         try:
             queue.add(Request(channel, channel.receive(REQUEST_S)))
         except (OSError, ValueError, KeyError, TypeError):

@@ -144,7 +144,8 @@ def write_blobs(blobs: Iterable[tuple[str, bytes]], folder: Path) -> tuple[IO[by
             sizes[key] = len(blob)
             file.seek(begin)
             rest = memoryview(blob)
-            while rest:  # the system takes at most 2 GiB at a time
+            # The system writes at most 2 GiB at a time.
+            while rest:
                 rest = rest[file.write(rest) :]
             begin += _padded(len(blob))
             del blob, rest

@@ -23,7 +23,8 @@ def flower_environment() -> dict[str, str]:
     environment = SWITCHES | os.environ
     beside = str(Path(sys.executable).parent)
     path = environment.get("PATH", os.defpath).split(os.pathsep)
-    if beside not in path:  # `.venv/bin/fomoe` without an activated environment; Flower looks on the PATH too
+    # `.venv/bin/fomoe` may run without an activated environment; Flower looks for its programs on the PATH.
+    if beside not in path:
         environment["PATH"] = os.pathsep.join([beside, *path])
     return environment
 

@@ -63,7 +63,8 @@ def site(arguments: Sequence[str]) -> int:
 
     with _locked(options) as memory:
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # `nohup fomoe site …` ignores SIGHUP
+            # `nohup fomoe site …` ignores SIGHUP.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, end)
         supervise(options, memory, ended)
     return 130 if received[0] == signal.SIGINT else 0
@@ -169,7 +170,8 @@ def _one_life(options: Options, memory: dict[str, Any], marked: Marked, ended: t
             log.warning("site %s: SuperNode ended with exit code %s", options.name, process.poll())
     finally:
         if process.poll() is None:
-            process.terminate()  # it tells the SuperLink that it leaves
+            # Not killed at once: it tells the SuperLink that it leaves.
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
             process.kill()
@@ -187,7 +189,8 @@ def _pass_on(output: IO[str], watch: Watch) -> None:
             try:
                 sys.stdout.write(line)
                 sys.stdout.flush()
-            except (OSError, ValueError):  # nobody reads our output any more; the SuperNode must not wait
+            except (OSError, ValueError):
+                # No one reads our output any more. Go on reading, or the SuperNode would wait.
                 readable = False
 
 
@@ -204,7 +207,8 @@ def _locked(options: Options) -> Iterator[dict[str, Any]]:
         file.seek(0)
         try:
             memory = dict(json.loads(file.read() or "{}"))
-        except (ValueError, TypeError):  # a write that was cut off; all it holds can be learnt anew
+        except (ValueError, TypeError):
+            # A write that was cut off. All that the file holds can be found out again.
             memory = {}
         if not free:
             raise ConfigError(
@@ -216,7 +220,8 @@ def _locked(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _write(options: Options, memory: Mapping[str, Any]) -> None:
-    options.lock.write_text(json.dumps(memory))  # in place: the lock is on this very file
+    # Not as a new file: the lock is on this very one.
+    options.lock.write_text(json.dumps(memory))
 
 
 def _identity(options: Options) -> str:

@@ -120,7 +120,8 @@ def _check_here(overrides: Sequence[str]) -> None:
     if any(item.startswith("resume=") for item in overrides) or not all(
         Path(file).is_file() for file in named
     ):
-        return  # only the server has the file
+        # Only the server has the file.
+        return
     compose(overrides)
 
 
