@@ -12,7 +12,7 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from tests.conftest import Compose
 from tests.faults.corruption import CORRUPTIONS
 from tests.faults.injector import Faults, grid_with, random_faults
-from tests.strategies.helpers import metrics, new_dir, run
+from tests.strategies.helpers import composed_anew, metrics, run
 
 ROUNDS = 3
 SETTINGS = (f"train.rounds={ROUNDS}", "federation.num_sites=4", "strategy.overlap=2")
@@ -22,7 +22,7 @@ _PLAYED: dict[tuple[object, ...], Path] = {}
 
 def play(small: Compose, tmp_path: Path, faults: Faults, *overrides: str) -> Path:
     """A run with these faults; returns its directory."""
-    return run(small(*SETTINGS, *overrides, run_dir=new_dir(tmp_path)), grid_type=grid_with(faults))
+    return run(composed_anew(small, tmp_path, *SETTINGS, *overrides), grid_type=grid_with(faults))
 
 
 def without(

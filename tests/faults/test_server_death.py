@@ -11,7 +11,7 @@ from tests.conftest import Compose
 from tests.faults.injector import Faults, grid_with
 from tests.faults.server_death import PHASES, run_until_killed
 from tests.faults.test_replies import SETTINGS
-from tests.strategies.helpers import copy_of, finished, metrics, new_dir, run
+from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, run
 from tests.strategies.test_resume import assert_same_run
 
 
@@ -22,7 +22,7 @@ def test_killed_in_any_phase_it_resumes_to_the_same_numbers(
     small: Compose, tmp_path: Path, phase: str, outer: str
 ) -> None:
     overrides = (*SETTINGS, f"strategy.outer={outer}", "strategy.placement=random")
-    composed = small(*overrides, run_dir=new_dir(tmp_path))
+    composed = composed_anew(small, tmp_path, *overrides)
     run_until_killed(composed, Faults(), phase, 2)
     assert len(metrics(composed.run_dir)) == 2  # the lines of rounds 0 and 1
     resumed = run(compose_run([f"resume={composed.run_dir}"]))
@@ -35,7 +35,7 @@ def test_replies_that_were_in_are_not_asked_for_again_unless_they_are_damaged(
 ) -> None:
     """The round had lost site-1 for good; a resumed server must not get another answer from the others."""
     whole = finished(small, tmp_path, *SETTINGS)
-    composed = small(*SETTINGS, run_dir=new_dir(tmp_path))
+    composed = composed_anew(small, tmp_path, *SETTINGS)
     run_until_killed(composed, Faults(), "last reply", 2)
     damaged = copy_of(composed.run_dir)
     nobody = Faults.lost([(f"site-{site}", 2) for site in range(4)])

@@ -28,7 +28,7 @@ from strategies.local_grid import LocalGrid
 from strategies.packing import named_from_flower
 from tests.conftest import Compose
 from tests.server.federation import config_of
-from tests.strategies.helpers import answering, metrics, new_dir, run, without_times
+from tests.strategies.helpers import answering, composed_anew, metrics, new_dir, run, without_times
 
 
 def start_state(composed: Composed) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ def test_fraction_train_samples_sites_from_the_seed() -> None:
 def test_random_placement_moves_experts_and_the_same_run_twice_gives_the_same_lines(
     small: Compose, tmp_path
 ) -> None:
-    composed = small("strategy.placement=random", "strategy.overlap=2", run_dir=new_dir(tmp_path))
+    composed = composed_anew(small, tmp_path, "strategy.placement=random", "strategy.overlap=2")
     lines = metrics(run(composed))
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
     policy = FoMoE(composed.config).server.policy

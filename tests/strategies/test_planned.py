@@ -23,7 +23,7 @@ from fomoe_flwr.report.reality import compare, notes
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
-from tests.strategies.helpers import answering, copy_of, finished, metrics, new_dir, run, without_times
+from tests.strategies.helpers import answering, composed_anew, copy_of, finished, metrics, run, without_times
 
 # Three sites that differ in memory, speed and link; the small model's state needs 1.3 MB whole.
 SITES = (
@@ -134,8 +134,8 @@ def test_a_resumed_run_keeps_its_plan_even_if_what_it_was_measured_by_is_gone(
 ) -> None:
     measured = copy_of(planned)
     settings = (*PLANNED, f"plan.measured={measured}")
-    whole = run(small(*settings, "train.rounds=2", run_dir=new_dir(tmp_path)))
-    parts = run(small(*settings, "train.rounds=1", run_dir=new_dir(tmp_path)))
+    whole = run(composed_anew(small, tmp_path, *settings, "train.rounds=2"))
+    parts = run(composed_anew(small, tmp_path, *settings, "train.rounds=1"))
     for file in measured.glob("*.jsonl"):
         file.unlink()
     run(compose_run([f"resume={parts}", "train.rounds=2"]))

@@ -17,7 +17,7 @@ from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError
 from fomoe_flwr.report.load import load_run
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
-from tests.strategies.helpers import copy_of, finished, metrics, new_dir, run, without_times
+from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, run, without_times
 
 ROUNDS = "train.rounds=4"
 SETTINGS = [
@@ -55,7 +55,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     small: Compose, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     whole = finished(small, tmp_path, ROUNDS, *overrides)
-    half = run(small("train.rounds=2", *overrides, run_dir=new_dir(tmp_path)))
+    half = run(composed_anew(small, tmp_path, "train.rounds=2", *overrides))
     resumed = run(compose_run([f"resume={half}", ROUNDS]))
     assert resumed == half
     assert_same_run(resumed, whole, 4)
@@ -84,8 +84,8 @@ def test_killed_in_the_middle_of_a_round_it_resumes_from_a_checkpoint_that_is_so
 ) -> None:
     """Its sites have states of rounds that the server knows nothing of, and its last line is half written."""
     overrides = ("train.rounds=5", "checkpoint.every=3", "checkpoint.keep=2", "strategy.placement=random")
-    whole = run(small(*overrides, run_dir=new_dir(tmp_path)))
-    composed = small(*overrides, run_dir=new_dir(tmp_path))
+    whole = run(composed_anew(small, tmp_path, *overrides))
+    composed = composed_anew(small, tmp_path, *overrides)
     with pytest.raises(Killed):
         run(composed, real_client_app, grid_that_dies(5))
     with (composed.run_dir / "metrics.jsonl").open("a") as file:

@@ -18,7 +18,7 @@ from fomoe_flwr.load import Shares
 from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import expert_of, gate_name
 from tests.conftest import Compose
-from tests.strategies.helpers import metrics, new_dir, run
+from tests.strategies.helpers import composed_anew, metrics, run
 from tests.strategies.test_resume import assert_same_run
 
 BIAS = ("model.locality=bias", "model.locality_target=0.8", "strategy.overlap=2")
@@ -32,7 +32,7 @@ def ran(composed: Composed) -> list[dict[str, Any]]:
 @pytest.fixture
 def fresh(small: Compose, tmp_path: Path) -> Compose:
     """`small`, each run in a directory of its own."""
-    return lambda *overrides: small(*overrides, run_dir=new_dir(tmp_path))
+    return lambda *overrides: composed_anew(small, tmp_path, *overrides)
 
 
 def parameters_of(run_dir: Path, round_: int) -> dict[str, Tensor]:
