@@ -6,6 +6,5 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault(
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-)  # else Ray hides a GPU from sites that ask for none
+# Otherwise Ray hides a GPU from sites that ask for none.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

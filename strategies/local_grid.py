@@ -20,6 +20,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from strategies.nodes import exchange
+
 log = logging.getLogger("fomoe")
 
 RUN_ID = 1
@@ -101,11 +103,8 @@ class LocalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Flower's barrier, for strategies that use it."""
-        from strategies.nodes import exchange
-
-        return [
-            reply for _, reply in exchange(self, list(messages), math.inf if timeout is None else timeout)
-        ]
+        longest = math.inf if timeout is None else timeout
+        return [reply for _, reply in exchange(self, list(messages), longest)]
 
     def close(self) -> None:
         """Let running sites finish and end the threads."""

@@ -166,9 +166,8 @@ def run_probe(config: RunConfig, parameters: Mapping[str, Tensor], probe_BT: Ten
     for router in routers:
         router.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     with autocast(device, train.dtype):
-        module.hidden(
-            probe_BT[:, :-1].to(device)
-        )  # no logits: with a large vocabulary they are most of the work
+        # No logits: with a large vocabulary they are most of the work.
+        module.hidden(probe_BT[:, :-1].to(device))
     return Probe(inputs, routers)
 
 
@@ -269,7 +268,7 @@ def drift(
     """
     if not before:
         return {}
-    both = [(b, a) for b, a in zip(before, after, strict=True)]
+    both = list(zip(before, after, strict=True))
     figures = {"router_change": [_change(b, a) for b, a in both]}
     if probe is not None:
         sets = [

@@ -65,9 +65,8 @@ class Round:
     down: wire.Traffic = field(default_factory=wire.Traffic)
     up: wire.Traffic = field(default_factory=wire.Traffic)
     replies: dict[int, Reply] = field(default_factory=dict)  # those that are part of the model
-    loads: dict[int, NDArray[np.int64]] = field(
-        default_factory=dict
-    )  # their routers' choices, layers x experts
+    # Their routers' choices, layers x experts.
+    loads: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     norms: dict[int, Norms] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)  # site's name -> reason
     refused: dict[str, str] = field(default_factory=dict)  # site's name -> kind of bad reply
@@ -76,6 +75,10 @@ class Round:
     evaluations: dict[int, Reply] = field(default_factory=dict)  # loss with the site's residents only
     wire_s: float = 0.0  # encoding, pushing, checking
     aggregate_s: float = 0.0  # folding and the outer step
+
+    def residents_by_name(self) -> dict[str, list[list[int]]]:
+        """The experts that each site holds in this round, by site's name and layer."""
+        return {name: self.placement.residents(site) for site, name in enumerate(self.site_names)}
 
     def fail(self, site: int, reason: str, kind: str | None = None) -> None:
         """A site's reply is not part of the model; `kind` if it was a bad one that was refused."""
@@ -267,9 +270,7 @@ class Server:
 
     def take(self, site: int, header: str, blobs: Mapping[str, bytes]) -> bool:
         """A reply to a training message has come; whether it is good. May be called from several threads."""
-        classes = [wire.byte_classes(blob) for blob in blobs.values()]
-        with self._lock:
-            self.round.up.count(site, classes, self._header_bytes(header))
+        self._count(site, header, blobs)
         try:
             self._check(site, header, blobs)
         except Refused as refused:
@@ -292,12 +293,17 @@ class Server:
                 )
                 self.inbox.drop(site)
                 continue
-            classes = [wire.byte_classes(blob) for blob in blobs.values()]
-            self.round.up.count(site, classes, self._header_bytes(header))
+            self._count(site, header, blobs)
             log.info("round %d: site %s has answered before", self.round.number, self.site_names[site])
             taken.append(site)
         self._answered |= set(taken)
         return taken
+
+    def _count(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
+        """Add a reply's bytes to the round's traffic, whether it is good or not."""
+        classes = [wire.byte_classes(blob) for blob in blobs.values()]
+        with self._lock:
+            self.round.up.count(site, classes, self._header_bytes(header))
 
     def _check(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
         """Let a reply in, or raise Refused. Its figures are kept, its tensors are not."""
@@ -311,7 +317,7 @@ class Server:
 
     def take_evaluation(self, site: int, header: str) -> None:
         """A reply to an evaluation message."""
-        self.round.up.count(site, [], self._header_bytes(header))
+        self._count(site, header, {})
         try:
             self.round.evaluations[site] = check_header(header, self._expected[site])
         except Refused as refused:
@@ -327,9 +333,8 @@ class Server:
             expert_share: of an expert's holders that must have answered well for it to be updated.
         """
         current, state = self.round, self.state
-        for site, reason in outliers(
-            current.norms, list(state.norms), self.config.strategy.norm_bound
-        ).items():
+        found = outliers(current.norms, list(state.norms), self.config.strategy.norm_bound)
+        for site, reason in found.items():
             current.fail(site, reason, "norm")
             del current.replies[site], current.loads[site], current.norms[site]
             self.inbox.drop(site)

@@ -127,8 +127,7 @@ class RunRecorder(RoundObserver):
 
     def asked(self, current: Round) -> None:
         if self._placement is None or (current.placement.holds_LEM != self._placement.holds_LEM).any():
-            residents = {name: current.placement.residents(i) for i, name in enumerate(current.site_names)}
-            append_placement(self._composed.run_dir, current.number, residents)
+            append_placement(self._composed.run_dir, current.number, current.residents_by_name())
             self._placement = current.placement
         self._telemetry.begin_round(current.number, len(current.asked))
 
@@ -181,8 +180,8 @@ class RunRecorder(RoundObserver):
         if corpus is None or not train.final_eval_batches or not current.number:
             return
         documents = corpus.val_documents
-        placement = {name: current.placement.residents(i) for i, name in enumerate(current.site_names)}
-        judged = Judged(config.model, config.strategy.routing, state.parameters(), placement)
+        residents = current.residents_by_name()
+        judged = Judged(config.model, config.strategy.routing, state.parameters(), residents)
         text = text_of(corpus, documents, train.seq_len, train.batch_size, train.final_eval_batches)
         with cpu_threads(train.threads):
             device = resolve_device(train.device)
@@ -232,7 +231,7 @@ class RunRecorder(RoundObserver):
     def _save(
         self, current: Round, state: ServerState, memory: Mapping[str, Any], line: dict[str, Any]
     ) -> None:
-        config, number, placement = self._composed.config, current.number, current.placement
+        config, number = self._composed.config, current.number
         facts: dict[str, Any] = {
             "run": self._run,
             "tokens": self._tokens,
@@ -240,7 +239,7 @@ class RunRecorder(RoundObserver):
             "metrics": line,  # for a run that is killed before it has written the line
             "config": dataclasses.asdict(config),
             "overrides": list(self._composed.overrides),
-            "placement": {name: placement.residents(site) for site, name in enumerate(current.site_names)},
+            "placement": current.residents_by_name(),
             # Every random choice is drawn anew from the seed and a counter, so this is the generator's whole state.
             "rng": {"seed": config.seed, "round": number},
         }

@@ -32,9 +32,8 @@ class ServerState:
     outer: OuterOptimizer
     experts: ExpertLedger
     round: int = 0  # the last one that is over
-    counted: dict[str, int] = field(
-        default_factory=dict
-    )  # by site, the last round whose reply is in the model
+    # By site, the last round whose reply is in the model.
+    counted: dict[str, int] = field(default_factory=dict)
     last_losses: dict[str, float] = field(default_factory=dict)  # of each site's last steps in that round
     global_load: Shares | None = None  # of the routers of all sites together
     norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))
@@ -69,11 +68,11 @@ class ExpertLedger:
     """For every expert of every layer: when it was last updated, how many holders are there, what it has seen."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.updated_LE: NDArray[np.int64] = np.zeros(
-            (num_layers, num_experts), dtype=np.int64
-        )  # round; 0: never
-        self.tokens_LE: NDArray[np.int64] = np.zeros((num_layers, num_experts), dtype=np.int64)
-        self.alive_LE: NDArray[np.int64] = np.zeros((num_layers, num_experts), dtype=np.int64)
+        shape = (num_layers, num_experts)
+        # The round of the last update; 0: never.
+        self.updated_LE: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self.tokens_LE: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self.alive_LE: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         self._orphans: set[tuple[int, int]] = set()
         self._starved: list[tuple[int, int]] = []  # of this round
 

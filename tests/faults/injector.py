@@ -1,7 +1,6 @@
 """Faults at a site, a round and a phase, said in a sentence, and the same every time.
 
     Faults().at("site-1", round=2).fail().at("site-2", round=3).corrupt("nan")
-    Faults().at(round=2).kill_server("in commit")
 
 `save` and `load` keep them in a file, so that what once went wrong can be played again.
 """
@@ -22,17 +21,15 @@ from fomoe_flwr.messages import Task
 from strategies.local_grid import LocalGrid
 from tests.faults.corruption import CORRUPTIONS, corrupt
 
-SITE_ACTIONS = ("fail", "lose", "hang", "delay", "repeat", "corrupt")
-
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong. `site` is None for the server's own death."""
+    """One thing that goes wrong."""
 
     action: str
     round: int
-    site: str | None = None
-    phase: str = "train"  # of a site: train or evaluate; of the server: one of server_death.PHASES
+    site: str
+    phase: str = "train"  # or evaluate
     what: str = ""  # which corruption
     seconds: float = 0.0
 
@@ -43,7 +40,7 @@ class Faults:
 
     faults: list[Fault] = field(default_factory=list)
 
-    def at(self, site: str | None = None, *, round: int, phase: str = "train") -> Place:
+    def at(self, site: str, *, round: int, phase: str = "train") -> Place:
         return Place(self, site, round, phase)
 
     def of(self, site: str, round_: int, phase: str) -> Fault | None:
@@ -70,7 +67,7 @@ class Place:
     """Where and when; each method says what happens there and gives the list back."""
 
     faults: Faults
-    site: str | None
+    site: str
     round: int
     phase: str
 
@@ -102,11 +99,6 @@ class Place:
         """The answer is wrong in one of the ways of `corruption.CORRUPTIONS`."""
         assert what in CORRUPTIONS, what
         return self._add("corrupt", what)
-
-    def kill_server(self, phase: str) -> Faults:
-        """The server dies there; see `server_death`."""
-        self.faults.faults.append(Fault("kill", self.round, None, phase))
-        return self.faults
 
 
 def random_faults(seed: int, sites: Sequence[str], rounds: int, number: int) -> Faults:

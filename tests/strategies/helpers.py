@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,14 +32,44 @@ Answer = Callable[[Task, dict[str, Tensor]], dict[str, Tensor]]
 def run(
     composed: Composed, client_app: ClientApp = real_client_app, grid_type: type[LocalGrid] = LocalGrid
 ) -> Path:
-    """A whole run over an in-process Grid; returns its directory. Without pictures, which take longer than the run."""
+    """A whole run over an in-process Grid; returns its directory. Without the report, which has tests of its own."""
     grid = grid_type(client_app, len(composed.config.federation.sites), workers=2)
     try:
-        with patch("fomoe_flwr.report.picture.draw"), patch("fomoe_flwr.report.routing.draw_routing"):
+        with patch("strategies.launch.report"):
             run_server(grid, composed)
     finally:
         grid.close()
     return composed.run_dir
+
+
+_NUMBERS = itertools.count()
+_COMPOSED: dict[tuple[str, ...], Composed] = {}
+_FINISHED: dict[tuple[str, ...], Path] = {}
+
+
+def new_dir(tmp_path: Path) -> Path:
+    """A directory for a run. All names have one length: the path travels to the sites and counts among their bytes."""
+    return tmp_path.parent / f"run-{next(_NUMBERS):04d}"
+
+
+def composed_anew(small: Callable[..., Composed], tmp_path: Path, *overrides: str) -> Composed:
+    """`small(*overrides)` in a directory of its own. Hydra, which takes a quarter of a run, is asked only once."""
+    if overrides not in _COMPOSED:
+        _COMPOSED[overrides] = small(*overrides)
+    composed = copy.deepcopy(_COMPOSED[overrides])
+    return dataclasses.replace(composed, run_dir=new_dir(tmp_path))
+
+
+def finished(small: Callable[..., Composed], tmp_path: Path, *overrides: str) -> Path:
+    """A run with these settings, trained once for all tests. Only read it; change a `copy_of` it."""
+    if overrides not in _FINISHED:
+        _FINISHED[overrides] = run(composed_anew(small, tmp_path, *overrides))
+    return _FINISHED[overrides]
+
+
+def copy_of(run_dir: Path) -> Path:
+    """The same run in another directory, from where it may be resumed."""
+    return Path(shutil.copytree(run_dir, new_dir(run_dir)))
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

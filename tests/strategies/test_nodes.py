@@ -19,7 +19,7 @@ NAMES = ["a", "b", "c"]
 def connect(node_configs: dict[int, dict[str, str]], nodes: int = 3, minimum: int = 3) -> dict[int, int]:
     grid = LocalGrid(app, nodes, node_configs=node_configs)
     try:
-        return SiteDirectory(NAMES).connected(grid, minimum, timeout=1.0)
+        return SiteDirectory(NAMES).connected(grid, minimum, timeout=0.5)
     finally:
         grid.close()
 
@@ -38,10 +38,10 @@ def test_a_name_goes_before_a_number() -> None:
         (
             {0: {"site": "b"}},
             3,
-            "2 of 3 sites connected, missing a within 1 s; nodes 100 and 101 both say they are site b",
+            "2 of 3 sites connected, missing a within 0.5 s; nodes 100 and 101 both say they are site b",
         ),
         ({0: {"site": "z"}}, 3, "node 100 is site 'z', which this federation does not have; it has a, b, c"),
-        ({}, 2, "2 of 3 sites connected, missing c within 1 s"),
+        ({}, 2, "2 of 3 sites connected, missing c within 0.5 s"),
         (
             {1: {"colour": "red"}},
             3,

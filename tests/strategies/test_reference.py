@@ -18,7 +18,7 @@ from fomoe_flwr.placement import full_residents
 from tests.conftest import Compose
 from tests.strategies.helpers import run
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def streams(config: RunConfig) -> list[TokenStream]:
@@ -133,14 +133,14 @@ def test_our_ddp_is_one_adamw_on_the_mean_gradient(small: Compose) -> None:
         "strategy=ddp",
         "train.local_steps=1",
         "strategy.wire_dtype=fp32",
-        "train.rounds=5",
+        "train.rounds=4",
         "federation.num_sites=2",
     )
     config, train = composed.config, composed.config.train
 
     module = whole_model(config).train()
     optimizer = adamw(module, config)
-    for step in range(5):
+    for step in range(4):
         optimizer.zero_grad()
         for stream in streams(config):
             losses = module(stream.batch(step * train.batch_size, train.batch_size))
@@ -155,12 +155,12 @@ def test_our_ddp_is_one_adamw_on_the_mean_gradient(small: Compose) -> None:
 
 def test_fedavg_is_the_mean_of_what_sites_return_with_fresh_moments_every_round(small: Compose) -> None:
     composed = small(
-        "strategy=fedavg", "strategy.wire_dtype=fp32", "train.rounds=2", "federation.num_sites=2"
+        "strategy=fedavg", "strategy.wire_dtype=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
     )
     config = composed.config
 
     globally = whole_model(config)
-    for round_ in (1, 2):
+    for round_ in range(1, ROUNDS + 1):
         workers = [copy.deepcopy(globally) for _ in range(2)]
         for worker, stream in zip(workers, streams(config), strict=True):
             local_steps(worker, adamw(worker, config), config, stream, round_)

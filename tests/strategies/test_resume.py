@@ -17,16 +17,19 @@ from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError
 from fomoe_flwr.report.load import load_run
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
-from tests.strategies.helpers import metrics, run, without_times
+from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, run, without_times
 
-# The runs' directories have names of one length: the path travels to the sites and counts among their bytes.
-
+ROUNDS = "train.rounds=4"
 SETTINGS = [
     (),
-    ("strategy.placement=random", "strategy.routing=partitioned"),
-    ("strategy.outer=local_adamw", "strategy.wire_dtype=fp32"),
+    (
+        "strategy.placement=random",
+        "strategy.routing=partitioned",
+        "strategy.outer=local_adamw",
+        "strategy.wire_dtype=fp32",
+    ),
     ("strategy=ddp", "train.local_steps=2"),
-    ("strategy.fraction_train=0.5", "strategy.placement=random", "strategy.reshuffle_every=2"),
+    ("strategy.fraction_train=0.5", "strategy.placement=random", "strategy.reshuffle_every=3"),
 ]
 
 
@@ -51,11 +54,11 @@ def assert_same_run(resumed: Path, uninterrupted: Path, rounds: int) -> None:
 def test_resumed_equals_uninterrupted_bit_for_bit(
     small: Compose, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    whole = run(small("train.rounds=5", *overrides, run_dir=tmp_path / "full"))
-    half = run(small("train.rounds=2", *overrides, run_dir=tmp_path / "half"))
-    resumed = run(compose_run([f"resume={half}", "train.rounds=5"]))
+    whole = finished(small, tmp_path, ROUNDS, *overrides)
+    half = run(composed_anew(small, tmp_path, "train.rounds=2", *overrides))
+    resumed = run(compose_run([f"resume={half}", ROUNDS]))
     assert resumed == half
-    assert_same_run(resumed, whole, 5)
+    assert_same_run(resumed, whole, 4)
 
 
 class Killed(Exception):
@@ -76,55 +79,43 @@ def grid_that_dies(round_: int) -> type[LocalGrid]:
     return DyingGrid
 
 
-def test_a_run_killed_in_the_middle_of_a_round_resumes_to_the_same_numbers(
+def test_killed_in_the_middle_of_a_round_it_resumes_from_a_checkpoint_that_is_some_rounds_old(
     small: Compose, tmp_path: Path
 ) -> None:
-    """Its sites have states of a round that the server knows nothing of."""
-    whole = run(small("train.rounds=5", "strategy.placement=random", run_dir=tmp_path / "full"))
-    composed = small("train.rounds=5", "strategy.placement=random", run_dir=tmp_path / "dies")
+    """Its sites have states of rounds that the server knows nothing of, and its last line is half written."""
+    overrides = ("train.rounds=5", "checkpoint.every=3", "checkpoint.keep=2", "strategy.placement=random")
+    whole = run(composed_anew(small, tmp_path, *overrides))
+    composed = composed_anew(small, tmp_path, *overrides)
     with pytest.raises(Killed):
-        run(composed, real_client_app, grid_that_dies(4))
+        run(composed, real_client_app, grid_that_dies(5))
     with (composed.run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"round": 4, "half a li')
+        file.write('{"round": 5, "half a li')
     assert_same_run(run(compose_run([f"resume={composed.run_dir}"])), whole, 5)
-
-
-def test_checkpoints_may_be_rarer_than_rounds(small: Compose, tmp_path: Path) -> None:
-    overrides = ("train.rounds=7", "checkpoint.every=3", "checkpoint.keep=2")
-    whole = run(small(*overrides, run_dir=tmp_path / "full"))
-    composed = small(*overrides, run_dir=tmp_path / "dies")
-    with pytest.raises(Killed):
-        run(composed, real_client_app, grid_that_dies(6))
-    assert_same_run(run(compose_run([f"resume={composed.run_dir}"])), whole, 7)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     small: Compose, tmp_path: Path, caplog
 ) -> None:
-    whole = run(small("train.rounds=4", run_dir=tmp_path / "full"))
-    half = run(small("train.rounds=3", run_dir=tmp_path / "half"))
-    damaged = checkpoint_path(half, 3) / "parameters.safetensors"
+    whole = finished(small, tmp_path, ROUNDS)
+    copy = copy_of(whole)
+    damaged = checkpoint_path(copy, 4) / "parameters.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    resumed = run(compose_run([f"resume={half}", "train.rounds=4"]))
-    assert_same_run(resumed, whole, 4)
-    assert "round_00003: parameters.safetensors is damaged" in caplog.text
+    assert_same_run(run(compose_run([f"resume={copy}"])), whole, 4)
+    assert "round_00004: parameters.safetensors is damaged" in caplog.text
 
 
-def test_a_checkpoint_itself_may_be_named(small: Compose, tmp_path: Path) -> None:
-    whole = run(small("train.rounds=4", run_dir=tmp_path / "full"))
-    half = run(small("train.rounds=3", run_dir=tmp_path / "half"))
-    assert_same_run(run(compose_run([f"resume={checkpoint_path(half, 2)}", "train.rounds=4"])), whole, 4)
-
-
-def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(small: Compose, tmp_path: Path) -> None:
+def test_a_checkpoint_itself_may_be_named_and_what_came_after_it_is_forgotten(
+    small: Compose, tmp_path: Path
+) -> None:
     """Else a crash soon after would resume the abandoned future, as the newest there is."""
-    half = run(small("train.rounds=3", run_dir=tmp_path / "half"))
-    composed = compose_run([f"resume={checkpoint_path(half, 1)}", "train.rounds=3"])
+    whole = finished(small, tmp_path, ROUNDS)
+    copy = copy_of(whole)
     with pytest.raises(Killed):
-        run(composed, real_client_app, grid_that_dies(2))
-    assert [path.name for path in list_checkpoints(half)] == ["round_00001"]
+        run(compose_run([f"resume={checkpoint_path(copy, 2)}"]), real_client_app, grid_that_dies(3))
+    assert [path.name for path in list_checkpoints(copy)] == ["round_00002"]
+    assert_same_run(run(compose_run([f"resume={copy}"])), whole, 4)
 
 
 def test_a_new_choice_of_a_group_replaces_what_was_saved_within_it() -> None:
@@ -134,23 +125,23 @@ def test_a_new_choice_of_a_group_replaces_what_was_saved_within_it() -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(small: Compose, tmp_path: Path) -> None:
-    half = run(small("train.rounds=1", run_dir=tmp_path / "half"))
+    whole = finished(small, tmp_path, ROUNDS)
     with pytest.raises(CheckpointError, match=r"model.d_model=64, but the checkpoint was made with 32"):
-        run(compose_run([f"resume={half}", "model.d_model=64"]))
+        run(compose_run([f"resume={whole}", "model.d_model=64"]))
 
 
 def test_nothing_to_resume_from_is_one_clear_line(small: Compose, tmp_path: Path) -> None:
     with pytest.raises(FomoeError, match="no such directory"):
         compose_run([f"resume={tmp_path / 'nowhere'}"])
-    half = run(small("train.rounds=1", run_dir=tmp_path / "half"))
-    shutil.rmtree(half / "checkpoints")
+    copy = copy_of(finished(small, tmp_path, ROUNDS))
+    shutil.rmtree(copy / "checkpoints")
     with pytest.raises(FomoeError, match="no checkpoint in"):
-        compose_run([f"resume={half}"])
+        compose_run([f"resume={copy}"])
 
 
 def test_keys_that_are_gone_do_not_keep_an_old_run_from_going_on(small: Compose, tmp_path: Path) -> None:
     """Neither those of its overrides nor those of its config.yaml, which the report reads."""
-    run_dir = run(small("train.rounds=1", run_dir=tmp_path / "old"))
+    run_dir = copy_of(finished(small, tmp_path, ROUNDS))
     file = run_dir / "config.yaml"
     text = file.read_text().replace("strategy:\n", "strategy:\n  moves: full\n  move_ratio: 50.0\n")
     text = text.replace("placement: fixed", "placement: planned").replace(
