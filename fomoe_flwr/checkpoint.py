@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fomoe_flwr.compose import Composed, compose, merge_overrides
+from fomoe_flwr.compose import Composed, compose, earlier_placement, merge_overrides
 from fomoe_flwr.errors import CheckpointError
 from fomoe_flwr.files import flush
 
@@ -220,7 +220,10 @@ def resumed_overrides(overrides: Sequence[str]) -> list[str]:
     if where in ("null", ""):
         return list(overrides)
     run_dir, checkpoint = resume_from(where)
-    merged = merge_overrides(checkpoint.manifest["overrides"], overrides)
+    saved = checkpoint.manifest["overrides"]
+    if (placement := earlier_placement(checkpoint.manifest["config"])) is not None:
+        saved = merge_overrides(saved, [f"strategy.placement={placement}"])
+    merged = merge_overrides(saved, overrides)
     if not any(item.startswith("hydra.run.dir=") for item in merged):
         merged.append(f"hydra.run.dir={run_dir}")
     return merged

@@ -170,3 +170,7 @@ def _job(tree: DictConfig) -> None:
             raise  # Hydra goes on with the other jobs and fails at the end
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,21 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     return config
 
 
+def earlier_placement(values: Mapping[str, Any]) -> str | None:
+    """strategy.placement of a run whose version said by plan.policy of which kind its plan was; else None."""
+    plan, strategy = values.get("plan"), values.get("strategy")
+    if not isinstance(plan, dict) or not isinstance(strategy, dict) or strategy.get("placement") != "planned":
+        return None
+    return None if plan.get("policy") in (None, "solver") else str(plan["policy"])
+
+
 def _renew(values: dict[str, Any]) -> None:
     """Take out what earlier versions had in a run's config.yaml (`REMOVED`)."""
-    plan, strategy = values.get("plan", {}), values.get("strategy", {})
-    if strategy.get("placement") == "planned" and plan.get("policy", "solver") != "solver":
-        strategy["placement"] = plan["policy"]
+    if (placement := earlier_placement(values)) is not None:
+        values["strategy"]["placement"] = placement
     for section, _, name in (key.partition(".") for key in REMOVED):
-        values.get(section, {}).pop(name, None)
+        if isinstance(values.get(section), dict):
+            values[section].pop(name, None)
 
 
 def _read_federation(path: str) -> FederationConfig:
@@ -155,14 +163,7 @@ def merge_overrides(saved: Sequence[str], new: Sequence[str]) -> list[str]:
     def key(item: str) -> str:
         return item.partition("=")[0].lstrip("+~")
 
-    policy = next((item.partition("=")[2] for item in saved if key(item) == "plan.policy"), "solver")
-    saved = [
-        f"strategy.placement={policy}"
-        if item == "strategy.placement=planned" and policy != "solver"
-        else item
-        for item in saved
-        if key(item) not in REMOVED
-    ]
+    saved = [item for item in saved if key(item) not in REMOVED]
     replaced = {key(item) for item in new}
     groups = tuple(f"{name}." for name in replaced if "." not in name)
     return [item for item in saved if key(item) not in replaced and not key(item).startswith(groups)] + list(
@@ -213,6 +214,9 @@ def one_line(error: Exception) -> str:
     unknown = re.search(r"Key '[^']+' (?:is )?not in[\s\S]*?full_key: (\S+)", text) or overridden
     if unknown:
         key = unknown[1]
+        if key in REMOVED:
+            instead = f"; use {REMOVED[key]}" if REMOVED[key] else ""
+            return f"{key}: unknown key, removed in this version{instead}"
         # A key of one of the sites comes without the list it stands in.
         within = f"{overridden[1]}: " if overridden and overridden[1] != key else ""
         close = difflib.get_close_matches(key, [*known_keys(), *known_keys(SiteConfig)], n=1, cutoff=0.6)

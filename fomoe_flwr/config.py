@@ -14,8 +14,9 @@ from fomoe_flwr.errors import ConfigError
 
 T = TypeVar("T")
 
-# Keys of earlier versions, which a run of theirs may still have in its config.yaml or its checkpoint (`compose.py`).
-REMOVED = ("strategy.moves", "strategy.move_ratio", "plan.policy")
+# Keys of earlier versions, which a run of theirs may still have in its config.yaml or its checkpoint, and what to use
+# instead (`compose.py`).
+REMOVED = {"strategy.moves": "", "strategy.move_ratio": "", "plan.policy": "strategy.placement"}
 
 # The values of strategy.placement that go by a plan, which is made anew when sites leave or return.
 PLANNED = ("planned", "memory", "affine", "equal")

@@ -8,6 +8,7 @@ A line for each round whose placement is not that of the line before:
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,13 +49,15 @@ def read_placements(run_dir: Path, site_names: Sequence[str], num_experts: int) 
     """
     placements = {}
     for line in _lines(run_dir):
-        residents, num_layers = line["residents"], max(map(len, line["residents"].values()), default=0)
-        try:
-            placements[line["round"]] = from_residents(
-                [residents.get(name, [[]] * num_layers) for name in site_names], num_experts
-            )
-        except (IndexError, TypeError, ValueError) as error:
-            raise RunError(f"{run_dir / NAME}, round {line['round']}: no placement of this model") from error
+        residents = line["residents"]
+        experts = {expert for layers in residents.values() for layer in layers for expert in layer}
+        sizes = {len(layers) for layers in residents.values()}
+        if len(sizes) != 1 or not experts <= set(range(num_experts)):
+            raise RunError(f"{run_dir / NAME}, round {line['round']}: not a placement of this run's model")
+        nothing: list[list[int]] = [[]] * sizes.pop()
+        placements[line["round"]] = from_residents(
+            [residents.get(name, nothing) for name in site_names], num_experts
+        )
     return placements
 
 
@@ -67,8 +70,12 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            found.append({"round": int(line["round"]), "residents": dict(line["residents"])})
-        except (ValueError, KeyError, TypeError) as error:
+            residents = {
+                site: [[operator.index(expert) for expert in layer] for layer in layers]
+                for site, layers in line["residents"].items()
+            }
+            found.append({"round": operator.index(line["round"]), "residents": residents})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(texts):
                 break
             raise RunError(f"{path}, line {number}: not a round's placement ({error})") from error

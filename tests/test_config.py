@@ -575,9 +575,7 @@ def test_every_section_stops_at_an_unknown_key() -> None:
         (["a.b=x=y"], ["a.b=z=w"], ["a.b=z=w"]),
         # Keys of earlier versions, which this one has no more.
         (["strategy.moves=full", "a=1"], [], ["a=1"]),
-        (["strategy.placement=planned", "plan.policy=memory"], [], ["strategy.placement=memory"]),
-        (["strategy.placement=planned", "plan.policy=solver"], [], ["strategy.placement=planned"]),
-        (["plan.policy=memory"], ["a=1"], ["a=1"]),
+        (["++plan.policy=memory"], ["a=1"], ["a=1"]),
     ],
 )
 def test_of_one_key_the_new_override_stays(

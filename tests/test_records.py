@@ -43,9 +43,25 @@ def test_a_resumed_run_forgets_what_it_plays_again(tmp_path: Path) -> None:
     assert read_placements(tmp_path / "elsewhere", ["a"], 3) == {}
 
 
-@pytest.mark.parametrize("bad", ["not json\n{}\n", '{"round": 1, "residents": {"a": [[7]]}}\n{}\n'])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "not json",
+        "null",
+        "[" * 100_000,
+        '{"round": 1}',
+        '{"round": Infinity, "residents": {"a": [[1]]}}',
+        '{"round": 1, "residents": {"a": 5}}',
+        '{"round": 1, "residents": {"a": [[0.5]]}}',
+        '{"round": 1, "residents": {"a": [[7]]}}',
+        '{"round": 1, "residents": {"a": [[-1]]}}',
+        '{"round": 1, "residents": {"a": [[1]], "b": [[1], [2]]}}',
+        '{"round": 1, "residents": {}}',
+    ],
+    ids=lambda bad: bad[:40],
+)
 def test_a_damaged_record_is_named(tmp_path: Path, bad: str) -> None:
-    (tmp_path / NAME).write_text(bad)
+    (tmp_path / NAME).write_text(bad + '\n{"round": 2, "residents": {"a": [[1]]}}\n')
     with pytest.raises(RunError, match=r"placements\.jsonl.*(line 1|round 1)"):
         read_placements(tmp_path, ["a"], 3)
 

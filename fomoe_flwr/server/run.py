@@ -88,8 +88,9 @@ def open_run(composed: Composed) -> Iterator[Run]:
     checkpoint = resume_from(config.resume)[1] if config.resume else None
     if checkpoint is not None:
         check_resumable(checkpoint, config)
-        forget_later(checkpoint)
+        # First what may fail: only then is anything deleted.
         cut_placements(run_dir, checkpoint.round)
+        forget_later(checkpoint)
     else:
         check_unused(composed)
     name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]

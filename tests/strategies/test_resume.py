@@ -11,9 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from clients.app import app as real_client_app
-from fomoe_flwr.checkpoint import checkpoint_path, compose_run, list_checkpoints, read_checkpoint
+from fomoe_flwr import checkpoint
+from fomoe_flwr.checkpoint import (
+    checkpoint_path,
+    compose_run,
+    list_checkpoints,
+    read_checkpoint,
+    resume_from,
+)
 from fomoe_flwr.compose import merge_overrides
-from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError
+from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError, RunError
 from fomoe_flwr.report.load import load_run
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
@@ -149,6 +156,35 @@ def test_keys_that_are_gone_do_not_keep_an_old_run_from_going_on(small: Compose,
     )
     file.write_text(text)
     assert load_run(run_dir).config.strategy.placement == "affine"
+    file.write_text("plan: null\nstrategy: [1]\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_run(run_dir)
     for given in ("strategy.moves=full", "+strategy.moves=full"):
-        with pytest.raises(ConfigError, match=r"strategy\.moves: unknown key"):
+        with pytest.raises(ConfigError, match=r"strategy\.moves: unknown key, removed"):
             small(given)
+    with pytest.raises(ConfigError, match=r"plan\.policy: unknown key, removed .*use strategy\.placement"):
+        small("plan.policy=memory")
+
+
+@pytest.mark.parametrize("spelled", ["strategy.placement=planned", "++strategy.placement='planned'"])
+def test_the_kind_of_plan_of_an_earlier_version_is_kept(
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    """What counts is the configuration that the run had, however its overrides spelled it."""
+    where, whole = resume_from(str(finished(small, tmp_path, ROUNDS)))
+    config = whole.manifest["config"]
+    config["strategy"]["placement"], config["plan"]["policy"] = "planned", "memory"
+    overrides = [*whole.manifest["overrides"], spelled, "++plan.policy=memory"]
+    whole.manifest["overrides"] = overrides
+    monkeypatch.setattr(checkpoint, "resume_from", lambda _: (where, whole))
+    assert compose_run(["resume=RUN"]).config.strategy.placement == "memory"
+    assert compose_run(["resume=RUN", "strategy.placement=equal"]).config.strategy.placement == "equal"
+
+
+def test_a_resume_that_is_refused_deletes_nothing(small: Compose, tmp_path: Path) -> None:
+    copy = copy_of(finished(small, tmp_path, ROUNDS))
+    (copy / "placements.jsonl").write_text("damaged\n{}\n")
+    before = sorted((copy / "checkpoints").iterdir())
+    with pytest.raises(RunError, match=r"placements\.jsonl, line 1"):
+        run(compose_run([f"resume={before[0]}"]))
+    assert sorted((copy / "checkpoints").iterdir()) == before
