@@ -28,6 +28,10 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
         return [SiteConfig(name=f"site-{index}") for index in range(federation.num_sites)]
     sites = []
     for site in federation.sites:
+        if site.data_path == "":
+            raise ConfigError(
+                f"federation.sites: data_path of site {site.name} is empty; give a file or folder"
+            )
         if site.count > 1 and site.data_path is not None:
             raise ConfigError(
                 f"federation.sites: data_path={site.data_path} of {site.count} sites {site.name}: text of its own is "

@@ -61,12 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from fomoe_flwr.eval_command import evaluate_command
 
                 evaluate_command(options)
-            case ["report", directory]:
+            case ["report", directory] if not directory.startswith("-"):
                 report(Path(directory), Console())
             case ["server", *options]:
-                from fomoe_flwr.deploy.server import (
-                    server,  # each of the three is imported by those who need it
-                )
+                from fomoe_flwr.deploy.server import server
 
                 server(options)
             case ["site", *options]:
@@ -79,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 submit(options)
             case ["--version"]:
                 print(f"fomoe-flwr {__version__}")
-            case ["--help" | "-h"]:
+            case ["--help" | "-h"] | ["train" | "report" | "submit", "--help" | "-h"]:
                 print(USAGE)
             case _:
                 print(USAGE, file=sys.stderr)
@@ -144,12 +142,14 @@ def check_job(composed: Composed) -> None:
 
     config = composed.config
     resolve_device(config.train.device)
-    if config.data.partition == "own":
-        for site in config.federation.sites:
-            if site.data_path is None:  # simulated sites have no operators who could give it
-                raise ConfigError(
-                    f"data.partition=own: site {site.name} has no data_path in the federation file"
-                )
+    for site in config.federation.sites:
+        # Simulated sites have no operators who could give it.
+        if site.data_path is None and config.data.partition == "own":
+            raise ConfigError(f"data.partition=own: site {site.name} has no data_path in the federation file")
+        if site.data_path is not None and not Path(site.data_path).expanduser().exists():
+            raise ConfigError(
+                f"federation.sites: data_path={site.data_path} of site {site.name}: no such file or folder"
+            )
     open_validation(config)
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from fomoe_flwr.checks import FILE_SOURCES
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.console import Parser
@@ -87,6 +88,8 @@ def evaluate_request(given: argparse.Namespace) -> dict[str, Any]:
     if reference is not None:
         _check_reference(reference, data)
     data, part = choose_part(saved.data, data, "data.val_fraction" in _keys(given.overrides))
+    if data.source in FILE_SOURCES and data.path is None:
+        raise ConfigError("fomoe eval: the run has no common text; give one by data.path=FILE_OR_FOLDER")
     corpus = prepare(data)
     about = describe_text(data, part, corpus, corpus.val_documents)
     if about["tokens"] < 1:

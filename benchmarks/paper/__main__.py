@@ -27,7 +27,7 @@ def plain(row: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
     parser.add_argument("which", choices=list(DRAWINGS))
-    parser.add_argument("--picture", type=Path, help="PNG to write; default: beside the working directory")
+    parser.add_argument("--picture", type=Path, help="PNG to write; default: figure_8.png, … here")
     parser.add_argument("--json", action="store_true", help="print the numbers drawn")
     chosen = parser.parse_args(arguments)
     picture = chosen.picture or Path(f"{chosen.which.replace('=', '_')}.png")

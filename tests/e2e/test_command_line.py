@@ -16,6 +16,9 @@ from tests.conftest import SMALL_MODEL, SMALL_TRAIN
 from tests.strategies.helpers import metrics, without_times
 
 
+TWO_SITES = ("federation.num_sites=2", "data=text", "data.path=.")
+
+
 def run_arguments(corpus_dir: Path, cache_dir: Path) -> list[str]:
     return [
         *SMALL_MODEL, *SMALL_TRAIN, "data=text", f"data.path={corpus_dir}", f"data.cache_dir={cache_dir}",
@@ -63,6 +66,24 @@ def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
         (["data.tokenizer=/no/tokenizer.json"], "data.tokenizer=/no/tokenizer.json: no such file"),
         (["resume=/no/run"], "resume=/no/run: no such directory"),
         (["federation=/no/sites.yaml"], "federation.path=/no/sites.yaml: no such file"),
+        (
+            [
+                "federation.sites=[{name:a,data_path:/no/text},{name:b}]",
+                "federation.num_sites=2",
+                "data=text",
+                "data.path=.",
+            ],
+            "federation.sites: data_path=/no/text of site a: no such file or folder",
+        ),
+        (
+            [
+                "federation.sites=[{name:a,data_path:''},{name:b}]",
+                "federation.num_sites=2",
+                "data=text",
+                "data.path=.",
+            ],
+            "federation.sites: data_path of site a is empty",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
