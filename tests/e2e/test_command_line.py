@@ -15,7 +15,6 @@ from fomoe_flwr.cli import main
 from tests.conftest import SMALL_MODEL, SMALL_TRAIN
 from tests.strategies.helpers import metrics, without_times
 
-
 TWO_SITES = ("federation.num_sites=2", "data=text", "data.path=.")
 
 
