@@ -80,7 +80,9 @@ class Server:
         header = Reply("run", 1, "site", 1 + site, {}, self.start, [], self._digests(blobs)).to_json()
         reply = check_header(header, self.expected)
         check_blobs(blobs, reply, self.expected)
-        self.contributions[site] = Contribution(reply.num_examples, 1, check_load(reply, self.expected))
+        self.contributions[site] = Contribution(
+            reply.num_examples, 1, check_load(reply, self.expected), np.ones((1, 1), bool)
+        )
         self.inbox.put(site, header, blobs)
 
     def _digests(self, blobs: dict[str, bytes]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.server.replies import Inbox
 
 CHUNK_BYTES = 64 * 2**20  # of the model that is averaged and stepped at a time
+# Of `step_scales`: a pseudo-gradient of very few steps is mostly noise, and must not be taken for a long one.
+MOST_SCALE = 4.0
 
 
 class RunningMean:
@@ -192,6 +194,7 @@ class Contribution(NamedTuple):
     tokens: int
     local_steps: int
     load_LE: NDArray[np.int64]  # its routers' choices, ghosts too; all zero: not said
+    holds_LE: NDArray[np.bool_]  # the experts it holds
 
 
 Contributions = Mapping[int, Contribution]  # by site
@@ -215,10 +218,10 @@ def starved_experts(
     tokens = sum(contribution.tokens for contribution in contributions.values())
     least = least_tokens(strategy.capacity_floor, strategy.capacity_delta, config.model.d_model, tokens)
     tokens_LE = np.zeros(placement.holds_LEM.shape[:2], dtype=np.int64)
-    for site, contribution in contributions.items():
+    for contribution in contributions.values():
         load_LE = contribution.load_LE
         got_LE = load_LE if load_LE.any() else np.full_like(tokens_LE, contribution.tokens)
-        tokens_LE += got_LE * placement.holds_LEM[:, :, site]
+        tokens_LE += got_LE * contribution.holds_LE
     return {(layer, expert) for layer, expert in np.argwhere(tokens_LE < least).tolist()}, least
 
 
@@ -244,41 +247,63 @@ def commit(
     # Gradient clipping, which outer=adamw does, needs the whole gradient at once.
     limit = math.inf if config.strategy.outer == "adamw" else CHUNK_BYTES
     nominal = train.local_steps * train.batch_size * train.seq_len  # an ordinary weight is exactly 1
-    scales = step_scales(contributions) if config.strategy.inner == "adamw" else {}
+    weighting, scaled = config.strategy.expert_weighting, config.strategy.inner == "adamw"
+    scales = cache(partial(step_scales, contributions, weighting))
+
+    def weight_of(site: int, name: str) -> float:
+        return _tokens(contributions[site], weighting, expert_of(name)) / nominal
+
+    def scale_of(site: int, name: str) -> float:
+        # LocalAdamW's moments are states and not sums of steps.
+        return scales(expert_of(name))[site] if scaled and not is_moment(name) else 1.0
+
     for chunk in wire.split_bundle(names, sizes, limit):
         mean = RunningMean()
         for site in sorted(contributions):
-            weight = partial(_weight, contributions[site], config.strategy.expert_weighting, nominal)
             named = codec.decode(inbox.tensors(site, chunk))
-            mean.add(named, weight, partial(_scale, scales.get(site, 1.0)))
+            mean.add(named, partial(weight_of, site), partial(scale_of, site))
             inbox.release(site)
         outer.step(mean.finish(), (round_ - 1) * train.local_steps, config.warmup_steps)
     if config.model.router == "orthogonal":
         restore_orthogonality(state, config.model.num_layers)
 
 
-def step_scales(contributions: Contributions) -> dict[int, float]:
+def step_scales(
+    contributions: Contributions, weighting: str, expert: tuple[int, int] | None
+) -> dict[int, float]:
     """By what each site's pseudo-gradient is multiplied so that sites that took more steps do not pull harder.
 
-    A pseudo-gradient grows with the steps that made it. Each is divided by its own K and multiplied by the mean K,
-    weighted by tokens as the mean of the pseudo-gradients is, so the round goes as far as its sites did on average
-    (as FedNova does for SGD, arXiv 2007.07481). Where all take the same number of steps every factor is exactly 1.
+    A pseudo-gradient grows with the steps that made it. Each is divided by its own K and multiplied by the mean K of
+    the sites that take part in the same mean, weighted as that mean is, so it goes as far as they did on average (as
+    FedNova does for SGD, arXiv 2007.07481). An expert's mean takes its holders alone: what other sites did, who do not
+    know the expert, must not stretch its update. Where all took the same number of steps every factor is exactly 1.
+
+    Args:
+        expert: (layer, expert); None: what all sites hold.
+
+    Returns:
+        By site, of those that take part; at most `MOST_SCALE` and at least its inverse.
     """
-    tokens = sum(site.tokens for site in contributions.values())
-    mean = sum(site.tokens * site.local_steps for site in contributions.values()) / tokens if tokens else 0.0
-    return {index: mean / site.local_steps for index, site in contributions.items()}
+    weights = {
+        index: _tokens(site, weighting, expert)
+        for index, site in contributions.items()
+        if expert is None or site.holds_LE[expert]
+    }
+    total = sum(weights.values())
+    if not total:
+        return {}
+    mean = sum(weight * contributions[index].local_steps for index, weight in weights.items()) / total
+    return {
+        index: min(max(mean / contributions[index].local_steps, 1 / MOST_SCALE), MOST_SCALE)
+        for index in weights
+    }
 
 
-def _scale(scale: float, name: str) -> float:
-    return 1.0 if is_moment(name) else scale  # LocalAdamW's moments are states and not sums of steps
-
-
-def _weight(contribution: Contribution, weighting: str, nominal: int, name: str) -> float:
-    """A name weighs the tokens of its site, or those its expert really got."""
-    expert = expert_of(name)
+def _tokens(contribution: Contribution, weighting: str, expert: tuple[int, int] | None) -> int:
+    """What a tensor weighs in its mean: the tokens of its site, or those its expert really got."""
     if expert is None or weighting == "tokens":
-        return contribution.tokens / nominal
-    return float(contribution.load_LE[expert]) / nominal
+        return contribution.tokens
+    return int(contribution.load_LE[expert])
 
 
 # ----- the fewest tokens from which an expert can learn what is its own (LocMoE, arXiv 2401.13920)

@@ -354,7 +354,12 @@ class Server:
         updated = updated_experts(current.placement, current.replies, expert_share)
         current.held_back = state.experts.updated_LE.size - len(updated)
         contributions = {
-            site: Contribution(reply.num_examples, current.steps_M[site], current.loads[site])
+            site: Contribution(
+                reply.num_examples,
+                current.steps_M[site],
+                current.loads[site],
+                current.placement.holds_LEM[:, :, site],
+            )
             for site, reply in current.replies.items()
         }
         starved, least = starved_experts(current.placement, contributions, self.config)

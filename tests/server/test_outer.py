@@ -19,6 +19,7 @@ from fomoe_flwr.model.spec import MOMENTS, expert_name, gate_name, moment_name
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.server import outer as outer_module
 from fomoe_flwr.server.outer import (
+    MOST_SCALE,
     Contribution,
     OuterOptimizer,
     RunningMean,
@@ -336,8 +337,8 @@ SENT = {0: (NORM, SHARED, FIRST), 1: (NORM, SHARED, SECOND), 2: (NORM, SHARED)}
 STEPS = RunConfig().train.local_steps
 
 
-def contribution(*load_E: int, tokens: int = 100, steps: int = STEPS) -> Contribution:
-    return Contribution(tokens, steps, np.array([load_E], dtype=np.int64))
+def contribution(*load_E: int, site: int = 0, tokens: int = 100, steps: int = STEPS) -> Contribution:
+    return Contribution(tokens, steps, np.array([load_E], dtype=np.int64), PLACEMENT.holds_LEM[:, :, site])
 
 
 def reply(site: int) -> dict[str, Tensor]:
@@ -360,7 +361,7 @@ def committed(
     contributions = {}
     for site in arrivals:
         inbox.put(site, "", encode_update(reply(site), CODECS["fp32"], {})[0])
-        contributions[site] = contribution(site, 0, 0, tokens=100 + site, steps=steps[site])
+        contributions[site] = contribution(site, 0, 0, site=site, tokens=100 + site, steps=steps[site])
     state = {name: torch.zeros(40) for name in (NORM, SHARED, FIRST, SECOND)}
     optimizer = OuterOptimizer(state, strategy, ModelConfig(num_experts=3, num_layers=1), config.train)
     updated = updated_experts(PLACEMENT, contributions, 0.5) if updated is None else updated
@@ -414,12 +415,31 @@ def test_updates_of_unequal_steps_are_scaled_and_gradients_are_not(tmp_path: Pat
 
 
 def test_step_scales_by_hand() -> None:
-    equal = {site: contribution(tokens=tokens, steps=50) for site, tokens in enumerate((7, 1001, 333))}
-    assert step_scales(equal) == {0: 1.0, 1: 1.0, 2: 1.0}  # exactly
+    equal = {
+        site: contribution(site=site, tokens=tokens, steps=50) for site, tokens in enumerate((7, 1001, 333))
+    }
+    assert step_scales(equal, "tokens", None) == {0: 1.0, 1: 1.0, 2: 1.0}  # exactly
     # Weights 3 : 1, so the mean K is 25; each site's own K is taken out.
-    unequal = {0: contribution(tokens=300, steps=30), 2: contribution(tokens=100, steps=10)}
-    assert step_scales(unequal) == {0: 25 / 30, 2: 25 / 10}
-    assert step_scales({}) == {}
+    unequal = {
+        0: contribution(1, 9, 9, tokens=300, steps=30),
+        1: contribution(3, 9, 9, site=1, tokens=100, steps=10),
+    }
+    assert step_scales(unequal, "tokens", None) == {0: 25 / 30, 1: 25 / 10}
+    assert step_scales(unequal, "tokens", (0, 0)) == {0: 25 / 30, 1: 25 / 10}
+    # By the tokens that the expert got: 1 : 3, a mean K of 15.
+    assert step_scales(unequal, "routed", (0, 0)) == {0: 15 / 30, 1: 15 / 10}
+    assert step_scales({}, "tokens", None) == {}
+
+
+def test_an_expert_is_scaled_by_its_own_holders_alone() -> None:
+    """Site 1 took a single step, and site 0 many; each of them alone holds an expert."""
+    very = {0: contribution(tokens=3100, steps=31), 1: contribution(site=1, tokens=100, steps=1)}
+    assert step_scales(very, "tokens", (0, 1)) == {0: 1.0}
+    assert step_scales(very, "tokens", (0, 2)) == {1: 1.0}
+    # What both hold is bounded: a step is not taken for thirty.
+    dense = step_scales(very, "tokens", None)
+    assert dense[1] == MOST_SCALE
+    assert dense[0] == pytest.approx((31 * 31 + 1) / 32 / 31)
 
 
 def test_orthogonal_routers_are_projected_after_the_step(tmp_path: Path) -> None:
@@ -475,7 +495,7 @@ FLOOR = RunConfig(model=ModelConfig(d_model=256), strategy=StrategyConfig(capaci
 def test_starved_is_who_got_too_few_tokens_at_its_holders_together(
     loads: Sequence[list[int]], expected: set[tuple[int, int]]
 ) -> None:
-    contributions = {site: contribution(*load_E) for site, load_E in enumerate(loads)}
+    contributions = {site: contribution(*load_E, site=site) for site, load_E in enumerate(loads)}
     assert starved_experts(PLACEMENT, contributions, FLOOR) == (expected, 8)
     assert starved_experts(PLACEMENT, contributions, RunConfig()) == (
         set(),
