@@ -1,6 +1,7 @@
 """What a run tells the world: `metrics.jsonl`, a line on the console, a progress bar, and wandb.
 
-One object with one method a round; where a part is off, it does nothing, and the loop never asks.
+One object with one method a round; where a part is off, it does nothing, and the loop never asks. Only `metrics.jsonl`
+must be written: each other part is an `OptionalOutput`, and its failure does not end a run.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -23,7 +24,31 @@ from fomoe_flwr.units import duration, in_bytes
 
 log = logging.getLogger("fomoe")
 
+T = TypeVar("T")
+
 CURVES = 64  # a figure has a curve for each layer in wandb, but not for more layers than this
+
+
+class OptionalOutput:
+    """An output that a run can do without. After its first failure it is off, and one warning has said so."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._on = name, True
+
+    def __call__(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None if it fails, or something did before."""
+        if not self._on:
+            return None
+        try:
+            return work()
+        # Whatever a library raises.
+        except Exception as error:  # noqa: BLE001
+            self._on = False
+            reason = " ".join(str(error).split())[:200]
+            log.warning(
+                "%s failed, the run goes on without it: %s: %s", self._name, type(error).__name__, reason
+            )
+            return None
 
 
 class Telemetry:
@@ -42,7 +67,9 @@ class Telemetry:
         self._keep_lines(last)
         self._started, self._first_round = time.monotonic(), last["round"] if last else 0
         self._bar: tqdm[Any] | None = None
-        self._wandb = _start_wandb(config, run_dir, run)
+        self._try_bar = OptionalOutput("the progress bar")
+        self._try_wandb = OptionalOutput("wandb (see wandb.mode)")
+        self._wandb = self._try_wandb(lambda: _start_wandb(config, run_dir, run))
 
     def _keep_lines(self, last: Mapping[str, Any] | None) -> None:
         kept = {}
@@ -60,25 +87,25 @@ class Telemetry:
     def begin_round(self, number: int, sites: int) -> None:
         """A bar that fills as sites answer; it shows itself only if the round is long and somebody looks."""
         if sites and sys.stderr.isatty():
-            self._bar = tqdm(total=sites, desc=f"round {number}", unit="site", leave=False, delay=2.0)
+            self._bar = self._try_bar(
+                lambda: tqdm(total=sites, desc=f"round {number}", unit="site", leave=False, delay=2.0)
+            )
 
     def site_answered(self) -> None:
         """One more reply of the round is in."""
-        if self._bar is not None:
-            self._bar.update()
+        if (bar := self._bar) is not None:
+            self._try_bar(lambda: bar.update())
 
     def end_round(self, line: Mapping[str, Any]) -> None:
         """Record a round's line of metrics."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._close_bar()
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         log.info(self._summary(line))
-        if self._wandb is not None:
-            self._wandb.log(figures(line), step=line["round"])
+        if (wandb := self._wandb) is not None:
+            self._try_wandb(lambda: wandb.log(figures(line), step=line["round"]))
 
     def _summary(self, line: Mapping[str, Any]) -> str:
         number, rounds = line["round"], self.config.train.rounds
@@ -107,15 +134,19 @@ class Telemetry:
 
     def end_run(self, evaluation: Mapping[str, Any]) -> None:
         """Show the figures of the finished model among wandb's of the run."""
-        if self._wandb is not None:
-            self._wandb.summary.update(figures(evaluation, "final/"))
+        if (wandb := self._wandb) is not None:
+            self._try_wandb(lambda: wandb.summary.update(figures(evaluation, "final/")))
 
     def close(self, failed: bool = False) -> None:
         """Finish wandb's run, as failed if the run did."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=1 if failed else 0)
+        self._close_bar()
+        if (wandb := self._wandb) is not None:
+            self._try_wandb(lambda: wandb.finish(exit_code=1 if failed else 0))
+
+    def _close_bar(self) -> None:
+        if (bar := self._bar) is not None:
+            self._bar = None
+            self._try_bar(bar.close)
 
 
 def figures(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -19,6 +19,7 @@ from fomoe_flwr.engine.device import resolve_device
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.report import report
 from fomoe_flwr.server.run import open_run
+from fomoe_flwr.telemetry import OptionalOutput
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 
@@ -47,7 +48,8 @@ def run_server(grid: Grid, composed: Composed) -> None:
         strategy.first_round = run.load_into(strategy.server, config) + 1
         strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)
         run.recorder.conclude(strategy.round, strategy.server.state)
-    report(run_dir, Console())
+    # The model is there by now; `fomoe report` draws them again.
+    OptionalOutput("tables and pictures")(lambda: report(run_dir, Console()))
 
 
 def _run_locally(composed: Composed) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,3 +109,41 @@ def test_figures_by_layer_are_curves_in_wandb_and_large_tables_are_not() -> None
         "routing/residents/a/0": 0.5,
         "routing/residents/a/1": 0.25,
     }
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_wandb_may_fail_and_the_figures_are_written_all_the_same(
+    small: Compose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{where}: the service is gone\nwith a second line")
+
+    run = SimpleNamespace(summary={}, log=lambda *_, **__: None, finish=lambda **_: None)
+    if where != "init":
+        setattr(run, where, fail)
+    monkeypatch.setattr("wandb.init", fail if where == "init" else lambda **_: run)
+    composed = small("wandb.mode=offline")
+    with caplog.at_level(logging.WARNING, logger="fomoe"):
+        telemetry = Telemetry(composed.config, composed.run_dir, "run")
+        for number in (1, 2):
+            telemetry.end_round(line(number))
+        telemetry.end_run({"loss": 1.0})
+        telemetry.close()
+    assert written(composed.run_dir) == [1, 2]
+    (said,) = [message for message in caplog.messages if "wandb" in message]
+    assert "the service is gone with a second line" in said
+
+
+def test_a_progress_bar_may_fail(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no terminal any more")
+
+    monkeypatch.setattr("fomoe_flwr.telemetry.tqdm", fail)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    composed = small()
+    telemetry = Telemetry(composed.config, composed.run_dir, "run")
+    telemetry.begin_round(1, sites=2)
+    telemetry.site_answered()
+    telemetry.end_round(line(1))
+    telemetry.close()
+    assert written(composed.run_dir) == [1]

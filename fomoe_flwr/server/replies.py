@@ -34,6 +34,7 @@ from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import MOMENTS
 
 BATCH_BYTES = 8 * 2**20  # hashed and checked at a time, while it is in the processor's cache
+MAX_LOSS = 1e4  # nats a token; what is above is no model's loss
 PIECE = 2**22  # numbers; PyTorch turns what it takes the norm of into fp32 first
 
 
@@ -94,6 +95,19 @@ def check_header(text: str, expected: Expected) -> Reply:
             "weight",
             f"num_examples={reply.num_examples}: must be above 0 and at most the round's {expected.tokens}",
         )
+    return reply
+
+
+def check_evaluation(text: str, expected: Expected) -> Reply:
+    """The reply to an evaluation, which is nothing but its header.
+
+    Raises:
+        Refused: as `check_header`; or there is no loss, or none that a model can have.
+    """
+    reply = check_header(text, expected)
+    loss = reply.metrics.get("val_loss")
+    if loss is None or not 0 <= loss <= MAX_LOSS:
+        raise Refused("loss", f"val_loss={loss}: must be there, at least 0 and at most {MAX_LOSS:g}")
     return reply
 
 

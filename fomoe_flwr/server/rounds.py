@@ -40,6 +40,7 @@ from fomoe_flwr.server.replies import (
     Norms,
     Refused,
     check_blobs,
+    check_evaluation,
     check_header,
     check_load,
     outliers,
@@ -319,7 +320,7 @@ class Server:
         """A reply to an evaluation message."""
         self._count(site, header, {})
         try:
-            self.round.evaluations[site] = check_header(header, self._expected[site])
+            self.round.evaluations[site] = check_evaluation(header, self._expected[site])
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,6 +20,7 @@ from fomoe_flwr.checkpoint import (
     Checkpoint,
     checkpoint_path,
     forget_later,
+    list_checkpoints,
     resume_from,
     save_checkpoint,
 )
@@ -42,6 +44,7 @@ from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.planner import plan_for_run
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
+from fomoe_flwr.records import NAME as PLACEMENTS
 from fomoe_flwr.records import append_placement, cut_placements
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
 from fomoe_flwr.server.replies import Inbox
@@ -93,6 +96,7 @@ def open_run(composed: Composed) -> Iterator[Run]:
         forget_later(checkpoint)
     else:
         check_unused(composed)
+        keep_aside(run_dir)
     name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
     corpus = open_validation(config)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -218,8 +222,10 @@ class RunRecorder(RoundObserver):
         config, number = self._composed.config, current.number
         train = config.train
         if self._corpus is None:
-            losses = [reply.metrics.get("val_loss", 0.0) for reply in current.evaluations.values()]
-            return sum(losses) / len(losses) if losses else None
+            replies = [reply for _, reply in sorted(current.evaluations.items())]
+            tokens = sum(reply.num_examples for reply in replies)
+            lost = sum(reply.num_examples * reply.metrics["val_loss"] for reply in replies)
+            return lost / tokens if tokens else None
         if number % train.eval_every and number != train.rounds:
             return None
         device = resolve_device(train.device)
@@ -330,14 +336,24 @@ def warn_of_memory(plan: Plan, config: RunConfig) -> None:
 def check_unused(composed: Composed) -> None:
     """Refuse to begin a run where another one lives: its metrics and checkpoints would be lost.
 
+    One that has no checkpoint cannot be resumed, so a new one may take its place.
+
     Raises:
         ConfigError: naming both ways out.
     """
     run_dir = composed.run_dir
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+    if list_checkpoints(run_dir):
         raise ConfigError(
             f"hydra.run.dir={run_dir}: holds a run already; go on with it by resume={run_dir}, or choose another"
         )
+
+
+def keep_aside(run_dir: Path) -> None:
+    """Rename what a run left that ended before its first checkpoint, so that a new one does not go on in it."""
+    for name in ("metrics.jsonl", PLACEMENTS):
+        if (run_dir / name).exists():
+            log.info("%s is of a run without a checkpoint: kept as %s.before", run_dir / name, name)
+            (run_dir / name).replace(run_dir / f"{name}.before")
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -234,14 +234,27 @@ def test_a_second_answer_is_refused_and_changes_nothing(config: RunConfig, tmp_p
     assert "site-1" not in server.round.failures  # its first answer counts
 
 
-def test_an_evaluation_is_held_against_what_was_asked(config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"run": "another"}, "run"),
+        ({"num_examples": 0}, "weight"),
+        ({"num_examples": -5}, "weight"),
+        ({"metrics": {}}, "loss"),
+        ({"metrics": {"val_loss": 1e30}}, "loss"),
+        ({"metrics": {"val_loss": -1.0}}, "loss"),
+    ],
+)
+def test_an_evaluation_is_held_against_what_was_asked(
+    config: RunConfig, tmp_path: Path, changed: dict[str, object], refused: str
+) -> None:
     server = server_of(config, tmp_path)
     server.begin(1, range(4), 60.0)
     out = server.outgoing([0, 1], training=False)
     server.take_evaluation(0, answer_to(out[0], metrics={"val_loss": 2.0})[0])
-    server.take_evaluation(1, answer_to(out[1], run="another")[0])
+    server.take_evaluation(1, answer_to(out[1], **changed)[0])
     assert {site: reply.metrics for site, reply in server.round.evaluations.items()} == {0: {"val_loss": 2.0}}
-    assert server.round.refused == {"site-1": "run"}
+    assert server.round.refused == {"site-1": refused}
 
 
 # -- after a crash, and observers ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.rounds import Round
-from fomoe_flwr.server.run import check_resumable, check_unused, metrics_line, warn_of_memory
+from fomoe_flwr.server.run import check_resumable, check_unused, metrics_line, open_run, warn_of_memory
 from tests.conftest import Compose
 from tests.server.federation import config_of
 
@@ -68,13 +68,25 @@ def test_a_round_of_which_nothing_is_known_has_no_means() -> None:
     assert line["sites"] == []
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
-def test_a_run_does_not_begin_where_another_one_lives(small: Compose, left: str) -> None:
+def test_a_run_does_not_begin_where_another_one_lives(small: Compose) -> None:
     composed = small()
     check_unused(composed)
-    (composed.run_dir / left).mkdir(parents=True)
+    checkpoint_path(composed.run_dir, 1).mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*resume="):
         check_unused(composed)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_be_begun_again(small: Compose) -> None:
+    """It cannot be resumed. What it wrote is kept aside."""
+    composed = small()
+    (composed.run_dir / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.jsonl", "placements.jsonl"):
+        (composed.run_dir / name).write_text("old\n")
+    with open_run(composed):
+        pass
+    assert (composed.run_dir / "metrics.jsonl").read_text() == ""
+    assert not (composed.run_dir / "placements.jsonl").exists()
+    assert (composed.run_dir / "placements.jsonl.before").read_text() == "old\n"
 
 
 def test_a_site_that_is_given_more_than_it_has_is_named(
