@@ -71,10 +71,12 @@ def save_checkpoint(
     outer: Mapping[str, Tensor],
     facts: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint and remove all but the newest `keep`.
 
     Args:
+        best: a round whose checkpoint stays, too.
         facts: what else belongs to it, as JSON values (configuration, placement, RNG, tokens).
     """
     final = checkpoint_path(run_dir, round_)
@@ -96,7 +98,8 @@ def save_checkpoint(
     aside.rename(final)
     flush(final.parent)
     for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        if best is None or old != checkpoint_path(run_dir, best):
+            shutil.rmtree(old)
     return final
 
 

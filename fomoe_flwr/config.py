@@ -235,7 +235,8 @@ class CheckpointConfig:
     """When the run is saved and how much of it is kept."""
 
     every: int = at_least(1, 0)  # rounds; 0: only the last round
-    keep: int = at_least(3, 1)  # checkpoints kept, on the server and of each site's state
+    # Newest checkpoints kept, on the server and of each site's state; the server also keeps that of lowest loss.
+    keep: int = at_least(3, 1)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare, validation_batches
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
-from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
 from fomoe_flwr.evaluation import (
     FILE,
     FINAL_DRAWS,
@@ -106,12 +106,17 @@ def open_run(composed: Composed) -> Iterator[Run]:
 
     before, plan = load_plan(run_dir), plan_for_run(run_dir, config)
     warn_of_memory(plan, config)
-    telemetry = Telemetry(config, run_dir, name, checkpoint.manifest["metrics"] if checkpoint else None)
+    last = checkpoint.manifest["metrics"] if checkpoint else None
+    telemetry = Telemetry(config, run_dir, name, last)
     tokens = checkpoint.manifest["tokens"] if checkpoint else 0
     failed = True
     try:
         yield Run(
-            name, plan, RunRecorder(composed, name, corpus, telemetry, tokens), checkpoint, plan != before
+            name,
+            plan,
+            RunRecorder(composed, name, corpus, telemetry, tokens, (last or {}).get("best")),
+            checkpoint,
+            plan != before,
         )
         failed = False
     finally:
@@ -119,16 +124,29 @@ def open_run(composed: Composed) -> Iterator[Run]:
 
 
 class RunRecorder(RoundObserver):
-    """Turns each round into an evaluation, a line of metrics and a checkpoint."""
+    """Turns each round into an evaluation, a line of metrics and a checkpoint.
+
+    Args:
+        best: round and val_loss of the best checkpoint so far, which is kept beside the newest ones.
+    """
 
     def __init__(
-        self, composed: Composed, run: str, corpus: TokenCorpus | None, telemetry: Telemetry, tokens: int
+        self,
+        composed: Composed,
+        run: str,
+        corpus: TokenCorpus | None,
+        telemetry: Telemetry,
+        tokens: int,
+        best: dict[str, Any] | None = None,
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
         self._health = RoutingHealth(composed.config, probe_batch(corpus, composed.config.train.seq_len))
         self._collected_s = 0.0
         self._placement: Placement | None = None  # the last one that this process recorded
+        self._best = best
+        # Twice the loss of guessing every token with equal probability; nan is above it, too.
+        self._worst_loss = 2 * math.log(composed.config.model.vocab_size)
 
     def asked(self, current: Round) -> None:
         if self._placement is None or (current.placement.holds_LEM != self._placement.holds_LEM).any():
@@ -172,11 +190,20 @@ class RunRecorder(RoundObserver):
             line["experts"] = state.experts.summary(current.number)
             table = json.dumps(state.experts.table(current.number))
             write_atomically(self._composed.run_dir / "experts.json", lambda path: path.write_text(table))
-        if current.number and self._is_checkpoint_round(current.number):
+        ruined = current.number > 0 and val_loss is not None and not val_loss <= self._worst_loss
+        if current.number and self._is_checkpoint_round(current.number) and not ruined:
+            if val_loss is not None and (self._best is None or val_loss < self._best["val_loss"]):
+                self._best = {"round": current.number, "val_loss": val_loss}
+            line["best"] = self._best
             self._save(current, state, memory, line)
             seconds["checkpoint"] = time.perf_counter() - looked
             seconds["round"] += seconds["checkpoint"]
         self._telemetry.end_round(line)
+        if ruined:
+            raise RunError(
+                f"round {current.number}: the validation loss is {val_loss:.4g}, far above that of guessing; the model "
+                "is not saved, and resume= goes on from the last checkpoint before it"
+            )
 
     def conclude(self, current: Round, state: ServerState) -> None:
         """The figures that `fomoe eval` prints, of the model as the last round left it, into `evaluation.json`."""
@@ -257,6 +284,7 @@ class RunRecorder(RoundObserver):
             state.outer.state_tensors(),
             facts,
             config.checkpoint.keep,
+            None if self._best is None else self._best["round"],
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fomoe_flwr.checkpoint import (
 from fomoe_flwr.compose import merge_overrides
 from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError, RunError
 from fomoe_flwr.report.load import load_run
+from fomoe_flwr.server.run import RunRecorder
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
 from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, run, without_times
@@ -188,3 +190,22 @@ def test_a_resume_that_is_refused_deletes_nothing(small: Compose, tmp_path: Path
     with pytest.raises(RunError, match=r"placements\.jsonl, line 1"):
         run(compose_run([f"resume={before[0]}"]))
     assert sorted((copy / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize("ruined", [math.nan, 12.0])
+def test_a_ruined_model_is_not_saved_and_the_best_is_kept(
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ruined: float
+) -> None:
+    losses = {0: 5.0, 1: 4.0, 2: 3.0, 3: 3.5, 4: ruined, 5: 3.2}
+    monkeypatch.setattr(RunRecorder, "_evaluate", lambda self, current, state: losses[current.number])
+    overrides = ("train.rounds=5", "checkpoint.keep=1", "train.final_eval_batches=0")
+    composed = small(*overrides, run_dir=tmp_path / "ruined")
+    with pytest.raises(RunError, match=r"round 4: .*not saved"):
+        run(composed)
+    assert metrics(composed.run_dir)[-1]["round"] == 4
+    kept = [path.name for path in list_checkpoints(composed.run_dir)]
+    assert kept == ["round_00002", "round_00003"]
+    losses[4] = 3.4
+    run(compose_run([f"resume={composed.run_dir}"]))
+    assert [path.name for path in list_checkpoints(composed.run_dir)] == ["round_00002", "round_00005"]
+    assert metrics(composed.run_dir)[-1]["best"] == {"round": 2, "val_loss": 3.0}
