@@ -75,6 +75,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and remove all but the newest `keep`.
 
+    Later ones are removed, too: the run was resumed before them, so they are of rounds that are played again. Nothing
+    is removed before this one is on the disk.
+
     Args:
         best: a round whose checkpoint stays, too.
         facts: what else belongs to it, as JSON values (configuration, placement, RNG, tokens).
@@ -97,6 +100,10 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)  # a resumed run passes a round again
     aside.rename(final)
     flush(final.parent)
+    found = list_checkpoints(run_dir)
+    for later in found[found.index(final) + 1 :]:
+        log.warning("round %d: removing %s, which is of before the run was resumed", round_, later.name)
+        shutil.rmtree(later)
     for old in list_checkpoints(run_dir)[:-keep]:
         if best is None or old != checkpoint_path(run_dir, best):
             shutil.rmtree(old)
@@ -197,17 +204,6 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
             log.warning("%s; trying the one before it", error)
             problems.append(str(error))
     raise CheckpointError(f"{asked}: no checkpoint is whole; newest: {problems[0]}")
-
-
-def forget_later(checkpoint: Checkpoint) -> None:
-    """Remove the checkpoints after the one that is resumed: they belong to a future that will not happen.
-
-    Left there, they would count among the newest and be resumed, or kept instead of the run's own.
-    """
-    for path in list_checkpoints(checkpoint.path.parent.parent):
-        if path.name > checkpoint.path.name:
-            log.warning("resuming from %s: removing %s", checkpoint.path.name, path.name)
-            shutil.rmtree(path)
 
 
 # ----- resume=RUN_DIR_OR_CHECKPOINT

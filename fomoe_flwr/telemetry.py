@@ -64,23 +64,25 @@ class Telemetry:
     ) -> None:
         self.config, self.path = config, run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._keep_lines(last)
+        self._last = last
+        if last is None:
+            write_atomically(self.path, lambda path: path.write_text(""))
         self._started, self._first_round = time.monotonic(), last["round"] if last else 0
         self._bar: tqdm[Any] | None = None
         self._try_bar = OptionalOutput("the progress bar")
         self._try_wandb = OptionalOutput("wandb (see wandb.mode)")
         self._wandb = self._try_wandb(lambda: _start_wandb(config, run_dir, run))
 
-    def _keep_lines(self, last: Mapping[str, Any] | None) -> None:
+    def _keep_lines(self, last: Mapping[str, Any]) -> None:
+        """Cut the lines of rounds that are played again, when the first of them is over."""
         kept = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() and last else []:
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 kept[json.loads(line)["round"]] = line
             except (ValueError, KeyError):
                 break  # half a line: the run was killed while it wrote
-        if last:
-            kept.setdefault(last["round"], json.dumps(last))
-            kept = {number: line for number, line in kept.items() if number <= last["round"]}
+        kept.setdefault(last["round"], json.dumps(last))
+        kept = {number: line for number, line in kept.items() if number <= last["round"]}
         text = "".join(f"{line}\n" for line in kept.values())
         write_atomically(self.path, lambda path: path.write_text(text))
 
@@ -99,6 +101,9 @@ class Telemetry:
     def end_round(self, line: Mapping[str, Any]) -> None:
         """Record a round's line of metrics."""
         self._close_bar()
+        if self._last is not None:
+            self._keep_lines(self._last)
+            self._last = None
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -140,6 +145,8 @@ class Telemetry:
     def close(self, failed: bool = False) -> None:
         """Finish wandb's run, as failed if the run did."""
         self._close_bar()
+        if self._last is not None and not failed:
+            self._keep_lines(self._last)
         if (wandb := self._wandb) is not None:
             self._try_wandb(lambda: wandb.finish(exit_code=1 if failed else 0))
 

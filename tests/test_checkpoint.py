@@ -102,8 +102,18 @@ def test_the_newest_are_kept(keep: int, left: list[int], tmp_path: Path) -> None
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, round_) for round_ in left]
 
 
+def test_later_checkpoints_go_when_an_earlier_round_is_saved_again_and_the_best_stays(tmp_path: Path) -> None:
+    for round_ in (1, 2, 3, 4):
+        save(tmp_path, round_)
+    save(tmp_path, 3)
+    assert [path.name for path in list_checkpoints(tmp_path)][-1] == "round_00003"
+    for round_ in (4, 5, 6):
+        save_checkpoint(tmp_path, round_, parameters_of(round_), {}, FACTS, keep=1, best=4)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round_00004", "round_00006"]
+
+
 def test_rounds_sort_as_numbers(tmp_path: Path) -> None:
-    for round_ in (100_000, 99_999):
+    for round_ in (99_999, 100_000):
         save(tmp_path, round_)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["round_99999", "round_100000"]
 

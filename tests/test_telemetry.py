@@ -66,8 +66,13 @@ def test_a_resumed_run_drops_the_lines_of_a_future_it_does_not_have(small: Compo
         telemetry.end_round(line(number))
     with telemetry.path.open("a") as file:
         file.write('{"round": 4, "tok')
-    Telemetry(composed.config, composed.run_dir, "run", last=line(2))
-    assert written(composed.run_dir) == [0, 1, 2]
+    before = telemetry.path.read_text()
+    resumed = Telemetry(composed.config, composed.run_dir, "run", last=line(2))
+    # Nothing is lost before the first round that takes its place is over.
+    assert telemetry.path.read_text() == before
+    resumed.end_round(line(3) | {"tokens": 7})
+    assert written(composed.run_dir) == [0, 1, 2, 3]
+    assert '"tokens": 7' in telemetry.path.read_text()
 
 
 def test_a_line_that_only_the_checkpoint_has_is_written_down(small: Compose) -> None:
@@ -75,7 +80,7 @@ def test_a_line_that_only_the_checkpoint_has_is_written_down(small: Compose) -> 
     composed = small()
     telemetry = Telemetry(composed.config, composed.run_dir, "run")
     telemetry.end_round(line(0))
-    Telemetry(composed.config, composed.run_dir, "run", last=line(1))
+    Telemetry(composed.config, composed.run_dir, "run", last=line(1)).close()
     assert written(composed.run_dir) == [0, 1]
 
 

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from fomoe_flwr.checkpoint import (
     Checkpoint,
     checkpoint_path,
-    forget_later,
     list_checkpoints,
     resume_from,
     save_checkpoint,
@@ -91,9 +90,6 @@ def open_run(composed: Composed) -> Iterator[Run]:
     checkpoint = resume_from(config.resume)[1] if config.resume else None
     if checkpoint is not None:
         check_resumable(checkpoint, config)
-        # First what may fail: only then is anything deleted.
-        cut_placements(run_dir, checkpoint.round)
-        forget_later(checkpoint)
     else:
         check_unused(composed)
         keep_aside(run_dir)
@@ -149,9 +145,6 @@ class RunRecorder(RoundObserver):
         self._worst_loss = 2 * math.log(composed.config.model.vocab_size)
 
     def asked(self, current: Round) -> None:
-        if self._placement is None or (current.placement.holds_LEM != self._placement.holds_LEM).any():
-            append_placement(self._composed.run_dir, current.number, current.residents_by_name())
-            self._placement = current.placement
         self._telemetry.begin_round(current.number, len(current.asked))
 
     def answered(self, current: Round) -> None:
@@ -163,6 +156,8 @@ class RunRecorder(RoundObserver):
         self._collected_s = time.perf_counter() - started
 
     def finished(self, current: Round, state: ServerState, memory: Mapping[str, Any]) -> None:
+        if current.number:
+            self._record_placement(current)
         if current.committed:
             self._tokens += sum(reply.num_examples for reply in current.replies.values())
         started = time.perf_counter()
@@ -204,6 +199,15 @@ class RunRecorder(RoundObserver):
                 f"round {current.number}: the validation loss is {val_loss:.4g}, far above that of guessing; the model "
                 "is not saved, and resume= goes on from the last checkpoint before it"
             )
+
+    def _record_placement(self, current: Round) -> None:
+        run_dir = self._composed.run_dir
+        if self._placement is None:
+            # What is recorded of rounds that are played again goes when the first of them is over.
+            cut_placements(run_dir, current.number - 1)
+        if self._placement is None or (current.placement.holds_LEM != self._placement.holds_LEM).any():
+            append_placement(run_dir, current.number, current.residents_by_name())
+            self._placement = current.placement
 
     def conclude(self, current: Round, state: ServerState) -> None:
         """The figures that `fomoe eval` prints, of the model as the last round left it, into `evaluation.json`."""
@@ -404,6 +408,10 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
             raise CheckpointError(
                 f"resume={config.resume}: {section}.{key}={now}, but the checkpoint was made with {before}"
             )
+    if config.train.rounds < checkpoint.round:
+        raise CheckpointError(
+            f"resume={config.resume}: train.rounds={config.train.rounds}, but {checkpoint.round} are done"
+        )
     if len(saved["federation"]["sites"]) != len(config.federation.sites) or saved["seed"] != config.seed:
         raise CheckpointError(f"resume={config.resume}: other sites or another seed than the checkpoint's")
 

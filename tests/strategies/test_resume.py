@@ -118,13 +118,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 def test_a_checkpoint_itself_may_be_named_and_what_came_after_it_is_forgotten(
     small: Compose, tmp_path: Path
 ) -> None:
-    """Else a crash soon after would resume the abandoned future, as the newest there is."""
+    """Not before the first round that takes its place is on the disk: until then nothing of the run is lost."""
     whole = finished(small, tmp_path, ROUNDS)
     copy = copy_of(whole)
+    before, lines = list_checkpoints(copy), (copy / "metrics.jsonl").read_text()
     with pytest.raises(Killed):
         run(compose_run([f"resume={checkpoint_path(copy, 2)}"]), real_client_app, grid_that_dies(3))
-    assert [path.name for path in list_checkpoints(copy)] == ["round_00002"]
+    assert list_checkpoints(copy) == before
+    assert (copy / "metrics.jsonl").read_text() == lines
+    with pytest.raises(Killed):
+        run(compose_run([f"resume={checkpoint_path(copy, 2)}"]), real_client_app, grid_that_dies(4))
+    assert [path.name for path in list_checkpoints(copy)] == ["round_00002", "round_00003"]
     assert_same_run(run(compose_run([f"resume={copy}"])), whole, 4)
+
+
+def test_fewer_rounds_than_are_done_are_refused(small: Compose, tmp_path: Path) -> None:
+    whole = finished(small, tmp_path, ROUNDS)
+    with pytest.raises(CheckpointError, match=r"train\.rounds=3, but 4 are done"):
+        run(compose_run([f"resume={whole}", "train.rounds=3"]))
 
 
 def test_a_new_choice_of_a_group_replaces_what_was_saved_within_it() -> None:
