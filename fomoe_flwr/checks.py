@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from fomoe_flwr.config import PLANNED, DataConfig, FederationConfig, RunConfig, SiteConfig
+from fomoe_flwr.config import NAME_RULE, PLANNED, DataConfig, FederationConfig, RunConfig, SiteConfig, is_name
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 
@@ -28,10 +28,6 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
         return [SiteConfig(name=f"site-{index}") for index in range(federation.num_sites)]
     sites = []
     for site in federation.sites:
-        if site.data_path == "":
-            raise ConfigError(
-                f"federation.sites: data_path of site {site.name} is empty; give a file or folder"
-            )
         if site.count > 1 and site.data_path is not None:
             raise ConfigError(
                 f"federation.sites: data_path={site.data_path} of {site.count} sites {site.name}: text of its own is "
@@ -62,6 +58,11 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 if dataclasses.is_dataclass(item):
                     check_fields(item, f"{key}[{index}].")
         elif value is not None:
+            kind = spec.metadata.get("kind")
+            if kind == "name" and not is_name(value):
+                raise ConfigError(f"{key}={value!r:.80}: a name has {NAME_RULE}")
+            if kind == "path" and not value.strip():
+                raise ConfigError(f"{key}= is empty; give a path, or leave the key out")
             allowed, minimum = spec.metadata.get("allowed"), spec.metadata.get("minimum")
             if allowed and value not in allowed:
                 raise ConfigError(f"{key}={value}: allowed are {', '.join(allowed)}")
@@ -106,6 +107,11 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             "strategy.placement=affine: needs strategy.routing=skip, where a router can ask for any expert"
         )
+    for key in ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"):
+        if (getattr(strategy, key) or 0) > num_sites:
+            raise ConfigError(
+                f"strategy.{key}={getattr(strategy, key)}: at most the number of sites, {num_sites}"
+            )
     if config.plan.holders > num_sites:
         raise ConfigError(f"plan.holders={config.plan.holders}: at most the number of sites, {num_sites}")
     if not 0 < data.val_fraction < 1:

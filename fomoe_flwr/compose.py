@@ -59,6 +59,9 @@ def compose(overrides: Sequence[str]) -> Composed:
         ConfigError: one line naming the key, the value and what is allowed.
     """
     register_schema()
+    for item in overrides:
+        if item in ("hydra.run.dir=", "hydra.sweep.dir="):
+            raise ConfigError(f"{item} is empty; give a path, or leave the key out")
     overrides = rewrite_federation_file(overrides)
     GlobalHydra.instance().clear()  # a process may compose more than once (tests, sweeps)
     try:
@@ -95,12 +98,13 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
+    check_fields(config)
     if config.federation.path is not None:
         num_sites = config.federation.num_sites
         config.federation = _read_federation(config.federation.path)
         if num_sites is not None:  # given beside the file; a list of sites in it must agree
             config.federation.num_sites = num_sites
-    check_fields(config)
+        check_fields(config)
     config.federation.sites = expand_sites(config.federation)
     config.federation.num_sites = len(config.federation.sites)
     check_combinations(config)

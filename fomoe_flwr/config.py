@@ -7,6 +7,7 @@ wrong type stops before anything starts (`compose.py`); `checks.py` does what no
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,6 +36,24 @@ def at_least(default: Any, minimum: float) -> Any:
 def above(default: Any, bound: float) -> Any:
     """A number that must be greater than `bound`; an optional one may also be null."""
     return field(default=default, metadata={"above": bound})
+
+
+def a_name(default: str) -> Any:
+    """A string that may become the name of a file or folder (`is_name`)."""
+    return field(default=default, metadata={"kind": "name"})
+
+
+def a_path(default: str | None = None) -> Any:
+    """A path. An empty one, as an unset variable of a shell leaves it, is not the current folder."""
+    return field(default=default, metadata={"kind": "path"})
+
+
+NAME_RULE = "1 to 64 letters, digits, '_', '-' and '.', beginning with a letter, a digit or '_'"
+
+
+def is_name(text: str) -> bool:
+    """Whether this may be the name of a site or a run, wherever it is given."""
+    return re.fullmatch(r"\w[\w.-]{0,63}", text) is not None
 
 
 @dataclass
@@ -78,7 +97,7 @@ class ModelConfig:
 class SiteConfig:
     """One site, or `count` equal ones. What is null is unknown and not used."""
 
-    name: str = "site"
+    name: str = a_name("site")
     count: int = at_least(1, 1)
     memory_gib: float | None = above(None, 0.0)  # accelerator memory, GiB
     device: str | None = None  # overrides train.device: auto, cpu, cuda, cuda:1
@@ -90,7 +109,7 @@ class SiteConfig:
     domain: str | None = None  # data domain, for data.partition=domain
     # Text of its own, instead of a share of the common corpus: all of it is used. Read as data.source says (text, jsonl
     # or parquet), and at the site only.
-    data_path: str | None = None
+    data_path: str | None = a_path()
 
 
 @dataclass
@@ -98,7 +117,7 @@ class FederationConfig:
     """Who takes part: `num_sites` equal sites, or `sites` one by one."""
 
     name: str = "uniform"
-    path: str | None = None  # YAML file with the keys of this section, for federation=FILE
+    path: str | None = a_path()  # YAML file with the keys of this section, for federation=FILE
     num_sites: int | None = at_least(None, 1)  # M
     sites: list[SiteConfig] = field(default_factory=list)
 
@@ -182,18 +201,18 @@ class DataConfig:
 
     name: str | None = None  # data=huggingface: name of the data set
     source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "huggingface")
-    path: str | None = None  # file or folder
+    path: str | None = a_path()  # file or folder
     config_name: str | None = None  # data=huggingface: configuration of the data set
     split: str = "train"  # data=huggingface: which split to read
     text_key: str = "text"  # field with the text (jsonl, parquet, huggingface)
     domain_key: str | None = None  # field with the domain
     max_documents: int | None = at_least(None, 1)
-    tokenizer: str = "bytes"  # or the path of a tokenizer.json
+    tokenizer: str = a_path("bytes")  # or the path of a tokenizer.json
     # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
     partition: str = choice("iid", "iid", "domain", "dirichlet", "own")
     dirichlet_alpha: float = at_least(0.5, 0.0)
     val_fraction: float = at_least(0.05, 0.0)  # share of documents kept for validation
-    cache_dir: str | None = None  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
+    cache_dir: str | None = a_path()  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 
 
 # By routing, benchmarks/skip_price.py: skipped work is lost for the most part, a choice among fewer experts is not.
@@ -211,7 +230,7 @@ class PlanConfig:
     # What a token is worth less at a site that holds no expert; null: as measured, see SKIP_PRICES.
     skip_price: float | None = at_least(None, 0.0)
     max_steps_ratio: float = at_least(4.0, 1.0)  # of a site's local steps to train.local_steps, at most
-    measured: str | None = None  # a run directory, whose speeds are used instead of tflops and mfu
+    measured: str | None = a_path()  # a run directory, whose speeds are used instead of tflops and mfu
     tflops: float = above(989.0, 0.0)  # peak of the device of a site with speed 1 (H100, dense bf16), Tflop/s
     mfu: float = above(0.4, 0.0)  # share of the peak that training reaches
     bytes_per_parameter: float = above(18.0, 0.0)  # weights, gradients, moments and the shard as sent
@@ -263,7 +282,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: int = at_least(42, 0)
-    resume: str | None = None  # a run directory or one of its checkpoints
+    resume: str | None = a_path()  # a run directory or one of its checkpoints
 
     @property
     def overlap(self) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe_flwr.config import (
+    NAME_RULE,
     DataConfig,
     ModelConfig,
     RunConfig,
@@ -24,6 +25,7 @@ from fomoe_flwr.config import (
     StrategyConfig,
     TrainConfig,
     from_dict,
+    is_name,
 )
 from fomoe_flwr.errors import ConfigError, NotFiniteError, WireError
 from fomoe_flwr.load import Shares
@@ -128,6 +130,8 @@ class Task:
             task = cls(**values)
             if not re.fullmatch(r"[\w-]{1,64}", task.run):  # it becomes the name of a folder at the site
                 raise ValueError(f"run {task.run[:80]!r}: letters, digits, _ and -")
+            if not is_name(task.name):
+                raise ValueError(f"site {task.name[:80]!r}: a name has {NAME_RULE}")
             return task
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"task: {error!r}; server and site differ in version") from error

@@ -29,6 +29,7 @@ from fomoe_flwr.config import (
     TrainConfig,
     from_dict,
 )
+from fomoe_flwr.deploy.supernode import parse
 from fomoe_flwr.errors import ConfigError
 
 
@@ -538,6 +539,49 @@ values = st.sampled_from(
         "???",
     ]
 )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.path",
+        "data.tokenizer",
+        "data.cache_dir",
+        "plan.measured",
+        "resume",
+        "federation.path",
+        "hydra.run.dir",
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(key: str) -> None:
+    """What an unset variable of a shell leaves."""
+    assert refusal(f"{key}=").startswith(f"{key}= is empty")
+    if key != "hydra.run.dir":
+        assert refusal(f"{key}=' '").startswith(f"{key}= is empty")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "..", ".", "a/b", "../../esc", "MIT lab", "-rf", "a" * 65, "a\nb", "[bold]lab"]
+)
+def test_a_name_that_cannot_be_a_folder_is_refused_at_every_door(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "sites.yaml"
+    file.write_text(json.dumps({"sites": [{"name": "good"}, {"name": name}]}))
+    assert refusal(f"federation={file}").startswith(f"federation.sites[1].name={name!r:.80}: a name has")
+    with pytest.raises(ConfigError, match="--name"):
+        parse(["--superlink", "127.0.0.1:1", "--insecure", f"--name={name}"])
+
+
+@pytest.mark.parametrize("name", ["a", "MIT-lab_2.x", "Universität", "site-0"])
+def test_names_that_may_be(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "sites.yaml"
+    file.write_text(json.dumps({"sites": [{"name": "good"}, {"name": name}]}))
+    assert config_of(f"federation={file}").federation.sites[1].name == name
+    assert parse(["--superlink", "127.0.0.1:1", "--insecure", f"--name={name}"]).name == name
+
+
+@pytest.mark.parametrize("key", ["min_available_nodes", "min_train_nodes", "min_evaluate_nodes"])
+def test_more_sites_than_there_are_would_be_waited_for_in_vain(key: str) -> None:
+    assert refusal(f"strategy.{key}=9") == f"strategy.{key}=9: at most the number of sites, 4"
 
 
 @settings(max_examples=40)

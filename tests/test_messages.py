@@ -34,7 +34,7 @@ rates = st.none() | st.floats(0.001, 1e9)
 
 site_configs = st.builds(
     SiteConfig,
-    name=names,
+    name=st.from_regex(r"\w[\w.-]{0,11}", fullmatch=True),
     memory_gib=rates,
     up_mbps=rates,
     batch_size=st.none() | counts,

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fomoe_flwr.config import NAME_RULE, is_name
 from fomoe_flwr.console import Parser
 from fomoe_flwr.deploy.flower import toml_string
 from fomoe_flwr.deploy.processes import Process
@@ -111,11 +112,7 @@ def _address(text: str) -> str:
 
 
 def _name(text: str) -> str:
-    return _checked(
-        text,
-        lambda name: bool(re.fullmatch(r"\w[\w.-]*", name)),
-        "a name of letters, digits, '_', '-' and '.' only",
-    )
+    return _checked(text, is_name, f"a name, which has {NAME_RULE}")
 
 
 def _seconds(text: str) -> float:
@@ -129,6 +126,8 @@ def _port(text: str) -> int:
 
 
 def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
     return Path(text).expanduser().absolute()
 
 

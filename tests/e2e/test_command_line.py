@@ -81,7 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
                 "data=text",
                 "data.path=.",
             ],
-            "federation.sites: data_path of site a is empty",
+            "federation.sites[0].data_path= is empty",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -140,14 +140,6 @@ def test_everything_is_printed(overrides: tuple[str, ...]) -> None:
         assert row.name in text  # 80 columns cut nothing off
 
 
-def test_a_name_with_markup_in_it(tmp_path: Path) -> None:
-    file = tmp_path / "sites.yaml"
-    file.write_text("sites: [{name: '[bold]lab'}, {name: '[/]'}]")
-    console = Console(file=io.StringIO(), width=80)
-    show(outlook(f"federation={file}", "strategy.overlap=1"), console)
-    assert "[bold]lab" in console.file.getvalue()  # type: ignore[attr-defined]
-
-
 # ----- JSON
 
 
