@@ -253,7 +253,7 @@ def test_one_level_is_the_stream_model(workers: int, bandwidth: float, load: dic
     assert latency_s(case, share_of_domain(workers, advised), backward) == pytest.approx(least_s)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(level_lists, loads)
 def test_no_partition_beats_the_advice(levels: list[Level], load: dict[str, float]) -> None:
     advised = advise_domains(levels, **load)  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ def test_a_worker_alone_exchanges_nothing() -> None:
 # -- against brute force -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=2000)
+@settings(max_examples=600)
 @given(cases(), st.booleans())
 def test_no_share_beats_the_best_share(case: ExchangeCase, backward: bool) -> None:
     best = best_share(case, backward)
@@ -140,7 +140,7 @@ def test_no_share_beats_the_best_share(case: ExchangeCase, backward: bool) -> No
         assert least_s <= latency_s(case, step / 64, backward) * (1 + ROUNDING)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=600)
 @given(cases(), st.booleans())
 def test_the_best_whole_share_is_as_fast_as_the_best_of_all(case: ExchangeCase, backward: bool) -> None:
     whole = best_whole_share(case, backward)
@@ -149,7 +149,7 @@ def test_the_best_whole_share_is_as_fast_as_the_best_of_all(case: ExchangeCase, 
     assert latency_s(case, whole, backward) <= least_s * (1 + ROUNDING)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=600)
 @given(cases(), st.booleans())
 def test_no_domain_beats_the_best_domain(case: ExchangeCase, backward: bool) -> None:
     def domain_s(size: float) -> float:
