@@ -52,7 +52,7 @@ def planned(small: Compose, tmp_path: Path) -> Path:
 
 def test_the_mean_of_unequal_steps_is_that_of_steps_times_mean_steps(small: Compose) -> None:
     """A pseudo-gradient of exactly its K everywhere: each moves 1 a step and is made as long as the mean, or 4 K."""
-    composed = small(*PLANNED, *EXACT, "train.rounds=1")
+    composed = small(*PLANNED, *EXACT, "train.rounds=1", "train.eval_batches=0")
     steps = FoMoE(composed.config).server.policy.intended(1).steps_M
     assert len(set(steps)) > 1
 
