@@ -89,6 +89,7 @@ def test_the_simulation_engine_equals_the_local_runtime(
     assert_same_losses(tmp_path / "flower", reference)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_the_simulation_engine_has_an_exit_code(
     overrides: list[str], tmp_path: Path
 ) -> None:
