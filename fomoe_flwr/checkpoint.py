@@ -101,10 +101,11 @@ def save_checkpoint(
     aside.rename(final)
     flush(final.parent)
     found = list_checkpoints(run_dir)
-    for later in found[found.index(final) + 1 :]:
+    newest = found.index(final) + 1
+    for later in found[newest:]:
         log.warning("round %d: removing %s, which is of before the run was resumed", round_, later.name)
         shutil.rmtree(later)
-    for old in list_checkpoints(run_dir)[:-keep]:
+    for old in found[: max(newest - keep, 0)]:
         if best is None or old != checkpoint_path(run_dir, best):
             shutil.rmtree(old)
     return final

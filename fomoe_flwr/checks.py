@@ -43,8 +43,11 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
     return sites
 
 
-def check_fields(config: Any, prefix: str = "") -> None:
+def check_fields(config: Any, prefix: str = "", names: bool = True) -> None:
     """Hold every field against the choices and bounds in its metadata.
+
+    Args:
+        names: False for a run that is there already: earlier versions took any name of a site.
 
     Raises:
         ConfigError: the first value that is not allowed.
@@ -52,14 +55,14 @@ def check_fields(config: Any, prefix: str = "") -> None:
     for spec in dataclasses.fields(config):
         key, value = f"{prefix}{spec.name}", getattr(config, spec.name)
         if dataclasses.is_dataclass(value):
-            check_fields(value, f"{key}.")
+            check_fields(value, f"{key}.", names)
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if dataclasses.is_dataclass(item):
-                    check_fields(item, f"{key}[{index}].")
+                    check_fields(item, f"{key}[{index}].", names)
         elif value is not None:
             kind = spec.metadata.get("kind")
-            if kind == "name" and not is_name(value):
+            if kind == "name" and names and not is_name(value):
                 raise ConfigError(f"{key}={value!r:.80}: a name has {NAME_RULE}")
             if kind == "path" and not value.strip():
                 raise ConfigError(f"{key}= is empty; give a path, or leave the key out")

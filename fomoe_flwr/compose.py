@@ -98,13 +98,13 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
-    check_fields(config)
+    check_fields(config, names=not saved)
     if config.federation.path is not None:
         num_sites = config.federation.num_sites
         config.federation = _read_federation(config.federation.path)
         if num_sites is not None:  # given beside the file; a list of sites in it must agree
             config.federation.num_sites = num_sites
-        check_fields(config)
+        check_fields(config, names=not saved)
     config.federation.sites = expand_sites(config.federation)
     config.federation.num_sites = len(config.federation.sites)
     check_combinations(config)

@@ -81,7 +81,8 @@ class Telemetry:
                 kept[json.loads(line)["round"]] = line
             except (ValueError, KeyError):
                 break  # half a line: the run was killed while it wrote
-        kept.setdefault(last["round"], json.dumps(last))
+        # A line of this round that is there may be of before the run was resumed.
+        kept[last["round"]] = json.dumps(last)
         kept = {number: line for number, line in kept.items() if number <= last["round"]}
         text = "".join(f"{line}\n" for line in kept.values())
         write_atomically(self.path, lambda path: path.write_text(text))

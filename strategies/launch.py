@@ -18,7 +18,7 @@ from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine.device import resolve_device
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.report import report
-from fomoe_flwr.server.run import open_run
+from fomoe_flwr.server.run import alone_in, open_run
 from fomoe_flwr.telemetry import OptionalOutput
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
@@ -43,7 +43,7 @@ def run_server(grid: Grid, composed: Composed) -> None:
         FomoeError: nothing can be trained, or the run cannot go on.
     """
     config, run_dir = composed.config, composed.run_dir
-    with open_run(composed) as run:
+    with alone_in(run_dir), open_run(composed) as run:
         strategy = FoMoE(config, run=run.name, run_dir=str(run_dir), observer=run.recorder, plan=run.plan)
         strategy.first_round = run.load_into(strategy.server, config) + 1
         strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)

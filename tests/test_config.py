@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from fomoe_flwr.compose import (
     compose,
     conf_dir,
+    from_tree,
     known_keys,
     merge_overrides,
     rewrite_federation_file,
@@ -569,6 +571,16 @@ def test_a_name_that_cannot_be_a_folder_is_refused_at_every_door(name: str, tmp_
     assert refusal(f"federation={file}").startswith(f"federation.sites[1].name={name!r:.80}: a name has")
     with pytest.raises(ConfigError, match="--name"):
         parse(["--superlink", "127.0.0.1:1", "--insecure", f"--name={name}"])
+
+
+def test_a_run_of_an_earlier_version_may_have_any_name() -> None:
+    """It is only read; to go on with it is refused."""
+    config = config_of("federation.num_sites=2")
+    config.federation.sites[1].name = "MIT lab"
+    tree = OmegaConf.create(dataclasses.asdict(config))
+    assert from_tree(tree, saved=True) == config
+    with pytest.raises(ConfigError, match="a name has"):
+        from_tree(tree)
 
 
 @pytest.mark.parametrize("name", ["a", "MIT-lab_2.x", "Universität", "site-0"])

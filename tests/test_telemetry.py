@@ -84,6 +84,17 @@ def test_a_line_that_only_the_checkpoint_has_is_written_down(small: Compose) -> 
     assert written(composed.run_dir) == [0, 1]
 
 
+def test_a_line_of_before_the_run_was_resumed_gives_way_to_the_checkpoints(small: Compose) -> None:
+    """The run was killed after it had saved a round for the second time, and before it had written its line."""
+    composed = small()
+    telemetry = Telemetry(composed.config, composed.run_dir, "run")
+    for number in (0, 1, 2):
+        telemetry.end_round(line(number) | {"tokens": 7})
+    Telemetry(composed.config, composed.run_dir, "run", last=line(1)).close()
+    lines = [json.loads(text) for text in telemetry.path.read_text().splitlines()]
+    assert [(each["round"], each["tokens"]) for each in lines] == [(0, 7), (1, 100)]
+
+
 def test_wandb_offline_writes_into_the_run_directory(small: Compose) -> None:
     composed = small("wandb.mode=offline")
     telemetry = Telemetry(composed.config, composed.run_dir, "abcdef")

@@ -24,6 +24,7 @@ from fomoe_flwr.plan.solver import (
     Ints,
     Options,
     finish_s,
+    needed_copies,
     place_by_demand,
     place_in_circle,
     solve,
@@ -190,12 +191,7 @@ def _by_memory(config: RunConfig, options: Options) -> Ints:
     """
     most_M: Ints = options.fits_MR.sum(axis=1).astype(np.int64)
     wanted = min(config.model.num_experts * config.overlap, int(most_M.sum()))
-    needed = config.plan.holders * config.model.num_experts
-    if most_M.sum() < needed:
-        raise ConfigError(
-            f"plan.holders={config.plan.holders}: {needed} experts a layer must be held, and all sites' memory "
-            f"together has room for {int(most_M.sum())}"
-        )
+    needed = needed_copies(options, config.plan.holders)
     for scale in np.unique(np.outer(1 / most_M, np.arange(1, config.model.num_experts + 1))):
         residents_M: Ints = np.clip(np.floor(scale * most_M + 1e-9).astype(np.int64), 1, most_M)
         if residents_M.sum() >= max(wanted, needed):
@@ -203,6 +199,9 @@ def _by_memory(config: RunConfig, options: Options) -> Ints:
     else:
         residents_M = most_M
     return residents_M
+
+
+# ----- a new plan in the middle of a run
 
 
 @dataclass(frozen=True)
@@ -325,6 +324,9 @@ def _away(site: SitePlan) -> SitePlan:
         round_s=0.0,
         resident_share=0.0,
     )
+
+
+# ----- plan.json
 
 
 def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:

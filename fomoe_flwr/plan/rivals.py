@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fomoe_flwr.config import PLANNED as PLANNED_KINDS
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 from fomoe_flwr.plan.planner import make_plan
@@ -21,7 +20,7 @@ from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.system import PlanSite, held_parameters, one_way_bytes
 
 DDP, DILOCO, LOCAL_ADAMW = "DDP", "full-replica DiLoCo", "LocalAdamW"
-PARTITIONED, SKIP, PLANNED = "FoMoE, equal, partitioned", "FoMoE, equal, skip", "FoMoE, planned"
+FOMOE_EQUAL, FOMOE_PLANNED = "FoMoE, equal", "FoMoE, planned"
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,9 @@ def compare_strategies(
         equal = config.model.num_experts * config.overlap / len(config.federation.sites)
         residents = equal if plan is None else plan.mean_residents
     this_run = _Candidate("this run", config)
-    full = [candidate for candidate in _candidates(config) if candidate.name in (DILOCO, DDP)]
+    rivals = {candidate.name: candidate for candidate in _candidates(config)}
     rows: list[Traffic] = []
-    for candidate in (this_run, *reversed(full)):
+    for candidate in (this_run, rivals[DILOCO], rivals[DDP]):
         held = residents if candidate is this_run else float(config.model.num_experts)
         site_bytes = candidate.exchanges * 2 * one_way_bytes(candidate.config, held)
         share = held_parameters(config, held) / held_parameters(config, config.model.num_experts)
@@ -158,7 +157,7 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     replica = with_strategy(config, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
     ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw"), local_steps=1)
     # FoMoE comes with this run's own outer step, if this run is FoMoE.
-    planned, overlap = config.strategy.placement in PLANNED_KINDS, fomoe_overlap(config)
+    planned, overlap = config.strategy.placement in PLANNED, fomoe_overlap(config)
     fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
     equal = with_strategy(fomoe, overlap=overlap, placement="fixed")
     shared_out = with_strategy(fomoe, overlap=config.overlap if planned else overlap, placement="planned")
@@ -167,9 +166,9 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
         _Candidate(DDP, ddp, exchanges=config.train.local_steps),
         _Candidate(DILOCO, replica),
         _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw")),
-        _Candidate(PARTITIONED + suffix, with_strategy(equal, routing="partitioned")),
-        _Candidate(SKIP + suffix, with_strategy(equal, routing="skip")),
-        _Candidate(f"{PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),
+        _Candidate(f"{FOMOE_EQUAL}, partitioned{suffix}", with_strategy(equal, routing="partitioned")),
+        _Candidate(f"{FOMOE_EQUAL}, skip{suffix}", with_strategy(equal, routing="skip")),
+        _Candidate(f"{FOMOE_PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),
     ]
 
 

@@ -72,13 +72,7 @@ def solve(options: Options, target: float, holders: int) -> Choice:
     Raises:
         ConfigError: which constraint cannot be met.
     """
-    most_M = options.fits_MR.sum(axis=1)
-    needed = holders * options.num_experts
-    if most_M.sum() < needed:
-        raise ConfigError(
-            f"plan.holders={holders}: {needed} experts a layer must be held, and all sites' memory together has "
-            f"room for {int(most_M.sum())}"
-        )
+    needed = needed_copies(options, holders)
     slowest = options.communication_s_MR + options.max_steps * options.step_s_MR
     too_short, enough = 0.0, float(slowest[options.fits_MR].max())
     best = _best(options, enough, needed)
@@ -97,6 +91,21 @@ def solve(options: Options, target: float, holders: int) -> Choice:
             too_short = middle
     residents_M, steps_M = best
     return Choice(residents_M, steps_M, float(finish_s(options, residents_M, steps_M).max()))
+
+
+def needed_copies(options: Options, holders: int) -> int:
+    """Experts of a layer that must be held, each copy counted.
+
+    Raises:
+        ConfigError: all sites' memory together has no room for them.
+    """
+    needed, room = holders * options.num_experts, int(options.fits_MR.sum())
+    if room < needed:
+        raise ConfigError(
+            f"plan.holders={holders}: {needed} experts a layer must be held, and all sites' memory together has "
+            f"room for {room}"
+        )
+    return needed
 
 
 def _best(options: Options, round_s: float, needed: int) -> tuple[Ints, Ints] | None:

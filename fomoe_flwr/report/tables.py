@@ -141,7 +141,7 @@ def _missing(run: Run) -> dict[str, Counter[str]]:
 
 
 def comparison_table(run: Run) -> Table:
-    """Measured bytes, and what this run and other strategies should send by formula (`plan.traffic`)."""
+    """Measured bytes, and what this run and other strategies should send by formula (`plan.rivals`)."""
     columns = ("source", "bytes", "bytes/token", "vs this run", "model held")
     table = narrow_table("strategy", *columns, title="bytes per site and round, down + up")
     table.columns[1].justify = "left"

@@ -51,24 +51,24 @@ class RunningMean:
         Args:
             scale: by which the values are multiplied, weights apart.
         """
-        old_sums, old_values, alphas = [], [], []
+        # By factor: sums and the values that are added to them.
+        later: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for name, value in reply.items():
             w = weight(name)
             if w == 0:
                 continue
             alpha = w * scale(name)
             if name in self._sums:
-                old_sums.append(self._sums[name])
-                old_values.append(value)
-                alphas.append(alpha)
+                sums, values = later.setdefault(alpha, ([], []))
+                sums.append(self._sums[name])
+                values.append(value)
             else:
                 # A new tensor in one pass; the reply's own memory is read-only and must not be kept.
                 self._sums[name] = torch.mul(value.to(torch.float32), alpha)
             self._weights[name] = self._weights.get(name, 0.0) + w
         # One call for each factor (there are few): a call for each name would cost more than the sums.
-        for factor in sorted(set(alphas)):
-            chosen = [i for i, alpha in enumerate(alphas) if alpha == factor]
-            torch._foreach_add_([old_sums[i] for i in chosen], [old_values[i] for i in chosen], alpha=factor)
+        for factor, (sums, values) in later.items():
+            torch._foreach_add_(sums, values, alpha=factor)
 
     @torch.no_grad()
     def finish(self) -> dict[str, Tensor]:
@@ -247,7 +247,11 @@ def commit(
     # Gradient clipping, which outer=adamw does, needs the whole gradient at once.
     limit = math.inf if config.strategy.outer == "adamw" else CHUNK_BYTES
     nominal = train.local_steps * train.batch_size * train.seq_len  # an ordinary weight is exactly 1
-    weighting, scaled = config.strategy.expert_weighting, config.strategy.inner == "adamw"
+    weighting = config.strategy.expert_weighting
+    # Where all took the same number of steps every factor is 1.
+    scaled = (
+        config.strategy.inner == "adamw" and len({site.local_steps for site in contributions.values()}) > 1
+    )
     scales = cache(partial(step_scales, contributions, weighting))
 
     def weight_of(site: int, name: str) -> float:

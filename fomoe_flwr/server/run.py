@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fomoe_flwr.checkpoint import (
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare, validation_batches
+from fomoe_flwr.deploy.channel import WorkerError, locked
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
 from fomoe_flwr.evaluation import (
@@ -185,10 +186,12 @@ class RunRecorder(RoundObserver):
             line["experts"] = state.experts.summary(current.number)
             table = json.dumps(state.experts.table(current.number))
             write_atomically(self._composed.run_dir / "experts.json", lambda path: path.write_text(table))
-        ruined = current.number > 0 and val_loss is not None and not val_loss <= self._worst_loss
+        # By the server's own text only: what a site says of its loss must not end the run.
+        own_loss = None if self._corpus is None else val_loss
+        ruined = current.number > 0 and own_loss is not None and not own_loss <= self._worst_loss
         if current.number and self._is_checkpoint_round(current.number) and not ruined:
-            if val_loss is not None and (self._best is None or val_loss < self._best["val_loss"]):
-                self._best = {"round": current.number, "val_loss": val_loss}
+            if own_loss is not None and (self._best is None or own_loss < self._best["val_loss"]):
+                self._best = {"round": current.number, "val_loss": own_loss}
             line["best"] = self._best
             self._save(current, state, memory, line)
             seconds["checkpoint"] = time.perf_counter() - looked
@@ -196,7 +199,7 @@ class RunRecorder(RoundObserver):
         self._telemetry.end_round(line)
         if ruined:
             raise RunError(
-                f"round {current.number}: the validation loss is {val_loss:.4g}, far above that of guessing; the model "
+                f"round {current.number}: the validation loss is {own_loss:.4g}, far above that of guessing; the model "
                 "is not saved, and resume= goes on from the last checkpoint before it"
             )
 
@@ -363,6 +366,22 @@ def warn_of_memory(plan: Plan, config: RunConfig) -> None:
                 planned.memory_bytes / BYTES_A_GIB,
                 site.memory_gib,
             )
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from working in the run directory.
+
+    Raises:
+        ConfigError: one is there already.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run_dir / "run.lock", 0.0))
+        except WorkerError as error:
+            raise ConfigError(f"hydra.run.dir={run_dir}: another process is at work in it") from error
+        yield
 
 
 def check_unused(composed: Composed) -> None:

@@ -18,7 +18,14 @@ from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.rounds import Round
-from fomoe_flwr.server.run import check_resumable, check_unused, metrics_line, open_run, warn_of_memory
+from fomoe_flwr.server.run import (
+    alone_in,
+    check_resumable,
+    check_unused,
+    metrics_line,
+    open_run,
+    warn_of_memory,
+)
 from tests.conftest import Compose
 from tests.server.federation import config_of
 
@@ -74,6 +81,20 @@ def test_a_run_does_not_begin_where_another_one_lives(small: Compose) -> None:
     checkpoint_path(composed.run_dir, 1).mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*resume="):
         check_unused(composed)
+
+
+def test_one_process_at_a_time_works_in_a_run_directory(tmp_path: Path) -> None:
+    """Also before the first checkpoint, and whether it is begun or resumed."""
+    with alone_in(tmp_path / "run"):
+        with (
+            pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*another process"),
+            alone_in(tmp_path / "run"),
+        ):
+            pass
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "run"):
+        pass
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_may_be_begun_again(small: Compose) -> None:

@@ -220,3 +220,13 @@ def test_a_ruined_model_is_not_saved_and_the_best_is_kept(
     run(compose_run([f"resume={composed.run_dir}"]))
     assert [path.name for path in list_checkpoints(composed.run_dir)] == ["round_00002", "round_00005"]
     assert metrics(composed.run_dir)[-1]["best"] == {"round": 2, "val_loss": 3.0}
+
+
+def test_what_sites_say_of_their_loss_does_not_end_a_run(
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has no text of its own here."""
+    monkeypatch.setattr(RunRecorder, "_evaluate", lambda *_: 9999.0)
+    composed = small("train.rounds=1", "train.eval_batches=0", run_dir=tmp_path / "claimed")
+    assert metrics(run(composed))[-1]["val_loss"] == 9999.0
+    assert [path.name for path in list_checkpoints(composed.run_dir)] == ["round_00001"]
