@@ -38,6 +38,9 @@ class Inputs:
     seq_len: str = ""
 
 
+UNKNOWN = Inputs()
+
+
 class Difference(NamedTuple):
     """A part that is not what it was; `part` is a field of `Inputs`."""
 

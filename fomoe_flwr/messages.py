@@ -27,7 +27,7 @@ from fomoe_flwr.config import (
     is_name,
 )
 from fomoe_flwr.errors import ConfigError, NotFiniteError, WireError
-from fomoe_flwr.inputs import Inputs, inputs_of
+from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.load import Shares
 
 MAX_METRICS = 64  # in a reply, and characters in the name of one
@@ -205,7 +205,7 @@ class Reply:
         default_factory=list
     )  # choices of its routers, ghosts too; empty: not said
     bundle_digests: dict[str, str] = field(default_factory=dict)  # SHA-256 (hex) of each bundle, by key
-    inputs: Inputs = field(default_factory=Inputs)  # what the site found
+    inputs: Inputs = UNKNOWN  # what the site found
 
     def to_json(self) -> str:
         """One text, whose length does not depend on the clock: a measured second takes as many characters as any."""

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fomoe_flwr.compose import from_tree, one_line
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
-from fomoe_flwr.inputs import Inputs, inputs_of
+from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.records import read_placements
@@ -59,7 +59,7 @@ class Round:
     sites: tuple[SiteRound, ...]
     virtual: dict[str, Any] | None = None  # simulated sites: times computed for their own devices and links
     routing: dict[str, Any] | None = None  # see docs/routing.md; a figure that is not defined is None
-    inputs: Inputs = Inputs()
+    inputs: Inputs = UNKNOWN
 
     @property
     def site_bytes(self) -> float | None:

@@ -18,7 +18,7 @@ import mmap
 import shutil
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.codecs import Codec
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
-from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences
+from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs, differences
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import MOMENTS
 
@@ -72,7 +72,7 @@ class Expected:
     top_k: int
     load_shape: tuple[int, int]
     step_scale: float = 1.0
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs = UNKNOWN
 
 
 Norms = dict[str, float]  # root mean square by kind of tensor: update, exp_avg, exp_avg_sq

@@ -21,7 +21,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS, Codec
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.inputs import OWN_TEXT, Inputs
+from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs
 from fomoe_flwr.load import averaged
 from fomoe_flwr.messages import Reply, deals, has_own_text, make_task
 from fomoe_flwr.model.spec import expert_of
@@ -135,7 +135,7 @@ class Server:
         inbox: Path,
         plan: Plan | None = None,
         header_bytes: Callable[[str], int] = len,
-        inputs: Inputs | None = None,
+        inputs: Inputs = UNKNOWN,
     ) -> None:
         sites = config.federation.sites
         self.config, self.run, self.run_dir = config, run, run_dir
@@ -146,7 +146,7 @@ class Server:
         self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
         self._codec = CODECS[config.strategy.wire_dtype]
-        self._deals, self._inputs = deals(config.data, sites), inputs or Inputs()
+        self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
         self._lock = threading.Lock()

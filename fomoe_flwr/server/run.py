@@ -40,7 +40,7 @@ from fomoe_flwr.evaluation import (
     text_of,
 )
 from fomoe_flwr.files import write_atomically
-from fomoe_flwr.inputs import FREE_MODEL_KEYS, Inputs, differences, inputs_of, run_inputs
+from fomoe_flwr.inputs import FREE_MODEL_KEYS, UNKNOWN, Inputs, differences, inputs_of, run_inputs
 from fomoe_flwr.messages import deals
 from fomoe_flwr.model.sigma_moe import build, initial_state
 from fomoe_flwr.placement import Placement, full_residents
@@ -142,7 +142,7 @@ class RunRecorder(RoundObserver):
         telemetry: Telemetry,
         tokens: int,
         best: dict[str, Any] | None = None,
-        inputs: Inputs | None = None,
+        inputs: Inputs = UNKNOWN,
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
@@ -150,7 +150,7 @@ class RunRecorder(RoundObserver):
         self._collected_s = 0.0
         self._placement: Placement | None = None  # the last one that this process recorded
         self._best = best
-        self._inputs = dataclasses.asdict(inputs or Inputs())
+        self._inputs = dataclasses.asdict(inputs)
         # Twice the loss of guessing every token with equal probability; nan is above it, too.
         self._worst_loss = 2 * math.log(composed.config.model.vocab_size)
 
