@@ -31,7 +31,9 @@ from fomoe_flwr.data import (
 )
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
+from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.evaluation import evaluate
+from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import OWN, Deal, Reply, Task
 from fomoe_flwr.model.sigma_moe import load_shard, read_shard
 
@@ -147,6 +149,7 @@ def train_round(
     device = resolve_device(device_of(task, settings))
     beat(DATA)
     stream = site_stream(task, settings, memory)
+    inputs = own_inputs(task, stream.corpus, settings)
     beat(WORK)
     folder, batch, steps = state_folder(task, settings), task.train.batch_size, task.train.local_steps
     discard_later(folder, task.counted_round)
@@ -186,6 +189,7 @@ def train_round(
         start,
         report.load_LE,
         bundle_digests(blobs),
+        inputs,
     )
     return blobs, reply
 
@@ -198,6 +202,7 @@ def evaluate_shard(
     device = resolve_device(device_of(task, settings))
     beat(DATA)
     corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
+    inputs = own_inputs(task, corpus, settings)
     beat(WORK)
     module = memory.engine(task, device).module
     load_shard(module, shard)
@@ -212,7 +217,32 @@ def evaluate_shard(
             yield tokens_BT
 
     loss, tokens = evaluate(module, batches(), task.train.dtype, device)
-    return Reply(task.run, task.round, task.name, tokens, {"val_loss": loss}, start)
+    return Reply(task.run, task.round, task.name, tokens, {"val_loss": loss}, start, inputs=inputs)
+
+
+def own_inputs(task: Task, corpus: TokenCorpus, settings: NodeSettings) -> Inputs:
+    """What this site found, once it is known to be what the run goes by.
+
+    An operator may change the site's own text: nobody else's part depends on it, and the server is told. What the
+    federation file of a simulation names may not change, for nobody asked for it.
+
+    Raises:
+        ConfigError: another tokenizer, or other text.
+    """
+    own_text = data_of(task, settings).partition == "own"
+    found = replace(
+        task.inputs,
+        tokenizer=short(corpus.tokenizer),
+        corpus=short(corpus.digest),
+        split=short(corpus.split),
+        partition=OWN_TEXT if own_text else task.inputs.partition,
+    )
+    by_operator = settings.partition is None or settings.data_path is not None
+    free = ("partition", "split", "corpus") if by_operator else ("partition", "split")
+    for difference in differences(task.inputs, found):
+        if not (own_text and difference.part in free):
+            raise ConfigError(f"site {task.name}: not what the run goes by: {difference}")
+    return found
 
 
 # A process that serves many messages (simulation, `runtime=local`) opens and deals its corpus once.

@@ -20,8 +20,8 @@ from fomoe_flwr.checks import FILE_SOURCES
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.console import Parser
-from fomoe_flwr.data import LabelledBatch, check_vocabulary, load_tokenizer, prepare
-from fomoe_flwr.data.corpus import source_digest
+from fomoe_flwr.data import LabelledBatch, TokenCorpus, check_vocabulary, load_tokenizer, prepare
+from fomoe_flwr.data.tokenizer import Tokenizer
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import CheckpointError, ConfigError, DataError, WireError
 from fomoe_flwr.evaluation import (
@@ -34,6 +34,7 @@ from fomoe_flwr.evaluation import (
     necessity,
     text_of,
 )
+from fomoe_flwr.inputs import Inputs, differences, inputs_of, short
 from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.report.tables import show_evaluation
 from fomoe_flwr.units import finite
@@ -58,6 +59,7 @@ class Saved:
     judged: Judged
     train: TrainConfig
     data: DataConfig
+    inputs: Inputs  # unknown in a checkpoint of an earlier version
 
 
 def evaluate_command(arguments: Sequence[str], console: Console | None = None) -> None:
@@ -84,13 +86,14 @@ def evaluate_request(given: argparse.Namespace) -> dict[str, Any]:
     judged = dataclasses.replace(saved.judged, model=model)
     device = resolve_device(train.device)
     use_cpu(train.threads)
-    check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
+    tokenizer = load_tokenizer(data.tokenizer)
+    check_vocabulary(tokenizer, model.vocab_size)
+    check_tokenizer(saved, tokenizer, asked="data.tokenizer" in _keys(given.overrides))
     if reference is not None:
-        _check_reference(reference, data)
-    data, part = choose_part(saved.data, data, "data.val_fraction" in _keys(given.overrides))
+        _check_reference(reference, tokenizer)
     if data.source in FILE_SOURCES and data.path is None:
         raise ConfigError("fomoe eval: the run has no common text; give one by data.path=FILE_OR_FOLDER")
-    corpus = prepare(data)
+    corpus, part = choose_text(saved, data, "data.val_fraction" in _keys(given.overrides))
     about = describe_text(data, part, corpus, corpus.val_documents)
     if about["tokens"] < 1:
         raise DataError(f"data.path={data.path}: one token; there is nothing to predict")
@@ -154,12 +157,13 @@ def load(where: str, asked: str) -> Saved:
         # A key that the checkpoint does not have gets its default.
         model, train = ModelConfig(**config["model"]), TrainConfig(**config["train"])
         data = DataConfig(**config["data"])
-    except (LookupError, TypeError, AttributeError) as error:
+        inputs = inputs_of(checkpoint.manifest.get("inputs", {}))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: manifest.json is not that of a run of this version ({error})"
         ) from error
     state = {name: tensor for name, tensor in checkpoint.parameters.items() if not is_moment(name)}
-    return Saved(checkpoint, Judged(model, routing, state, placement), train, data)
+    return Saved(checkpoint, Judged(model, routing, state, placement), train, data, inputs)
 
 
 @contextmanager
@@ -171,13 +175,29 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(f"checkpoint {checkpoint.path}: not of the model it names: {error}") from error
 
 
-def _check_reference(reference: Saved, data: DataConfig) -> None:
+def check_tokenizer(saved: Saved, tokenizer: Tokenizer, asked: bool) -> None:
+    """Hold the tokenizer against the one that the model was trained with.
+
+    Args:
+        asked: the user named another one, which is only warned of.
+
+    Raises:
+        CheckpointError: the file of that name is another one now.
+    """
+    for difference in differences(saved.inputs, Inputs(tokenizer=short(tokenizer.fingerprint))):
+        line = f"checkpoint {saved.checkpoint.path}: {difference}, with which the model was trained"
+        if not asked:
+            raise CheckpointError(f"{line}; name the right one by data.tokenizer=FILE")
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _check_reference(reference: Saved, ours: Tokenizer) -> None:
     """Losses can only be compared if the tokens are the same."""
-    ours, theirs = load_tokenizer(data.tokenizer), load_tokenizer(reference.data.tokenizer)
-    if ours.fingerprint != theirs.fingerprint:
+    theirs = reference.inputs.tokenizer or short(load_tokenizer(reference.data.tokenizer).fingerprint)
+    if short(ours.fingerprint) != theirs:
         raise CheckpointError(
-            f"--reference {reference.checkpoint.path}: trained with data.tokenizer={theirs.name}, the text is "
-            f"cut by {ours.name}; nats a token cannot be compared"
+            f"--reference {reference.checkpoint.path}: trained with data.tokenizer={reference.data.tokenizer}, the "
+            f"text is cut by {ours.name}; nats a token cannot be compared"
         )
     check_vocabulary(ours, reference.judged.model.vocab_size)
 
@@ -208,41 +228,39 @@ def _overridden(saved: Saved, overrides: Sequence[str]) -> tuple[TrainConfig, Da
     )
 
 
-def choose_part(own: DataConfig, data: DataConfig, share_given: bool) -> tuple[DataConfig, str]:
+def choose_text(saved: Saved, data: DataConfig, share_given: bool) -> tuple[TokenCorpus, str]:
     """The validation part of the corpus on which the run was trained; any other text whole.
 
-    A corpus with the same content is the run's own, even at another path. This does not find out whether another
-    text was part of the training text.
+    A corpus with the same tokens is the run's own, wherever it lies; and what lies where the run's own lay is taken for
+    it, with a warning if it has changed. This does not find out whether another text was part of the training text.
 
     Args:
         share_given: whether the user gave data.val_fraction, which is then the share of another text.
 
+    Returns:
+        The corpus, of which the part that is kept for validation is the text; and how to call that part.
+
     Raises:
         ConfigError: the validation part is larger than the run's own, so it has text on which the run was trained.
+        DataError: the text cannot be read.
     """
-    if not _same_source(own, data):
-        return (data, "validation") if share_given else (dataclasses.replace(data, val_fraction=1.0), "whole")
+    own = saved.data
+    place = ("source", "path", "name", "config_name", "split")
+    if any(getattr(own, key) != getattr(data, key) for key in place):
+        whole = prepare(dataclasses.replace(data, val_fraction=1.0))
+        if saved.inputs.corpus != short(whole.digest):
+            return (prepare(data), "validation") if share_given else (whole, "whole")
     if data.val_fraction > own.val_fraction:
         raise ConfigError(
             f"data.val_fraction={data.val_fraction}: the run kept {own.val_fraction} of this corpus from training; "
             f"at most that"
         )
-    return data, "validation"
-
-
-def _same_source(own: DataConfig, data: DataConfig) -> bool:
-    if own.source != data.source:
-        return False
-    place = ("path", "name", "config_name", "split")
-    if all(getattr(own, key) == getattr(data, key) for key in place):
-        return True
-    # A data set on a hub is not downloaded for a comparison.
-    if own.source == "huggingface":
-        return False
-    try:
-        return source_digest(own) == source_digest(data)
-    except DataError:  # the run's corpus is not on this machine
-        return False
+    corpus = prepare(data)
+    now = Inputs(tokenizer=short(corpus.tokenizer), corpus=short(corpus.digest))
+    for difference in differences(saved.inputs, now):
+        if difference.part == "corpus":
+            print(f"warning: {difference}: not all of it is what the run was trained on", file=sys.stderr)
+    return corpus, "validation"
 
 
 # ----- arguments

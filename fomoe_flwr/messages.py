@@ -6,7 +6,6 @@ Both travel as one JSON text, beside the tensors' bundles.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from fomoe_flwr.config import (
     is_name,
 )
 from fomoe_flwr.errors import ConfigError, NotFiniteError, WireError
+from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.load import Shares
 
 MAX_METRICS = 64  # in a reply, and characters in the name of one
@@ -54,11 +54,14 @@ class Deal:
 OWN = Deal(0, 1)
 
 
+def has_own_text(data: DataConfig, site: SiteConfig) -> bool:
+    """Whether the configuration says so; its operator may have given it some all the same (`--data-path`)."""
+    return data.partition == "own" or site.data_path is not None
+
+
 def deals(data: DataConfig, sites: Sequence[SiteConfig]) -> list[Deal]:
     """What each site of the federation is told of the deal."""
-    sharing = [
-        index for index, site in enumerate(sites) if site.data_path is None and data.partition != "own"
-    ]
+    sharing = [index for index, site in enumerate(sites) if not has_own_text(data, site)]
     claims: tuple[tuple[str, int], ...] = ()
     if data.partition == "domain":
         counts = Counter(domain for index in sharing if (domain := sites[index].domain) is not None)
@@ -80,7 +83,7 @@ class Task:
     )
     site: SiteConfig
     deal: Deal  # which part of the corpus is this site's
-    federation: str  # digest of all sites' configurations
+    inputs: Inputs  # what the site must find: the run's, and of text of its own what it was before
     residents: list[list[int]]  # experts held, one list a layer
     first_step: int  # of the run's schedule, at which the round begins
     lr_stride: float  # steps of the run's schedule for each step of this site
@@ -127,6 +130,7 @@ class Task:
                 values[key] = from_dict(section, values[key])
             claims = tuple((str(domain), int(count)) for domain, count in values["deal"].claims)
             values["deal"] = dataclasses.replace(values["deal"], claims=claims)
+            values["inputs"] = inputs_of(values["inputs"])
             task = cls(**values)
             if not re.fullmatch(r"[\w-]{1,64}", task.run):  # it becomes the name of a folder at the site
                 raise ValueError(f"run {task.run[:80]!r}: letters, digits, _ and -")
@@ -146,7 +150,7 @@ def make_task(
     round_: int,
     counted_round: int,
     deal: Deal,
-    federation: str,
+    inputs: Inputs,
     residents: list[list[int]],
     local_steps: int,
     global_load: Shares | None = None,
@@ -169,7 +173,7 @@ def make_task(
         counted_round=counted_round,
         site=own,
         deal=deal,
-        federation=federation,
+        inputs=inputs,
         residents=residents,
         first_step=(round_ - 1) * nominal,
         lr_stride=nominal / local_steps,
@@ -187,12 +191,6 @@ def make_task(
     )
 
 
-def federation_digest(sites: Sequence[SiteConfig]) -> str:
-    """SHA-256 (hex) of all sites' configurations, in their order."""
-    text = json.dumps([dataclasses.asdict(site) for site in sites], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Reply:
     """What a site answers besides its update. `metrics` go whole into the run's metrics.jsonl."""
@@ -207,6 +205,7 @@ class Reply:
         default_factory=list
     )  # choices of its routers, ghosts too; empty: not said
     bundle_digests: dict[str, str] = field(default_factory=dict)  # SHA-256 (hex) of each bundle, by key
+    inputs: Inputs = UNKNOWN  # what the site found
 
     def to_json(self) -> str:
         """One text, whose length does not depend on the clock: a measured second takes as many characters as any."""
@@ -226,6 +225,7 @@ class Reply:
         try:
             values = json.loads(text)
             values["start_digests"] = bytes.fromhex(values["start_digests"])
+            values["inputs"] = inputs_of(values.get("inputs", {}))
             reply = cls(**values)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise WireError(f"the reply's header is not one: {error!r:.200}") from error

@@ -26,6 +26,7 @@ from torch import Tensor
 from fomoe_flwr.bundles import blobs_of, header_bytes, header_in, record_in
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import RunError, WireError
+from fomoe_flwr.inputs import UNKNOWN, Inputs
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.server.rounds import Deadline, Round, RoundObserver, Server, missing
@@ -51,6 +52,7 @@ class FoMoE(Strategy):
         run_dir: the server's run directory; simulated sites keep their state in it.
         observer: is told how each round goes.
         plan: who takes how many steps and, with strategy.placement=planned, who holds what; None: it is made here.
+        inputs: text, tokenizer and the rest that each site must have.
         weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evaluate_metrics_aggr_fn,
             fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, min_available_nodes: as in
             Flower's FedAvg; None takes the configuration's value.
@@ -64,6 +66,7 @@ class FoMoE(Strategy):
         run_dir: str = "",
         observer: RoundObserver | None = None,
         plan: Plan | None = None,
+        inputs: Inputs = UNKNOWN,
         fraction_train: float | None = None,
         fraction_evaluate: float | None = None,
         min_train_nodes: int | None = None,
@@ -94,7 +97,7 @@ class FoMoE(Strategy):
 
         self._temporary = None if run_dir else tempfile.TemporaryDirectory(prefix="fomoe-inbox-")
         inbox = Path(self._temporary.name if self._temporary else run_dir) / "inbox"
-        self.server = Server(config, run, run_dir, inbox, plan, header_bytes)
+        self.server = Server(config, run, run_dir, inbox, plan, header_bytes, inputs)
         self.first_round = 1
         self._directory = SiteDirectory(site_names)
         self._deadline = Deadline(settings, settings.timeout_s)

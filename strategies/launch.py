@@ -44,7 +44,14 @@ def run_server(grid: Grid, composed: Composed) -> None:
     """
     config, run_dir = composed.config, composed.run_dir
     with alone_in(run_dir), open_run(composed) as run:
-        strategy = FoMoE(config, run=run.name, run_dir=str(run_dir), observer=run.recorder, plan=run.plan)
+        strategy = FoMoE(
+            config,
+            run=run.name,
+            run_dir=str(run_dir),
+            observer=run.recorder,
+            plan=run.plan,
+            inputs=run.inputs,
+        )
         strategy.first_round = run.load_into(strategy.server, config) + 1
         strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)
         run.recorder.conclude(strategy.round, strategy.server.state)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,9 @@ from rich.console import Console
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
 from fomoe_flwr.cli import main
 from fomoe_flwr.compose import compose
-from fomoe_flwr.config import DataConfig
-from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.eval_command import choose_part
+from fomoe_flwr.data import load_tokenizer
+from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.eval_command import check_tokenizer, choose_text, load
 from fomoe_flwr.report.tables import show_evaluation
 from tests.conftest import SMALL_MODEL, SMALL_TRAIN, WORDS, Compose
 from tests.data.test_tokenizer import train_bpe
@@ -85,11 +87,11 @@ def on(place: Path, source: str = "text") -> tuple[str, str, str]:
 def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
     """`evaluate(CHECKPOINT, …)` is what the command prints with --json, which is a line and nothing else."""
 
-    def call(*arguments: object) -> dict[str, Any]:
+    def call(*arguments: object, warning: str = "") -> dict[str, Any]:
         capsys.readouterr()
         main(["eval", *map(str, arguments), "--json"])
         printed = capsys.readouterr()
-        assert printed.err == ""
+        assert warning in printed.err if warning else printed.err == ""
         (line,) = printed.out.splitlines()
         content = json.loads(line)
         assert isinstance(content, dict)
@@ -225,18 +227,37 @@ def test_a_larger_part_of_the_runs_own_corpus_is_refused(trained: Path, refused)
     assert code == 2
 
 
-def test_without_the_runs_own_corpus_a_text_is_another(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    here = DataConfig(source="text", path=str(tmp_path))
-    gone = DataConfig(source="text", path=str(tmp_path / "gone"))
-    assert choose_part(gone, here, share_given=False)[1] == "whole"
-    assert choose_part(here, here, share_given=False) == (here, "validation")
-    assert choose_part(DataConfig(), here, share_given=False)[0].val_fraction == 1.0
-    on_hub = DataConfig(source="huggingface", name="a/b")  # not downloaded for a comparison
-    assert choose_part(on_hub, on_hub, share_given=False)[1] == "validation"
-    assert choose_part(on_hub, DataConfig(source="huggingface", name="a/c"), share_given=False)[1] == "whole"
-    with pytest.raises(ConfigError):
-        choose_part(here, DataConfig(source="text", path=str(tmp_path), val_fraction=0.9), share_given=True)
+def test_the_runs_own_corpus_is_known_by_its_tokens_where_the_run_cannot_read_it(
+    trained: Path, mine: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a copy on another machine would be judged whole, with the text on which the run was trained."""
+    shutil.copytree(corpus_dir, tmp_path / "copy")
+    saved = load(str(trained), "here")
+    elsewhere = dataclasses.replace(saved, data=dataclasses.replace(saved.data, path="/of/another/machine"))
+    copy = dataclasses.replace(saved.data, path=str(tmp_path / "copy"))
+    assert choose_text(elsewhere, copy, share_given=False)[1] == "validation"
+    with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.9: the run kept 0\.05"):
+        choose_text(elsewhere, dataclasses.replace(copy, val_fraction=0.9), share_given=True)
+    (tmp_path / "copy" / "dance" / "0.txt").write_text("another text\n")
+    assert choose_text(elsewhere, copy, share_given=False)[1] == "whole"
+    capsys.readouterr()
+    # Where the run's own text lay, there is another now.
+    moved = dataclasses.replace(saved, data=copy)
+    assert choose_text(moved, copy, share_given=False)[1] == "validation"
+    assert re.fullmatch(r"warning: data: the text is .*, before .*\n", capsys.readouterr().err)
+
+
+def test_a_tokenizer_that_has_changed_is_refused_and_one_that_was_asked_for_is_named(
+    subword: Path, bpe: Path, tmp_path: Path, refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load(str(subword), "here")
+    check_tokenizer(saved, load_tokenizer(str(bpe)), asked=False)
+    other = tmp_path / "tokenizer.json"
+    other.write_text(bpe.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer: .* before .*name the right one"):
+        check_tokenizer(saved, load_tokenizer(str(other)), asked=False)
+    check_tokenizer(saved, load_tokenizer(str(other)), asked=True)
+    assert "warning: checkpoint" in capsys.readouterr().err
 
 
 def test_a_very_short_text_and_json_lines(trained: Path, tmp_path: Path, evaluate: Evaluate) -> None:
@@ -255,7 +276,10 @@ def test_another_tokenizer_and_other_settings_of_the_computation(
 ) -> None:
     text = (*on(unseen), "--draws=1")
     whole = evaluate(subword, *text)["all_experts"]
-    assert evaluate(subword, *text, "data.tokenizer=bytes")["all_experts"]["tokens"] > whole["tokens"]
+    assert (
+        evaluate(subword, *text, "data.tokenizer=bytes", warning="data.tokenizer: ")["all_experts"]["tokens"]
+        > whole["tokens"]
+    )
     loop = evaluate(subword, *text[:2], "model.experts_impl=loop", "train.batch_size=50", "train.threads=1")
     assert loop["all_experts"]["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert evaluate(subword, *text, "train.seq_len=8")["all_experts"] != whole

@@ -25,13 +25,22 @@ from fomoe_flwr.config import (
 )
 from fomoe_flwr.data import TokenCorpus, deal_documents, prepare
 from fomoe_flwr.errors import ConfigError, DataError, WireError
-from fomoe_flwr.messages import Deal, Reply, Task, deals, federation_digest, make_task
+from fomoe_flwr.inputs import Inputs
+from fomoe_flwr.messages import Deal, Reply, Task, deals, make_task
 
 names = st.text(min_size=1, max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 2**53)
 rates = st.none() | st.floats(0.001, 1e9)
 
+# As long as those of a run.
+INPUTS = Inputs(*["0123456789abcdef"] * 7)
+
+inputs = st.builds(
+    Inputs,
+    tokenizer=st.text("0123456789abcdef", max_size=16),
+    partition=st.sampled_from(["", "own", "iid 01ab"]),
+)
 site_configs = st.builds(
     SiteConfig,
     name=st.from_regex(r"\w[\w.-]{0,11}", fullmatch=True),
@@ -48,7 +57,7 @@ tasks = st.builds(
     counted_round=counts,
     site=site_configs,
     deal=st.builds(Deal, counts, counts, st.lists(st.tuples(names, counts), max_size=3).map(tuple)),
-    federation=st.text("0123456789abcdef", min_size=64, max_size=64),
+    inputs=inputs,
     residents=st.lists(st.lists(counts, max_size=4), max_size=3),
     first_step=counts,
     lr_stride=finite,
@@ -74,6 +83,7 @@ replies = st.builds(
     start_digests=st.binary(max_size=40),
     load_LE=st.lists(st.lists(counts, max_size=3), max_size=3),
     bundle_digests=st.dictionaries(names, names, max_size=3),
+    inputs=inputs,
 )
 
 
@@ -94,7 +104,7 @@ def task_of(config: RunConfig, site: int, **changes: Any) -> Task:
         "round_": 3,
         "counted_round": 2,
         "deal": deals(config.data, sites)[site],
-        "federation": federation_digest(sites),
+        "inputs": INPUTS,
         "residents": [[0, 1]],
         "local_steps": config.train.local_steps,
     }
@@ -148,15 +158,6 @@ def test_a_task_is_the_sites_own_part_of_the_configuration() -> None:
     other = dataclasses.replace(config.model, locality_target=0.25)
     assert task_of(config, 1, model=other).model == other
     assert task_of(config, 0).train == dataclasses.replace(config.train)
-
-
-def test_the_digest_of_a_federation_is_of_everything_in_it() -> None:
-    sites = federation(3).federation.sites
-    digest = federation_digest(sites)
-    assert len(digest) == 64
-    assert digest == federation_digest([dataclasses.replace(site) for site in sites])
-    assert digest != federation_digest(sites[::-1])
-    assert digest != federation_digest([*sites[:2], dataclasses.replace(sites[2], up_mbps=1.0)])
 
 
 # -- the deal ------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_no_depth_is_too_much(depth: int, key: str) -> None:
 def test_a_key_may_be_missing_only_where_it_says_nothing() -> None:
     for key in GOOD:
         text = json.dumps({name: value for name, value in GOOD.items() if name != key})
-        assert (refusal(text) is None) == (key in ("load_LE", "bundle_digests")), key
+        assert (refusal(text) is None) == (key in ("load_LE", "bundle_digests", "inputs")), key
 
 
 @pytest.mark.parametrize(

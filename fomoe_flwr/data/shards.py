@@ -30,7 +30,7 @@ from fomoe_flwr.data.tokenizer import Tokenizer, load_tokenizer
 from fomoe_flwr.errors import DataError
 from fomoe_flwr.files import flush
 
-FORMAT = 1  # raise it when the same source would give other tokens, another split or other files
+FORMAT = 2  # raise it when the same source would give other tokens, another split or other files
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at a time
 ATTEMPTS = 3  # another process may take away a cache between our writing and our opening it
@@ -48,7 +48,9 @@ class TokenCorpus:
     is_val: NDArray[np.bool_]  # [D], kept for validation
     vocab_size: int
     eos_id: int  # the last token of every document
-    digest: str  # SHA-256 (hex) of tokens and index; equal on every machine that has the same corpus
+    tokenizer: str  # fingerprint of the tokenizer that made it
+    digest: str  # SHA-256 (hex) of tokens and documents; equal on every machine that has the same corpus
+    split: str  # SHA-256 (hex) of `is_val`
     shards: tuple[NDArray[Any], ...] = field(repr=False)
     shard_tokens: int
 
@@ -151,7 +153,9 @@ def _open(folder: Path) -> TokenCorpus | None:
             domains=meta["domains"],
             vocab_size=meta["vocab_size"],
             eos_id=meta["eos_id"],
+            tokenizer=meta["tokenizer"],
             digest=meta["digest"],
+            split=meta["split"],
             shards=shards,
             shard_tokens=meta["shard_tokens"],
             **index,
@@ -221,7 +225,8 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
     )
     for name, values in zip(INDEX, arrays, strict=True):
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-        digest.update(values.tobytes())
+        if name != "is_val":
+            digest.update(values.tobytes())
     domains = list(index.domains)
     digest.update(json.dumps([domains, tokenizer.vocab_size, tokenizer.eos_id]).encode())
     meta = {
@@ -237,6 +242,7 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         "num_tokens": index.starts[-1],
         "num_bytes": sum(index.bytes),
         "digest": digest.hexdigest(),
+        "split": hashlib.sha256(is_val.tobytes()).hexdigest(),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fomoe_flwr.compose import from_tree, one_line
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.records import read_placements
@@ -58,6 +59,7 @@ class Round:
     sites: tuple[SiteRound, ...]
     virtual: dict[str, Any] | None = None  # simulated sites: times computed for their own devices and links
     routing: dict[str, Any] | None = None  # see docs/routing.md; a figure that is not defined is None
+    inputs: Inputs = UNKNOWN
 
     @property
     def site_bytes(self) -> float | None:
@@ -176,6 +178,7 @@ def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
         "sites": sites,
         "routing": None if routing is None else {**routing, "by_layer": routing["by_layer"]},
         "seconds": float(values["seconds"]["round"]),
+        "inputs": inputs_of(values.get("inputs", {})),
         "bytes_by_class": {name: int(values["bytes_by_class"][name]) for name in CLASSES},
     }
     return Round(**_known(Round, values) | parsed)

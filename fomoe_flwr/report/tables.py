@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from rich.table import Table
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.console import print_whole
 from fomoe_flwr.errors import ConfigError, FomoeError, RunError
+from fomoe_flwr.inputs import differences
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.rivals import compare_strategies
 from fomoe_flwr.report.load import Run, load_run, read_config
@@ -121,6 +123,9 @@ def run_table(run: Run) -> Table:
     for site, reasons in _missing(run).items():
         told = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
         table.add_row(f"replies missing of {escape(site)}", escape(f"{reasons.total()} ({told})"))
+    for before, after in itertools.pairwise(run.rounds):
+        for difference in differences(before.inputs, after.inputs):
+            table.add_row(f"other input from round {after.round} on", escape(str(difference)))
     return table
 
 

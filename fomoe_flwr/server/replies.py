@@ -30,6 +30,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.codecs import Codec
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
+from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs, differences
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import MOMENTS
 
@@ -58,6 +59,7 @@ class Expected:
         load_shape: layers, experts of a layer.
         step_scale: by which its update's norm is multiplied before it is held against the others': a site that takes
             more local steps goes farther.
+        inputs: tokenizer, text and the rest that the site's must equal.
     """
 
     run: str
@@ -70,6 +72,7 @@ class Expected:
     top_k: int
     load_shape: tuple[int, int]
     step_scale: float = 1.0
+    inputs: Inputs = UNKNOWN
 
 
 Norms = dict[str, float]  # root mean square by kind of tensor: update, exp_avg, exp_avg_sq
@@ -89,6 +92,10 @@ def check_header(text: str, expected: Expected) -> Reply:
     for key in ("run", "round", "site"):
         if (said := getattr(reply, key)) != (asked := getattr(expected, key)):
             raise Refused(key, f"answered for {key} {said!r:.80}, asked was {key} {asked!r}")
+    free = ("partition", "corpus", "split") if reply.inputs.partition == OWN_TEXT else ()
+    for difference in differences(expected.inputs, reply.inputs):
+        if difference.part not in free:
+            raise Refused("inputs", f"not what the run goes by: {difference}")
     _check_start(reply, expected)
     if not 0 < reply.num_examples <= expected.tokens:
         raise Refused(

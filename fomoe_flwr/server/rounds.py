@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 import threading
@@ -20,8 +21,9 @@ from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS, Codec
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs
 from fomoe_flwr.load import averaged
-from fomoe_flwr.messages import Reply, deals, federation_digest, make_task
+from fomoe_flwr.messages import Reply, deals, has_own_text, make_task
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import Placement, from_residents, holder_groups
 from fomoe_flwr.plan.record import Plan
@@ -122,6 +124,7 @@ class Server:
         inbox: folder for the replies of the round in progress.
         plan: for a planned placement, if it has been made.
         header_bytes: length on the wire of a reply's header.
+        inputs: what the run goes by, as far as the server knows it.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Server:
         inbox: Path,
         plan: Plan | None = None,
         header_bytes: Callable[[str], int] = len,
+        inputs: Inputs = UNKNOWN,
     ) -> None:
         sites = config.federation.sites
         self.config, self.run, self.run_dir = config, run, run_dir
@@ -142,7 +146,7 @@ class Server:
         self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
         self._codec = CODECS[config.strategy.wire_dtype]
-        self._deals, self._federation = deals(config.data, sites), federation_digest(sites)
+        self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
         self._lock = threading.Lock()
@@ -227,6 +231,7 @@ class Server:
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
             steps = current.steps_M[site]
+            inputs = self._inputs_of(site)
             batches = steps if training else max(config.train.eval_batches, 1)
             task = make_task(
                 config,
@@ -236,7 +241,7 @@ class Server:
                 round_=current.number,
                 counted_round=state.counted.get(self.site_names[site], 0),
                 deal=self._deals[site],
-                federation=self._federation,
+                inputs=inputs,
                 residents=residents[site],
                 local_steps=steps,
                 global_load=state.global_load,
@@ -253,9 +258,19 @@ class Server:
                 top_k=config.model.top_k,
                 load_shape=(config.model.num_layers, config.model.num_experts),
                 step_scale=config.train.local_steps / steps,
+                inputs=inputs,
             )
             out[site] = Outgoing(task.to_json(), bundles[site])
         return out
+
+    def _inputs_of(self, site: int) -> Inputs:
+        """What a site must find. A server that reads no text goes by what the first site with a part of it said."""
+        own, state = self.config.federation.sites[site], self.state
+        if has_own_text(self.config.data, own):
+            corpus = state.own_corpora.get(own.name, "")
+        else:
+            corpus = self._inputs.corpus or state.corpus
+        return dataclasses.replace(self._inputs, corpus=corpus)
 
     # ----- in
 
@@ -370,6 +385,13 @@ class Server:
         # In the order of the sites, so that what is remembered does not depend on the network.
         for site, reply in sorted(current.replies.items()):
             state.counted[reply.site] = current.number
+            corpus = reply.inputs.corpus
+            if reply.inputs.partition != OWN_TEXT:
+                state.corpus = state.corpus or corpus
+            else:
+                if state.own_corpora.get(reply.site, corpus) != corpus:
+                    log.warning("round %d: site %s: its own text is another now", current.number, reply.site)
+                state.own_corpora[reply.site] = corpus
             if "last_loss" in reply.metrics:
                 state.last_losses[reply.site] = reply.metrics["last_loss"]
             held_LE = current.placement.holds_LEM[:, :, site]

@@ -24,8 +24,9 @@ from fomoe_flwr.checkpoint import (
     save_checkpoint,
 )
 from fomoe_flwr.compose import Composed
-from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, StrategyConfig
+from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, SiteConfig, StrategyConfig
 from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare, validation_batches
+from fomoe_flwr.data.corpus import name_some
 from fomoe_flwr.deploy.channel import WorkerError, locked
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
@@ -39,6 +40,8 @@ from fomoe_flwr.evaluation import (
     text_of,
 )
 from fomoe_flwr.files import write_atomically
+from fomoe_flwr.inputs import FREE_MODEL_KEYS, UNKNOWN, Inputs, differences, inputs_of, run_inputs
+from fomoe_flwr.messages import deals
 from fomoe_flwr.model.sigma_moe import build, initial_state
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.planner import plan_for_run
@@ -64,6 +67,8 @@ class Run:
     recorder: RunRecorder
     checkpoint: Checkpoint | None
     plan_changed: bool  # what was asked of the planner is not what the checkpoint's plan was made for
+    inputs: Inputs
+    inputs_changed: bool  # as this command asked for, against the checkpoint's
 
     def load_into(self, server: Server, config: RunConfig) -> int:
         """Give the server its model, fresh or from the checkpoint; returns the rounds that are done."""
@@ -76,6 +81,8 @@ class Run:
         memory = checkpoint.manifest["memory"]
         if self.plan_changed:
             memory = {**memory, "plan": None}
+        if self.inputs_changed:
+            memory = {**memory, "corpus": "", "own_corpora": {}}
         server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
         return checkpoint.round
 
@@ -91,11 +98,14 @@ def open_run(composed: Composed) -> Iterator[Run]:
     checkpoint = resume_from(config.resume)[1] if config.resume else None
     if checkpoint is not None:
         check_resumable(checkpoint, config)
+        config.federation.sites = in_saved_order(checkpoint, config)
     else:
         check_unused(composed)
         keep_aside(run_dir)
     name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
     corpus = open_validation(config)
+    inputs = inputs_of_run(config, corpus)
+    changed = checkpoint is not None and check_inputs(checkpoint, config, inputs)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
@@ -106,15 +116,12 @@ def open_run(composed: Composed) -> Iterator[Run]:
     last = checkpoint.manifest["metrics"] if checkpoint else None
     telemetry = Telemetry(config, run_dir, name, last)
     tokens = checkpoint.manifest["tokens"] if checkpoint else 0
+    # Losses on other text, or of other tokens, cannot be compared.
+    best = None if changed else (last or {}).get("best")
+    recorder = RunRecorder(composed, name, corpus, telemetry, tokens, best, inputs)
     failed = True
     try:
-        yield Run(
-            name,
-            plan,
-            RunRecorder(composed, name, corpus, telemetry, tokens, (last or {}).get("best")),
-            checkpoint,
-            plan != before,
-        )
+        yield Run(name, plan, recorder, checkpoint, plan != before, inputs, changed)
         failed = False
     finally:
         telemetry.close(failed)
@@ -135,6 +142,7 @@ class RunRecorder(RoundObserver):
         telemetry: Telemetry,
         tokens: int,
         best: dict[str, Any] | None = None,
+        inputs: Inputs = UNKNOWN,
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
@@ -142,6 +150,7 @@ class RunRecorder(RoundObserver):
         self._collected_s = 0.0
         self._placement: Placement | None = None  # the last one that this process recorded
         self._best = best
+        self._inputs = dataclasses.asdict(inputs)
         # Twice the loss of guessing every token with equal probability; nan is above it, too.
         self._worst_loss = 2 * math.log(composed.config.model.vocab_size)
 
@@ -180,6 +189,7 @@ class RunRecorder(RoundObserver):
         bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
         line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
         line["routing"] = routing
+        line["inputs"] = self._inputs
         if current.simulated and current.replies:
             line["virtual"] = self._virtual(current)
         if current.number:
@@ -279,6 +289,7 @@ class RunRecorder(RoundObserver):
             "memory": memory,
             "metrics": line,  # for a run that is killed before it has written the line
             "config": dataclasses.asdict(config),
+            "inputs": self._inputs,
             "overrides": list(self._composed.overrides),
             "placement": current.residents_by_name(),
             # Every random choice is drawn anew from the seed and a counter, so this is the generator's whole state.
@@ -416,7 +427,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     saved = checkpoint.manifest["config"]
     current = dataclasses.asdict(config)
     default = {"model": ModelConfig(), "strategy": StrategyConfig()}
-    fixed = [("model", key) for key in current["model"] if key not in ("experts_impl", "load_balance")]
+    fixed = [("model", key) for key in current["model"] if key not in FREE_MODEL_KEYS]
     fixed += [("strategy", key) for key in ("routing", "outer", "overlap", "placement", "reshuffle_every")]
     for section, key in fixed:
         # A key that is newer than the checkpoint had what is now its default.
@@ -431,8 +442,64 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
         raise CheckpointError(
             f"resume={config.resume}: train.rounds={config.train.rounds}, but {checkpoint.round} are done"
         )
-    if len(saved["federation"]["sites"]) != len(config.federation.sites) or saved["seed"] != config.seed:
-        raise CheckpointError(f"resume={config.resume}: other sites or another seed than the checkpoint's")
+    if saved["seed"] != config.seed:
+        raise CheckpointError(
+            f"resume={config.resume}: seed={config.seed}, the checkpoint's is {saved['seed']}"
+        )
+    known = {site["name"] for site in saved["federation"]["sites"]}
+    named = {site.name for site in config.federation.sites}
+    if known != named:
+        raise CheckpointError(
+            f"resume={config.resume}: federation: the checkpoint's sites are not these; only there: "
+            f"{name_some(sorted(known - named)) or 'none'}; only here: {name_some(sorted(named - known)) or 'none'}"
+        )
+
+
+def in_saved_order(checkpoint: Checkpoint, config: RunConfig) -> list[SiteConfig]:
+    """The sites as they are configured now, each in the place that its name has in the checkpoint."""
+    by_name = {site.name: site for site in config.federation.sites}
+    return [by_name[site["name"]] for site in checkpoint.manifest["config"]["federation"]["sites"]]
+
+
+def inputs_of_run(config: RunConfig, corpus: TokenCorpus | None) -> Inputs:
+    """What the run goes by, as far as the server knows it."""
+    tokenizer = corpus.tokenizer if corpus else load_tokenizer(config.data.tokenizer).fingerprint
+    dealt = [dataclasses.asdict(deal) for deal in deals(config.data, config.federation.sites)]
+    return run_inputs(config, tokenizer, corpus, dealt)
+
+
+def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool:
+    """Hold text, tokenizer and the rest against those of the checkpoint; returns whether they differ.
+
+    What the configuration says differently was asked for, and is named in a warning. What differs although the
+    configuration is the same has changed on the disk.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    before = checkpoint.manifest["config"]
+    other_text = any(
+        value != getattr(config.data, key)
+        for key, value in before["data"].items()
+        if key not in ("cache_dir", "partition", "dirichlet_alpha", "val_fraction")
+    )
+    asked = {
+        "tokenizer": before["data"]["tokenizer"] != config.data.tokenizer,
+        "corpus": other_text,
+        "split": other_text,
+    }
+    # A checkpoint of an earlier version does not say.
+    found = differences(inputs_of(checkpoint.manifest.get("inputs", {})), now)
+    for difference in found:
+        if not asked.get(difference.part, True):
+            raise CheckpointError(
+                f"resume={config.resume}: {difference}, under the same name; put back what it was, or name the other "
+                f"by {'data.tokenizer' if difference.part == 'tokenizer' else 'data.source and data.path'}"
+            )
+        log.warning(
+            "resume=%s: %s, as was asked; losses before and after differ by it", config.resume, difference
+        )
+    return bool(found)
 
 
 def open_validation(config: RunConfig) -> TokenCorpus | None:

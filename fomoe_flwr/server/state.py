@@ -35,6 +35,8 @@ class ServerState:
     # By site, the last round whose reply is in the model.
     counted: dict[str, int] = field(default_factory=dict)
     last_losses: dict[str, float] = field(default_factory=dict)  # of each site's last steps in that round
+    corpus: str = ""  # digest of the common corpus, as a site said it
+    own_corpora: dict[str, str] = field(default_factory=dict)  # by site, of text of its own
     global_load: Shares | None = None  # of the routers of all sites together
     norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))
     discarded: int = 0  # rounds in a row
@@ -48,6 +50,8 @@ class ServerState:
         return {
             "counted": self.counted,
             "last_losses": self.last_losses,
+            "corpus": self.corpus,
+            "own_corpora": self.own_corpora,
             "norms": list(self.norms),
             "experts": self.experts.table(self.round),
             "load": self.global_load,
@@ -58,6 +62,8 @@ class ServerState:
         """Take over what `memory` gave."""
         self.counted = dict(memory["counted"])
         self.last_losses = dict(memory.get("last_losses", {}))
+        self.corpus = str(memory.get("corpus", ""))
+        self.own_corpora = dict(memory.get("own_corpora", {}))
         self.norms.extend(memory["norms"])
         self.experts.load(memory["experts"])
         self.global_load = memory.get("load")

@@ -15,7 +15,8 @@ from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array, blobs_of
 from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.messages import Reply, Task, deals, federation_digest, make_task
+from fomoe_flwr.inputs import Inputs
+from fomoe_flwr.messages import Reply, Task, deals, make_task
 from fomoe_flwr.model.sigma_moe import initial_state
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import with_moments
@@ -44,7 +45,7 @@ def task_of(
         round_=round_,
         counted_round=counted_round,
         deal=deals(config.data, config.federation.sites)[site],
-        federation=federation_digest(config.federation.sites),
+        inputs=Inputs(),
         residents=residents,
         local_steps=config.train.local_steps,
     )

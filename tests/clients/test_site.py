@@ -1,9 +1,12 @@
-"""What an encoder has not sent yet is part of a site's state: it comes back in the next round that counts."""
+"""What a site checks before it works, and what it keeps of what its encoder has not sent yet."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,22 @@ import torch
 from torch import Tensor
 
 from clients.identity import state_folder
-from clients.site import Memory
+from clients.site import Memory, open_corpus, own_inputs
 from clients.state import load_state
 from fomoe_flwr import wire
+from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.codecs import CODECS, CodecState, Part, Parts
 from fomoe_flwr.codecs.cast import Cast
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.inputs import Inputs, short
+from fomoe_flwr.server.run import inputs_of_run
+from strategies.local_grid import LocalGrid
 from tests.clients.helpers import site_task
 from tests.clients.test_memory import settings, work
 from tests.conftest import Compose
+from tests.data.test_tokenizer import train_bpe
+from tests.strategies.helpers import run
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -80,3 +91,68 @@ def test_what_was_not_sent_comes_back_from_the_round_that_counts(
         assert any(error.any() for error in Recorder.after.values())
         errors[round_] = Recorder.after
     assert not same(errors[1], errors[2])
+
+
+# -- its inputs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", ["corpus", "tokenizer"])
+def test_a_site_with_another_tokenizer_or_text_refuses_with_both(
+    small: Compose, tmp_path: Path, corpus_dir: Path, changed: str
+) -> None:
+    """At the same path as the server's, on a machine of its own."""
+    tokenizer = tmp_path / "tokenizer.json"
+    train_bpe(tokenizer)
+    config = small("model.vocab_size=300", f"data.tokenizer={tokenizer}").config
+    corpus = open_corpus(config.data, 300)
+    task = dataclasses.replace(site_task(config, 1), inputs=inputs_of_run(config, corpus))
+    assert own_inputs(task, corpus, settings(tmp_path)) == task.inputs
+    theirs = tmp_path / "theirs"
+    shutil.copytree(corpus_dir, theirs)
+    if changed == "corpus":
+        (theirs / "dance" / "0.txt").write_text("another text\n")
+    else:
+        tokenizer.write_text(tokenizer.read_text() + "\n")
+    other = open_corpus(dataclasses.replace(config.data, path=str(theirs)), 300)
+    with pytest.raises(ConfigError, match="site site-1: not what the run goes by") as error:
+        own_inputs(task, other, settings(tmp_path))
+    ours = getattr(task.inputs, changed)
+    assert f"{short(getattr(other, 'digest' if changed == 'corpus' else changed))}, before {ours}" in str(
+        error.value
+    )
+
+
+def test_text_of_its_own_may_change_where_an_operator_gave_it(
+    small: Compose, tmp_path: Path, corpus_dir: Path
+) -> None:
+    """In a simulation nobody but the run's own command could have asked for it."""
+    config: RunConfig = small("data.partition=own").config
+    config.federation.sites[1].data_path = str(corpus_dir)
+    corpus = open_corpus(dataclasses.replace(config.data, partition="own"), 264)
+    task = dataclasses.replace(site_task(config, 1), inputs=Inputs(corpus="before", split="the server's"))
+    operated = dataclasses.replace(settings(tmp_path), partition=None)
+    found = own_inputs(task, corpus, operated)
+    assert (found.corpus, found.partition) == (short(corpus.digest), "own")
+    with pytest.raises(ConfigError, match="before before"):
+        own_inputs(task, corpus, dataclasses.replace(operated, partition=1))
+
+
+def test_without_text_at_the_server_the_first_site_says_what_the_common_corpus_is(
+    small: Compose, tmp_path: Path, corpus_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A site whose text grew goes on, and the server's log says so."""
+    own = tmp_path / "own"
+    shutil.copytree(corpus_dir, own)
+    composed = small("train.eval_batches=0", "train.rounds=1", "federation.num_sites=2", "strategy.overlap=1")
+    grid = partial(LocalGrid, node_configs={1: {"data-path": str(own)}})
+    run(composed, grid_type=grid)  # type: ignore[arg-type]
+    checkpoint = read_checkpoint(checkpoint_path(composed.run_dir, 1))
+    assert checkpoint.manifest["memory"]["corpus"] == short(open_corpus(composed.config.data, 264).digest)
+    assert checkpoint.manifest["memory"]["own_corpora"].keys() == {"site-1"}
+    (own / "dance" / "0.txt").write_text("another text\n")
+    open_corpus.cache_clear()
+    resumed = dataclasses.replace(composed)
+    resumed.config.resume, resumed.config.train.rounds = str(composed.run_dir), 2
+    with caplog.at_level("WARNING", logger="fomoe"):
+        run(resumed, grid_type=grid)  # type: ignore[arg-type]
+    assert "round 2: site site-1: its own text is another now" in caplog.messages

@@ -46,7 +46,9 @@ def corpus_of() -> Callable[..., TokenCorpus]:
             is_val=np.array(is_val if is_val is not None else [False] * len(lengths)),
             vocab_size=int(starts[-1]) + 1,
             eos_id=0,
+            tokenizer="",
             digest="",
+            split="",
             shards=tuple(tokens[i : i + shard_tokens] for i in range(0, len(tokens), shard_tokens)),
             shard_tokens=shard_tokens,
         )

@@ -189,8 +189,11 @@ def test_the_cache_is_found_after_a_move(config: DataConfig, no_build: Callable[
     "change", [{"val_fraction": 0.5}, {"domain_key": None}, {"text_key": "lang"}, {"max_documents": 50}]
 )
 def test_what_changes_the_corpus_changes_the_cache(config: DataConfig, change: dict[str, object]) -> None:
-    digests = {prepare(config).digest, prepare(replace(config, **change)).digest}
-    assert len(digests) == len(cache_of(config)) == 2
+    first, changed = prepare(config), prepare(replace(config, **change))
+    assert (first.digest, first.split) != (changed.digest, changed.split)
+    # Which documents are kept for validation is said apart from the text.
+    assert (first.digest == changed.digest) == ("val_fraction" in change)
+    assert len(cache_of(config)) == 2
 
 
 def test_an_edit_of_the_source_is_seen(config: DataConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_flwr.config import DataConfig, ModelConfig, SiteConfig, StrategyConfig, TrainConfig
+from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Deal, Task
 from fomoe_flwr.placement import full_residents
 
@@ -60,7 +61,7 @@ def task_of(**changes: Any) -> Task:
         "counted_round": 0,
         "site": SiteConfig(),
         "deal": Deal(0, 1),
-        "federation": "",
+        "inputs": Inputs(),
         "residents": SOME,
         "first_step": 0,
         "lr_stride": 1.0,

@@ -78,6 +78,16 @@ def test_missing_replies_are_counted_by_site_and_reason(tmp_path: Path) -> None:
     assert found["replies missing of site-2"] == "1 (1 refused: duplicate)"
 
 
+def test_a_change_of_the_inputs_is_named_with_its_round(tmp_path: Path) -> None:
+    """Losses before and after it cannot be compared."""
+    made = metrics(compose_config("train.rounds=3"), rounds=3)
+    for line, tokenizer in zip(made[1:], ("a", "a", "b"), strict=True):
+        line["inputs"] = {"tokenizer": tokenizer, "corpus": "c"}
+    found = cells(write_run(tmp_path, lines=made))
+    assert found["other input from round 3 on"] == "data.tokenizer: the tokenizer is b, before a"
+    assert not any("round 1" in key or "round 2" in key for key in found)
+
+
 def test_comparison_table(tmp_path: Path) -> None:
     # tiny: 256·128·3.03 dense, 16·4·32768 in experts. A site with half of them sends 2·2·1,354,240 bytes by formula.
     made = metrics(compose_config(), rounds=2)

@@ -19,6 +19,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import CODECS, Part
 from fomoe_flwr.errors import WireError
+from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.server import replies as replies_module
@@ -106,6 +107,24 @@ def test_a_header_that_is_not_the_answer_is_refused(change: dict[str, Any], kind
         check_header(header(**change), EXPECTED)
     assert refused.value.kind == kind
     assert "\n" not in str(refused.value)
+
+
+def test_other_inputs_are_refused_but_text_of_its_own_is_its_own() -> None:
+    expected = dataclasses.replace(EXPECTED, inputs=Inputs(tokenizer="a", corpus="b", partition="iid"))
+    for inputs, kind in (
+        (Inputs(), None),
+        (expected.inputs, None),
+        (Inputs(corpus="c", partition="own"), None),
+        (Inputs(corpus="c", partition="iid"), "inputs"),
+        (Inputs(tokenizer="c", partition="own"), "inputs"),
+    ):
+        text = header(inputs=inputs)
+        if kind is None:
+            assert check_header(text, expected).inputs == inputs
+        else:
+            with pytest.raises(Refused, match=r"data.*c, before [ab]") as refused:
+                check_header(text, expected)
+            assert refused.value.kind == kind
 
 
 def test_another_start_is_named_by_its_first_tensor() -> None:
