@@ -7,7 +7,16 @@ import math
 import re
 from typing import Any
 
-from fomoe_flwr.config import NAME_RULE, PLANNED, DataConfig, FederationConfig, RunConfig, SiteConfig, is_name
+from fomoe_flwr.config import (
+    NAME_RULE,
+    PLANNED,
+    DataConfig,
+    FederationConfig,
+    RunConfig,
+    SiteConfig,
+    StrategyConfig,
+    is_name,
+)
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 
@@ -147,6 +156,37 @@ def check_combinations(config: RunConfig) -> None:
             check_own_source(data, f"federation.sites: data_path={site.data_path} of site {site.name}")
     if data.source == "huggingface" and data.name is None:
         raise ConfigError("data.name=null: data=huggingface needs data.name=NAME")
+
+
+def check_outer(strategy: StrategyConfig) -> None:
+    """Whether inner and outer optimizer fit each other, and use what is given for them.
+
+    Raises:
+        ConfigError: the first key that would do nothing, or another thing than its name says.
+    """
+    inner, outer = strategy.inner, strategy.outer
+    if inner == "gradient" and outer != "adamw":
+        raise ConfigError(
+            f"strategy.inner=gradient: strategy.outer={outer} would take gradients for differences of parameters; "
+            "allowed is strategy.outer=adamw"
+        )
+    has_lr = outer == "nesterov" or (outer == "adamw" and inner == "adamw")
+    if strategy.outer_lr is not None and not has_lr:
+        instead = "whose learning rate is train.lr" if outer == "adamw" else "which has no learning rate"
+        raise ConfigError(
+            f"strategy.outer_lr={strategy.outer_lr:g}: must be null with strategy.inner={inner} and "
+            f"strategy.outer={outer}, {instead}"
+        )
+    if strategy.outer_momentum is not None and outer != "nesterov":
+        raise ConfigError(
+            f"strategy.outer_momentum={strategy.outer_momentum:g}: must be null with strategy.outer={outer}; "
+            "only nesterov has it"
+        )
+    if not strategy.keep_moments and (outer == "local_adamw" or inner == "gradient"):
+        kept = "averages the moments" if outer == "local_adamw" else "keeps them on the server"
+        raise ConfigError(
+            f"strategy.keep_moments=false: strategy.inner={inner} with strategy.outer={outer} {kept}; leave it true"
+        )
 
 
 def check_own_source(data: DataConfig, given: str) -> None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fomoe_flwr.checks import check_combinations, check_fields, expand_sites
+from fomoe_flwr.checks import check_combinations, check_fields, check_outer, expand_sites
 from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
 
@@ -108,6 +108,8 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     config.federation.sites = expand_sites(config.federation)
     config.federation.num_sites = len(config.federation.sites)
     check_combinations(config)
+    if not saved:  # earlier versions took keys that they did not use
+        check_outer(config.strategy)
     return config
 
 

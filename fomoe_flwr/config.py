@@ -19,6 +19,9 @@ T = TypeVar("T")
 # instead (`compose.py`).
 REMOVED = {"strategy.moves": "", "strategy.move_ratio": "", "plan.policy": "strategy.placement"}
 
+# strategy.outer_lr where it is null. AdamW's is of pseudo-gradients: see docs/method.md.
+OUTER_LR = {"nesterov": 0.7, "adamw": 0.003}
+
 # The values of strategy.placement that go by a plan, which is made anew when sites leave or return.
 PLANNED = ("planned", "memory", "affine", "equal")
 
@@ -75,6 +78,7 @@ class ModelConfig:
     base_d_model: int = at_least(256, 1)
     base_num_layers: int = at_least(4, 1)
     base_d_expert: int = at_least(128, 1)
+    base_top_k: int = at_least(2, 1)
     # orthogonal: cosines with orthonormal rows; grap: means of slices of the token, no parameters. Skip mode only.
     router: str = choice("linear", "linear", "orthogonal", "grap")
     load_balance: float = at_least(0.01, 0.0)  # coefficient of the load-balancing loss
@@ -139,8 +143,10 @@ class StrategyConfig:
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round
     outer: str = choice("nesterov", "nesterov", "local_adamw", "average", "adamw")
-    outer_lr: float = at_least(0.7, 0.0)  # nesterov
-    outer_momentum: float = at_least(0.9, 0.0)  # nesterov
+    # Null: as in OUTER_LR, by outer. With outer=adamw and inner=adamw how far a weight of the base model goes in a
+    # round; with inner=gradient train.lr says it. The others have none.
+    outer_lr: float | None = at_least(None, 0.0)
+    outer_momentum: float | None = at_least(None, 0.0)  # nesterov; null: 0.9
     expert_weighting: str = choice("tokens", "tokens", "routed")  # routed: by tokens the expert really got
     # An expert that got too few tokens in a round, over all sites, is held back. Enough are so many that with this
     # confidence one of them has a cosine above capacity_delta with its router row (LocMoE). 0: off.

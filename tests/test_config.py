@@ -91,6 +91,7 @@ TOGETHER = {
     "model.base_d_model": 128,
     "model.base_num_layers": 2,
     "model.base_d_expert": 64,
+    "model.base_top_k": 4,
     "model.router": "orthogonal",
     "model.load_balance": 0.0,
     "model.balance": "global",
@@ -488,6 +489,33 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             ["strategy=local_adamw", "strategy.inner=gradient"],
             "strategy.inner=gradient: strategy.outer=local_adamw averages AdamW's moments",
         ),
+        # keys that would do nothing
+        (
+            ["strategy=diloco", "strategy.inner=gradient"],
+            "strategy.inner=gradient: strategy.outer=nesterov would take",
+        ),
+        (
+            ["strategy=fedavg", "strategy.inner=gradient"],
+            "strategy.inner=gradient: strategy.outer=average would take",
+        ),
+        (["strategy=fedavg", "strategy.outer_lr=0.5"], "strategy.outer_lr=0.5: must be null with"),
+        (["strategy=ddp", "strategy.outer_lr=0.5"], "strategy.outer=adamw, whose learning rate is train.lr"),
+        (
+            ["strategy=local_adamw", "strategy.outer_momentum=0"],
+            "strategy.outer_momentum=0: must be null with",
+        ),
+        (
+            ["strategy.outer=adamw", "strategy.outer_momentum=0.5"],
+            "strategy.outer_momentum=0.5: must be null with",
+        ),
+        (
+            ["strategy=local_adamw", "strategy.keep_moments=false"],
+            "strategy.keep_moments=false: strategy.inner=adamw",
+        ),
+        (
+            ["strategy=ddp", "strategy.keep_moments=false"],
+            "strategy.keep_moments=false: strategy.inner=gradient",
+        ),
         (["data=text"], "data.path=null: data=text needs data.path=FILE_OR_FOLDER"),
         (["data=huggingface"], "data.name=null: data=huggingface needs data.name=NAME"),
         # sites
@@ -541,6 +569,15 @@ values = st.sampled_from(
         "???",
     ]
 )
+
+
+def test_a_run_that_has_keys_it_did_not_use_can_be_read() -> None:
+    """Earlier versions wrote them with their defaults, whatever the outer step."""
+    tree = OmegaConf.structured(config_of("strategy=local_adamw"))
+    tree.strategy.outer_lr, tree.strategy.outer_momentum, tree.strategy.keep_moments = 0.7, 0.9, False
+    assert from_tree(tree, saved=True).strategy.outer_lr == 0.7
+    with pytest.raises(ConfigError, match=r"strategy\.outer_lr=0\.7"):
+        from_tree(tree)
 
 
 @pytest.mark.parametrize(

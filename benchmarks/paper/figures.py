@@ -18,7 +18,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.typing import LineStyleType
 
-from benchmarks.paper.formulas import compute_s, ring_bytes, round_s, rounds_for, site_flops, star_bytes
+from benchmarks.paper.formulas import (
+    bytes_a_token,
+    compute_s,
+    ring_bytes,
+    round_s,
+    rounds_for,
+    site_flops,
+    star_bytes,
+)
 from benchmarks.paper.scale import (
     GBPS,
     H100_FLOPS_PER_S,
@@ -69,6 +77,9 @@ LATENCY_S = 0.05
 SWEEP_GBPS = (0.1, 1.0, 10.0, 100.0)
 
 
+_FORMULA_NOTES = {"ours": "", "paper": "\nFlops by the paper's eq. 3 as printed, with unmasked attention."}
+
+
 class FlopsRow(NamedTuple):
     """A point of figure 8: training flops of a token at one site."""
 
@@ -86,6 +97,7 @@ class BytesRow(NamedTuple):
     network: str  # ring or star
     tokens: float
     site_bytes: float
+    bytes_a_token: float  # BPT: of all sites together
 
 
 class HoursRow(NamedTuple):
@@ -112,14 +124,19 @@ def paper_models() -> list[ModelConfig]:
 # -- figure 8 --------------------------------------------------------------------------------------------
 
 
-def figure_8(path: Path, models: Sequence[ModelConfig] | None = None) -> list[FlopsRow]:
+def figure_8(
+    path: Path, models: Sequence[ModelConfig] | None = None, formula: str = "ours"
+) -> list[FlopsRow]:
     """Flops a token against O_e, both routing modes, a panel a model.
+
+    Args:
+        formula: see `site_flops`.
 
     Raises:
         RunError: the picture cannot be written.
     """
     models = paper_models() if models is None else models
-    rows = flops_rows(models)
+    rows = flops_rows(models, formula)
     figure = _figure(13, 3.9)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         mine = [row for row in rows if row.model == model.name]
@@ -130,16 +147,22 @@ def figure_8(path: Path, models: Sequence[ModelConfig] | None = None) -> list[Fl
         figure,
         "Figure 8: compute of a token against overlap",
         f"Forward and backward, {FIGURE_8_SITES} sites, sequences of {PAPER_SEQ_LEN} tokens, balanced routing. "
-        "Percentages: of a full replica ($O_e$ = 8). Each panel has a scale of its own.",
+        "Percentages: of a full replica ($O_e$ = 8). Each panel has a scale of its own."
+        + _FORMULA_NOTES[formula],
     )
     save_figure(figure, path)
     return rows
 
 
-def flops_rows(models: Sequence[ModelConfig]) -> list[FlopsRow]:
+def flops_rows(models: Sequence[ModelConfig], formula: str = "ours") -> list[FlopsRow]:
     """`F(O_e)` of every model in both modes."""
     return [
-        FlopsRow(model.name, routing, overlap, site_flops(model, PAPER_SEQ_LEN, routing, residents))
+        FlopsRow(
+            model.name,
+            routing,
+            overlap,
+            site_flops(model, PAPER_SEQ_LEN, routing, residents, formula=formula),
+        )
         for model in models
         for routing in MODES
         for overlap in range(1, FIGURE_8_SITES + 1)
@@ -204,7 +227,7 @@ def figure_9(path: Path, model: ModelConfig | None = None) -> list[BytesRow]:
         f"Model {model.name}, {FIGURE_9_SITES} sites, K = {PAPER_LOCAL_STEPS}, {count(PAPER_BATCH_TOKENS)} tokens a "
         f"step, bf16, partitioned router, placement redrawn every round (gamma = {RESHUFFLE_RATE:g}).\n"
         "Ring: bytes that a site sends while it receives as many. Star: received and sent, half each. Factors: of "
-        "FoMoE with $O_e$ = 2 on the ring.",
+        "FoMoE with $O_e$ = 2 on the ring. B a token: of all sites together (BPT).",
     )
     save_figure(figure, path)
     return rows
@@ -216,7 +239,14 @@ def bytes_rows(model: ModelConfig) -> list[BytesRow]:
     kinds += [("DiLoCo", FIGURE_9_SITES, 1), *(("FoMoE", overlap, 1) for overlap in FIGURE_9_OVERLAPS)]
     round_tokens = PAPER_LOCAL_STEPS * PAPER_BATCH_TOKENS
     return [
-        BytesRow(strategy, overlap, network, rounds * round_tokens, rounds * copies * exchange_bytes)
+        BytesRow(
+            strategy,
+            overlap,
+            network,
+            rounds * round_tokens,
+            rounds * copies * exchange_bytes,
+            bytes_a_token(FIGURE_9_SITES, copies * exchange_bytes, round_tokens),
+        )
         for strategy, overlap, copies in kinds
         for network, exchange_bytes in _exchange_bytes(model, overlap)
         for rounds in range(1, FIGURE_9_ROUNDS + 1)
@@ -246,9 +276,8 @@ def _bytes_lines(axes: Axes, rows: Sequence[BytesRow], label_stars: bool) -> Non
     reference = next(r for r in reversed(rows) if (r.strategy, r.overlap, r.network) == ("FoMoE", 2, "ring"))
     labels = []
     for strategy, overlap, network in dict.fromkeys(row[:3] for row in rows):
-        points = [
-            (row.tokens, row.site_bytes / 1e9) for row in rows if row[:3] == (strategy, overlap, network)
-        ]
+        mine = [row for row in rows if row[:3] == (strategy, overlap, network)]
+        points = [(row.tokens, row.site_bytes / 1e9) for row in mine]
         color = _BYTES_COLORS[strategy, overlap]
         axes.plot(
             *zip(*points, strict=True),
@@ -257,26 +286,30 @@ def _bytes_lines(axes: Axes, rows: Sequence[BytesRow], label_stars: bool) -> Non
             linewidth=1.8,
         )
         last = points[-1][1]
+        amount = f"{in_bytes(last * 1e9)}, {mine[-1].bytes_a_token:.0f} B a token"
         name = f"FoMoE, $O_e$ = {overlap}" if strategy == "FoMoE" else strategy
         if network == "ring":
             ratio = f" ({times(last * 1e9 / reference.site_bytes)})" if strategy != "FoMoE" else ""
-            labels.append((last, f"{name}: {in_bytes(last * 1e9)}{ratio}", color))
+            labels.append((last, f"{name}: {amount}{ratio}", color))
         elif label_stars:
-            labels.append((last, f"{name}, star: {in_bytes(last * 1e9)}", color))
+            labels.append((last, f"{name}, star: {amount}", color))
     _end_labels(axes, rows[-1].tokens, labels)
 
 
 # -- figure 10 -------------------------------------------------------------------------------------------
 
 
-def figure_10(path: Path, model: ModelConfig | None = None) -> list[HoursRow]:
+def figure_10(path: Path, model: ModelConfig | None = None, formula: str = "ours") -> list[HoursRow]:
     """Hours to train against bandwidth and O_e, a panel a routing mode.
+
+    Args:
+        formula: see `site_flops`.
 
     Raises:
         RunError: the picture cannot be written.
     """
     model = compose(["model=xl", "model.num_layers=64"]).config.model if model is None else model
-    rows = hours_rows(model)
+    rows = hours_rows(model, formula)
     figure = _figure(13, 5.0)
     for axes, routing in zip(figure.subplots(1, 2), ("partitioned", "skip"), strict=True):
         _hours_panel(axes, [row for row in rows if row.routing == routing], routing)
@@ -287,24 +320,25 @@ def figure_10(path: Path, model: ModelConfig | None = None) -> list[HoursRow]:
         f"{FIGURE_10_SITES} sites, {FIGURE_10_ACCELERATORS} H100 together at {MFU:.0%} (assumed) of "
         f"{H100_FLOPS_PER_S / 1e12:.0f} Tflop/s, {count(PAPER_BATCH_TOKENS)} tokens a step, K = {PAPER_LOCAL_STEPS}.\n"
         f"Ring, bf16, fixed placement, {1000 * LATENCY_S:.0f} ms once a round, nothing hidden behind compute. "
-        "A skipped assignment counts as free.",
+        "A skipped assignment counts as free." + _FORMULA_NOTES[formula],
     )
     save_figure(figure, path)
     return rows
 
 
-def hours_rows(model: ModelConfig) -> list[HoursRow]:
+def hours_rows(model: ModelConfig, formula: str = "ours") -> list[HoursRow]:
     """`T = N_tok/(M·B_l·K) · (K·t_comp + t_comm)` in hours."""
     return [
-        HoursRow(routing, overlap, gbps, _hours(model, routing, overlap, gbps))
+        HoursRow(routing, overlap, gbps, _hours(model, routing, overlap, gbps, formula))
         for routing in MODES
         for overlap in FIGURE_10_OVERLAPS
         for gbps in FIGURE_10_GBPS
     ]
 
 
-def _hours(model: ModelConfig, routing: str, overlap: int, gbps: float) -> float:
-    flops = site_flops(model, PAPER_SEQ_LEN, routing, model.num_experts * overlap / FIGURE_10_SITES)
+def _hours(model: ModelConfig, routing: str, overlap: int, gbps: float, formula: str) -> float:
+    residents = model.num_experts * overlap / FIGURE_10_SITES
+    flops = site_flops(model, PAPER_SEQ_LEN, routing, residents, formula=formula)
     # All sites work at the same time: the whole batch over all accelerators takes as long as a part over its own.
     step_s = compute_s(flops, PAPER_BATCH_TOKENS, FIGURE_10_ACCELERATORS * MFU * H100_FLOPS_PER_S)
     experts = model.num_layers * model.num_experts

@@ -6,22 +6,40 @@ The unit is the end of a name. Bytes are per site and round.
 from __future__ import annotations
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.spec import token_flops
+from fomoe_flwr.model.spec import attention_flops, token_flops
 from fomoe_flwr.plan.system import Split, expert_work
+
+FORMULAS = ("ours", "paper")
 
 
 def site_flops(
-    model: ModelConfig, seq_len: int, routing: str, residents: float, hit_rate: float | None = None
+    model: ModelConfig,
+    seq_len: int,
+    routing: str,
+    residents: float,
+    hit_rate: float | None = None,
+    formula: str = "ours",
 ) -> float:
     """Flops of a token at a site with so many residents a layer.
 
-    `F = F_dense + sum_l [sigma · min(k, N_le)/k · F_FFN + (N_le/N_e) · F_gate]`; the router is computed in full
+    `F = F_dense + sum_l [sigma · min(k, N_le)/k · F_FFN + (N_le/N_e) · F_gate]`, eq. 3; the router is computed in full
     in `skip` mode.
+
+    Args:
+        formula: `paper`: eq. 3 as printed. `ours`: what is computed. They differ in two things. In skip mode the
+            paper multiplies sigma by min(k, N_le)/k, but the router chooses k of *all* experts, so sigma alone is the
+            share that is computed, however few are held. And the paper counts all attention scores, of which a causal
+            model uses half.
     """
     flops = token_flops(model, seq_len)
     gate = 1.0 if routing == "skip" else residents / model.num_experts
     work = expert_work(routing, model.num_experts, model.top_k, residents, hit_rate)
-    return flops.dense + work * flops.experts + gate * flops.router
+    masked = 0.0
+    if formula == "paper":
+        masked = attention_flops(model, seq_len)
+        if routing == "skip":
+            work *= min(model.top_k, residents) / model.top_k
+    return flops.dense + masked + work * flops.experts + gate * flops.router
 
 
 def compute_s(flops_a_token: float, tokens: float, flops_per_s: float) -> float:
@@ -58,6 +76,11 @@ def ring_bytes(
     return copies * (
         ring_dense_bytes(num_sites, split.dense * bytes_per_number) + (reduce + fetch) * held_bytes
     )
+
+
+def bytes_a_token(num_sites: int, site_bytes: float, round_tokens: float) -> float:
+    """`BPT = M · B_site / (K · B_g)`, eq. 9: what all sites exchange for a token; `round_tokens` is K · B_g."""
+    return num_sites * site_bytes / round_tokens
 
 
 def star_bytes(parameters: float, bytes_per_number: float) -> float:

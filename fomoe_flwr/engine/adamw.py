@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from fomoe_flwr.config import TrainConfig
 from fomoe_flwr.model.sigma_moe import NamedView, Transformer, named_views
-from fomoe_flwr.model.spec import lr_multipliers
+from fomoe_flwr.model.spec import Param, parameters
 
 
 @dataclass
@@ -65,14 +65,14 @@ class _Run:
     exp_avg_sq: Tensor
     step: Tensor
     reset_at: int
-    lr: float
+    param: Param
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor if self.slots is None else tensor[self.slots]
 
 
 class StackedAdamW:
-    """AdamW with CompleteP's learning rates, and a warm-up of its own for what is new to the site.
+    """AdamW with CompleteP's learning rates and weight decays, and a warm-up of its own for what is new to the site.
 
     Args:
         moments: by name; emptied while they are taken over, so that a model's moments are not held twice. A name
@@ -94,14 +94,14 @@ class StackedAdamW:
         self._views: list[list[NamedView]] = []
         self._runs: list[list[_Run]] = []
         residents = [moe.resident_experts for moe in module.moe_layers]
-        multipliers = lr_multipliers(module.config, residents, module.routing)
+        table = parameters(module.config, residents, module.routing)
         for _, group in groupby(named_views(module), key=lambda view: id(view.parameter)):
             views = list(group)
             self._views.append(views)
-            self._runs.append(self._take_over(views, multipliers[views[0].name], moments))
+            self._runs.append(self._take_over(views, table[views[0].name], moments))
 
     def _take_over(
-        self, views: list[NamedView], lr: float, moments: MutableMapping[str, Moments]
+        self, views: list[NamedView], param: Param, moments: MutableMapping[str, Moments]
     ) -> list[_Run]:
         parameter = views[0].parameter
         known = [moments.pop(view.name, None) for view in views]
@@ -122,7 +122,7 @@ class StackedAdamW:
             end = start + len(list(members))
             slots = None if views[0].slot is None else slice(start, end)
             count = torch.tensor(float(step), device=parameter.device)
-            run = _Run(parameter, slots, exp_avg, exp_avg_sq, count, reset_at, lr)
+            run = _Run(parameter, slots, exp_avg, exp_avg_sq, count, reset_at, param)
             run.exp_avg, run.exp_avg_sq = run.of(exp_avg), run.of(exp_avg_sq)
             runs.append(run)
             start = end
@@ -138,11 +138,12 @@ class StackedAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients of the module; a parameter without one stays as it is."""
-        groups: dict[float, list[_Run]] = {}
+        groups: dict[tuple[float, float], list[_Run]] = {}
         for run in [run for runs in self._runs for run in runs]:
             if run.parameter.grad is not None and run.parameter.numel():
-                groups.setdefault(self.learning_rate(run.reset_at) * run.lr, []).append(run)
-        for lr, runs in groups.items():
+                lr = self.learning_rate(run.reset_at) * run.param.lr
+                groups.setdefault((lr, self.train.weight_decay * run.param.decay), []).append(run)
+        for (lr, weight_decay), runs in groups.items():
             adamw(
                 [run.of(run.parameter) for run in runs],
                 [run.of(run.parameter.grad) for run in runs if run.parameter.grad is not None],
@@ -155,7 +156,7 @@ class StackedAdamW:
                 beta1=self.train.beta1,
                 beta2=self.train.beta2,
                 lr=lr,
-                weight_decay=self.train.weight_decay,
+                weight_decay=weight_decay,
                 eps=self.train.eps,
                 maximize=False,
             )

@@ -9,10 +9,13 @@ Every tensor has one name everywhere (wire, checkpoints, exports, logs), in Hugg
 
 No PyTorch here, so that planning does not wait for it.
 
-CompleteP (arXiv 2505.01618, table 1, alpha = 1) makes initialisation and learning rates transfer across width and
-depth, relative to the base model of `ModelConfig.base_*`: hidden weights start with variance 1/fan_in and learn at
-lr·(base fan_in / fan_in); embedding and norms learn at lr; each branch is multiplied by base depth / depth and the
-logits by base width / width. Where that paper also scales AdamW's epsilon, this project keeps it fixed.
+CompleteP (arXiv 2505.01618, table 1, alpha = 1) makes initialisation, learning rates and weight decay transfer across
+width and depth, relative to the base model of `ModelConfig.base_*`: hidden weights start with variance 1/fan_in, learn
+at lr·(base fan_in / fan_in) and decay at weight_decay·(fan_in / base fan_in), so that lr times decay is the same at
+every width; embedding and norms learn at lr, and norms do not decay; each branch is multiplied by base depth / depth
+and the logits by base width / width. Where that paper also scales AdamW's epsilon, this project keeps it fixed.
+
+The fan-in of a layer's down-projections is that of their sum: top_k·d_expert of routed experts (docs/method.md).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Param(NamedTuple):
     kind: str  # dense, router or expert
     init_std: float | None  # of the normal distribution it is drawn from; None: ones
     lr: float  # factor of the learning rate
+    decay: float  # factor of the weight decay
     flops: int  # of one token that passes it, forward and backward
     stack: str = ""  # path of the module's parameter in which it is one slot; "": its path is its name
 
@@ -62,13 +66,15 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
     """
     d, h = model.d_model, model.d_expert
     width, expert_width = model.base_d_model / d, model.base_d_expert / h
+    chosen = model.top_k / model.base_top_k
     layer, mlp = "model.layers.{layer}.", "model.layers.{layer}.mlp."
 
     def matrix(name: str, rows: int, fan_in: int, lr: float, kind: str = "dense", stack: str = "") -> Param:
-        return Param(name, (rows, fan_in), kind, fan_in**-0.5, lr, FLOPS_PER_PARAMETER * rows * fan_in, stack)
+        flops = FLOPS_PER_PARAMETER * rows * fan_in
+        return Param(name, (rows, fan_in), kind, fan_in**-0.5, lr, 1 / lr, flops, stack)
 
     def gain(name: str) -> Param:
-        return Param(name, (d,), "dense", None, 1.0, 0)
+        return Param(name, (d,), "dense", None, 1.0, 0.0, 0)
 
     rows = [
         # Looked up at the input, multiplied by at the output: the two are tied.
@@ -83,8 +89,9 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
     rows += [matrix(f"{layer}self_attn.{p}_proj.weight", d, d, width) for p in "qkvo"]
     if shared := model.num_shared_experts * h:
         rows.append(matrix(f"{mlp}shared_experts.up_proj.weight", shared, d, width))
-        # Its fan-in is that of all shared experts, its learning rate that of one.
-        rows.append(matrix(f"{mlp}shared_experts.down_proj.weight", d, shared, expert_width))
+        # One matrix sums over all shared experts; the base model has one.
+        lr = model.base_d_expert / shared
+        rows.append(matrix(f"{mlp}shared_experts.down_proj.weight", d, shared, lr))
     if model.router != "grap":
         if routing == "skip":
             rows.append(matrix(f"{mlp}gate.weight", model.num_experts, d, width, "router"))
@@ -93,7 +100,8 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
             rows.append(row._replace(shape=(d,)))
     up, down = f"{mlp}experts.{{expert}}.up_proj.weight", f"{mlp}experts.{{expert}}.down_proj.weight"
     rows.append(matrix(up, h, d, width, "expert", f"{mlp}experts.up_EHD"))
-    rows.append(matrix(down, d, h, expert_width, "expert", f"{mlp}experts.down_EDH"))
+    row = matrix(down, d, h, expert_width / chosen, "expert", f"{mlp}experts.down_EDH")
+    rows.append(row._replace(init_std=(h * chosen) ** -0.5))
     return rows
 
 
@@ -126,11 +134,6 @@ def slots(model: ModelConfig, residents: Residents, routing: str) -> Iterator[tu
 def parameter_shapes(model: ModelConfig, residents: Residents, routing: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter in the shard of a site with these residents."""
     return {name: param.shape for name, param in parameters(model, residents, routing).items()}
-
-
-def lr_multipliers(model: ModelConfig, residents: Residents, routing: str) -> dict[str, float]:
-    """Factor of the learning rate of every parameter in a shard."""
-    return {name: param.lr for name, param in parameters(model, residents, routing).items()}
 
 
 # ----- names
@@ -220,8 +223,12 @@ def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
     flops = {"dense": 0, "router": 0, "expert": 0}
     for param in table(model, "skip"):
         flops[param.kind] += param.flops * _how_many(model, param, model.top_k)
-    attention = model.num_layers * 6 * seq_len * model.d_model
-    return TokenFlops(flops["dense"] + attention, flops["expert"], flops["router"])
+    return TokenFlops(flops["dense"] + attention_flops(model, seq_len), flops["expert"], flops["router"])
+
+
+def attention_flops(model: ModelConfig, seq_len: int) -> int:
+    """Scores and values of one token in all layers; as much again is masked away."""
+    return model.num_layers * 6 * seq_len * model.d_model
 
 
 def _how_many(model: ModelConfig, param: Param, experts: int) -> int:

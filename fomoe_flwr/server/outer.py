@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS
-from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig, TrainConfig
+from fomoe_flwr.config import OUTER_LR, ModelConfig, RunConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.engine.adamw import warmup
 from fomoe_flwr.engine.device import cpu_threads
 from fomoe_flwr.model.moe import orthonormal_rows
-from fomoe_flwr.model.spec import MOMENTS, expert_of, gate_name, is_moment, lr_multipliers, moment_name
+from fomoe_flwr.model.spec import MOMENTS, expert_of, gate_name, is_moment, moment_name, parameters
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.server.replies import Inbox
 
@@ -86,7 +86,10 @@ class OuterOptimizer:
     nesterov: `torch.optim.SGD(nesterov=True)` on the mean pseudo-gradient (DiLoCo, arXiv 2311.08105).
     average: parameters minus mean pseudo-gradient, that is the mean of what the sites returned.
     local_adamw: the same for parameters; both Adam moments are replaced by their means.
-    adamw: `torch.optim.AdamW` on mean gradients (data parallel), clipped, with the inner learning rates.
+    adamw: `torch.optim.AdamW` with CompleteP's factors. Of mean gradients (data parallel) it is the one optimizer, so
+        they are clipped, and learning rate, warm-up and weight decay are the inner ones. Of mean pseudo-gradients it
+        is FedAdam (arXiv 2003.00295, with AdamW's bias correction): its learning rate is its own, and clipping,
+        warm-up and decay are left to the inner optimizer, which has seen to them.
     """
 
     def __init__(
@@ -94,31 +97,44 @@ class OuterOptimizer:
     ) -> None:
         self.state, self.strategy, self.train = state, strategy, train
         self._parameters = {name: torch.nn.Parameter(t) for name, t in state.items() if not is_moment(name)}
+        self._momentum = 0.9 if strategy.outer_momentum is None else strategy.outer_momentum
         self._optimizer = self._build(model)
 
     def _build(self, model: ModelConfig) -> torch.optim.Optimizer:
         strategy, train = self.strategy, self.train
         tensors = list(self._parameters.values())
+        if strategy.outer not in OUTER_LR:
+            return torch.optim.SGD(tensors, lr=1.0, fused=True)
+        lr = OUTER_LR[strategy.outer] if strategy.outer_lr is None else strategy.outer_lr
         if strategy.outer == "nesterov":
-            momentum = strategy.outer_momentum
+            momentum = self._momentum
             nesterov = momentum > 0  # PyTorch refuses Nesterov without momentum, which is a plain step
-            return torch.optim.SGD(
-                tensors, lr=strategy.outer_lr, momentum=momentum, nesterov=nesterov, fused=True
-            )
-        if strategy.outer == "adamw":
-            groups: dict[float, list[Tensor]] = {}
-            everything = full_residents(model.num_layers, model.num_experts)
-            multipliers = lr_multipliers(model, everything, strategy.routing)
-            for name, tensor in self._parameters.items():
-                groups.setdefault(multipliers[name], []).append(tensor)
-            return torch.optim.AdamW(
-                [{"params": params, "multiplier": multiplier} for multiplier, params in groups.items()],
-                betas=(train.beta1, train.beta2),
-                eps=train.eps,
-                weight_decay=train.weight_decay,
-                fused=True,
-            )
-        return torch.optim.SGD(tensors, lr=1.0, fused=True)
+            return torch.optim.SGD(tensors, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+        weight_decay = train.weight_decay if self.takes_gradients else 0.0
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        everything = full_residents(model.num_layers, model.num_experts)
+        table = parameters(model, everything, strategy.routing)
+        for name, tensor in self._parameters.items():
+            groups.setdefault((table[name].lr, table[name].decay), []).append(tensor)
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": params,
+                    "multiplier": factor,
+                    "lr": lr * factor,
+                    "weight_decay": weight_decay * decay,
+                }
+                for (factor, decay), params in groups.items()
+            ],
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
+            fused=True,
+        )
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the means are gradients, from which this is the only step (data parallel)."""
+        return self.strategy.inner == "gradient" and self.strategy.outer == "adamw"
 
     @torch.no_grad()
     def step(self, means: Mapping[str, Tensor], step_number: int, warmup_steps: int) -> None:
@@ -126,19 +142,19 @@ class OuterOptimizer:
 
         Args:
             means: pseudo-gradients of parameters and values of moments; a name may be missing.
-            step_number: global step, for adamw's warm-up.
+            step_number: global step, for the warm-up where the means are gradients.
         """
         for name, value in means.items():
             if is_moment(name):
                 self.state[name].copy_(value)
             else:
                 self._parameters[name].grad = value
-        if self.strategy.outer == "adamw":
+        if self.takes_gradients:
             if self.train.grad_clip:
                 torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.train.grad_clip)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.train.lr * warmup(step_number, warmup_steps) * group["multiplier"]
-        if self.strategy.outer == "nesterov" and self.strategy.outer_momentum:
+        if self.strategy.outer == "nesterov" and self._momentum:
             # Fused SGD refuses names with a momentum beside names without (first returned in a later round).
             for parameter in self._parameters.values():
                 if parameter.grad is not None and "momentum_buffer" not in self._optimizer.state[parameter]:
@@ -244,8 +260,8 @@ def commit(
     state, train, codec = outer.state, config.train, CODECS[config.strategy.wire_dtype]
     names = [name for name in state if (expert := expert_of(name)) is None or expert in updated]
     sizes = {name: state[name].numel() * state[name].itemsize for name in names}
-    # Gradient clipping, which outer=adamw does, needs the whole gradient at once.
-    limit = math.inf if config.strategy.outer == "adamw" else CHUNK_BYTES
+    # Gradients are clipped, for which the whole of them is needed at once.
+    limit = math.inf if outer.takes_gradients else CHUNK_BYTES
     nominal = train.local_steps * train.batch_size * train.seq_len  # an ordinary weight is exactly 1
     weighting = config.strategy.expert_weighting
     # Where all took the same number of steps every factor is 1.

@@ -17,7 +17,8 @@ def test_a_figure_is_drawn_and_its_numbers_are_printed(
 ) -> None:
     drawn: list[Path] = []
 
-    def drawing(path: Path) -> list[figures.FlopsRow]:
+    def drawing(path: Path, **options: str) -> list[figures.FlopsRow]:
+        assert not options
         drawn.append(path)
         return [figures.FlopsRow("tiny", "skip", 1, 2.0)]
 
@@ -29,6 +30,18 @@ def test_a_figure_is_drawn_and_its_numbers_are_printed(
         {"model": "tiny", "routing": "skip", "overlap": 1, "flops": 2.0}
     ]
     assert drawn == [tmp_path / "mine.png", Path(f"{which.replace('=', '_')}.png")]
+
+
+@pytest.mark.parametrize("which", ["figure=8", "figure=10"])
+def test_flops_by_the_papers_formula(which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for formula in ([], ["--formula", "ours"], ["--formula", "paper"]):
+        main([which, *formula, "--json", "--picture", str(tmp_path / "x.png")])
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1] != printed[2]
+    with pytest.raises(SystemExit):
+        main(["figure=9", "--formula", "paper"])
+    assert "figure=9 has none" in capsys.readouterr().err
 
 
 def test_another_figure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,12 @@ def test_bytes_by_hand(large_bytes: list[BytesRow]) -> None:
     assert last(large_bytes, "FoMoE", 1, "ring").site_bytes == ring == pytest.approx(52.6e9, rel=1e-3)
 
 
+def test_bytes_a_token_are_what_all_sites_sent_for_it(large_bytes: list[BytesRow]) -> None:
+    for row in large_bytes:
+        assert row.bytes_a_token == pytest.approx(4 * row.site_bytes / row.tokens)
+    assert last(large_bytes, "FoMoE", 2, "ring").bytes_a_token == pytest.approx(229.1, abs=0.05)
+
+
 def test_bytes_grow_in_proportion_to_tokens(large_bytes: list[BytesRow]) -> None:
     for kind in {row[:3] for row in large_bytes}:
         line = [row.site_bytes / row.tokens for row in large_bytes if row[:3] == kind]
@@ -167,6 +173,13 @@ def test_hours_by_hand(hours: list[HoursRow]) -> None:
     for routing in ("skip", "partitioned"):
         (row,) = [row for row in hours if row[:3] == (routing, 8, 1)]
         assert row.hours == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_papers_formula_gives_the_fastest_point_of_its_figure() -> None:
+    """5.8e4 s: skip mode, O_e = 1, links that cost nothing."""
+    rows = hours_rows(compose(["model=xl", "model.num_layers=64"]).config.model, "paper")
+    assert min(row.hours for row in rows) * 3600 == pytest.approx(5.8e4, rel=0.015)
+    assert min(rows, key=lambda row: row.hours)[:3] == ("skip", 1, 1000)
 
 
 def test_more_bandwidth_is_never_slower_and_more_overlap_never_faster(hours: list[HoursRow]) -> None:

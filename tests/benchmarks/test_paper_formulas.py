@@ -104,6 +104,27 @@ def test_flops_by_hand() -> None:
     )
 
 
+def test_the_papers_formula_counts_skipped_work_twice_and_attention_unmasked() -> None:
+    """Eq. 3 by hand, and the flops of the whole proxy run: 4.59e17 in the paper, 4.42e17 of them computed."""
+    sizes = model("proxy")
+    flops, masked = token_flops(sizes, 2048), 4 * 6 * 2048 * 256
+    # O_e = 1 of 8: 1 of 8 experts, of 2 that a token chooses.
+    for routing, work, gate in (("skip", 1 / 8 * 1 / 2, 1.0), ("partitioned", 1 / 2, 1 / 8)):
+        printed = flops.dense + masked + work * flops.experts + gate * flops.router
+        assert formulas.site_flops(sizes, 2048, routing, 1, formula="paper") == pytest.approx(printed)
+        ours = flops.dense + (2 if routing == "skip" else 1) * work * flops.experts + gate * flops.router
+        assert formulas.site_flops(sizes, 2048, routing, 1) == pytest.approx(ours)
+    tokens = 640 * 1024 * 2048
+    whole = {
+        name: tokens * formulas.site_flops(sizes, 2048, "skip", 8, formula=name) for name in formulas.FORMULAS
+    }
+    assert whole == {"ours": pytest.approx(4.42e17, rel=1e-3), "paper": pytest.approx(4.59e17, rel=1e-3)}
+
+
+def test_bytes_a_token_by_hand() -> None:
+    assert formulas.bytes_a_token(num_sites=4, site_bytes=1000, round_tokens=80) == 50
+
+
 def test_rounds_of_a_run() -> None:
     assert formulas.rounds_for(1e6, 1e4) == 100
     assert formulas.round_s(10, 2.0, 8.0) == 28

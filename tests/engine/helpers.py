@@ -49,6 +49,11 @@ def multiplier_of(name: str) -> float:
     return 1.0 if "norm" in name or "embed" in name else 24 / 16
 
 
+def decay_of(name: str) -> float:
+    """TRAIN's weight decay by hand, such that lr times decay is the same for all but norms, which have none."""
+    return 0.0 if "norm" in name else 0.1 / multiplier_of(name)
+
+
 def task_of(**changes: Any) -> Task:
     """A task of the first round; keys of `model`, `train` and `strategy` as dicts."""
     sections: dict[str, Any] = {"model": MODEL, "train": TRAIN, "strategy": StrategyConfig(wire_dtype="fp32")}

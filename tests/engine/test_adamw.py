@@ -14,7 +14,7 @@ from fomoe_flwr.config import TrainConfig
 from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, warmup
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
 from fomoe_flwr.model.spec import expert_name
-from tests.engine.helpers import FULL, MODEL, SOME, TRAIN, WARMUP, multiplier_of, set_gradients
+from tests.engine.helpers import FULL, MODEL, SOME, TRAIN, WARMUP, decay_of, multiplier_of, set_gradients
 
 NEWCOMER = expert_name(0, 2, "up_proj")
 START = 100  # global step at which the rounds of most tests begin
@@ -64,11 +64,13 @@ class OneLeafASlot:
             self.leaves[view.name] = leaf
             self.reset_at[view.name] = moments[view.name].reset_at if view.name in moments else newcomer
         self.optimizer = torch.optim.AdamW(
-            [{"params": [leaf], "name": name} for name, leaf in self.leaves.items()],
+            [
+                {"params": [leaf], "name": name, "weight_decay": decay_of(name)}
+                for name, leaf in self.leaves.items()
+            ],
             lr=0.0,
             betas=(0.9, 0.95),
             eps=1e-8,
-            weight_decay=0.1,
             fused=True,
         )
         for name, given_ in moments.items():

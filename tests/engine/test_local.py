@@ -20,7 +20,7 @@ from fomoe_flwr.messages import Task
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
 from fomoe_flwr.model.spec import expert_name, moment_name
 from fomoe_flwr.server.outer import with_moments
-from tests.engine.helpers import FULL, MODEL, SOME, WARMUP, batches, multiplier_of, task_of
+from tests.engine.helpers import FULL, MODEL, SOME, WARMUP, batches, decay_of, multiplier_of, task_of
 
 routings = pytest.mark.parametrize("routing", ["skip", "partitioned"])
 
@@ -57,8 +57,11 @@ def assert_same_bits(got: Named, wanted: Named) -> None:
 
 def plain_round(module: Transformer, tokens: Sequence[Tensor], grad_clip: float) -> list[float]:
     """The loop written out with PyTorch's AdamW over the stacks; the cross-entropies."""
-    groups = [{"params": [p], "multiplier": multiplier_of(path)} for path, p in module.named_parameters()]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    groups = [
+        {"params": [p], "multiplier": multiplier_of(path), "weight_decay": decay_of(path)}
+        for path, p in module.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     losses = []
     for step, tokens_BT in enumerate(tokens):
         optimizer.zero_grad()

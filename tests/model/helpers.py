@@ -33,6 +33,7 @@ SMALL = ModelConfig(
     base_d_model=24,
     base_num_layers=3,
     base_d_expert=32,
+    base_top_k=4,
     init_std=0.5,
     load_balance=0.1,
     rope_theta=50.0,

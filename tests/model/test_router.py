@@ -18,7 +18,7 @@ from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.load import averaged, difference
 from fomoe_flwr.model.moe import Router, cosine_logits, grap_logits, linear_logits, orthonormal_rows
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
-from fomoe_flwr.model.spec import gate_name, lr_multipliers, moment_name, parameter_counts, parameter_shapes
+from fomoe_flwr.model.spec import gate_name, moment_name, parameter_counts, parameter_shapes, parameters
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.server.outer import restore_orthogonality
 from tests.model.helpers import SMALL
@@ -93,8 +93,8 @@ def test_an_orthogonal_router_starts_with_orthonormal_rows_and_the_rest_as_ever(
         assert is_orthonormal(orthogonal[name])
         assert not is_orthonormal(linear[name], atol=0.1)
     assert all(orthogonal[name].equal(linear[name]) for name in linear.keys() - set(gates))
-    multipliers = lr_multipliers(SMALL, FULL, "skip")
-    assert lr_multipliers(with_router("orthogonal"), FULL, "skip") == multipliers
+    rows = parameters(SMALL, FULL, "skip")
+    assert parameters(with_router("orthogonal"), FULL, "skip") == rows
 
 
 def test_its_logits_are_cosines_times_the_root_of_the_width() -> None:

@@ -19,7 +19,6 @@ from fomoe_flwr.model.spec import (
     gate_name,
     is_moment,
     logit_multiplier,
-    lr_multipliers,
     moment_name,
     parameter_counts,
     parameter_shapes,
@@ -67,7 +66,7 @@ def test_every_parameter_of_a_built_model_is_in_the_table(
 
 def test_what_is_not_in_the_table_is_an_error_and_not_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     stranger = "model.layers.0.mlp.experts.0.gate_proj.weight"
-    for known in (lr_multipliers, parameter_shapes, parameters):
+    for known in (parameter_shapes, parameters):
         with pytest.raises(KeyError):
             known(SMALL, FULL, "skip")[stranger]
     state = initial_state(SMALL, FULL, "skip", 0) | {stranger: torch.zeros(8, 16)}
@@ -94,6 +93,7 @@ def test_a_new_row_is_counted_trained_and_drawn_without_further_ado(monkeypatch:
         "expert",
         init_std=0.25,
         lr=1.5,
+        decay=0.5,
         flops=768,
         stack="model.layers.{layer}.mlp.experts.gate_EHD",
     )
@@ -102,7 +102,7 @@ def test_a_new_row_is_counted_trained_and_drawn_without_further_ado(monkeypatch:
     name = expert_name(1, 3, "gate_proj")
     assert parameter_shapes(SMALL, SOME, "skip")[name] == (8, 16)
     assert expert_name(1, 0, "gate_proj") not in parameter_shapes(SMALL, SOME, "skip")  # a ghost
-    assert lr_multipliers(SMALL, SOME, "skip")[name] == 1.5
+    assert parameters(SMALL, SOME, "skip")[name].lr == 1.5
     assert initial_state(SMALL, FULL, "skip", 0)[name].std().item() == pytest.approx(0.25, rel=0.2)
     assert parameter_counts(SMALL) == before._replace(experts=before.experts + 2 * 6 * 8 * 16)
     assert expert_parameters(SMALL) == 3 * 8 * 16
@@ -217,19 +217,37 @@ def test_the_flops_of_a_token_by_hand() -> None:
 
 
 def test_multipliers_of_completep() -> None:
-    """Table 1 of arXiv 2505.01618 with alpha = 1, worked out for SMALL (base 24 wide, 3 deep, experts 32 wide)."""
+    """Table 1 of arXiv 2505.01618 with alpha = 1, worked out for SMALL (base 24 wide, 3 deep, 4 of experts 32 wide).
+
+    lr·weight decay is the same for all that decays: λ·m_N in that table, and λ of the embedding. Norms do not decay.
+    """
     assert depth_multiplier(SMALL) == 3 / 2
     assert logit_multiplier(SMALL) == 24 / 16
-    width, expert_width = 24 / 16, 32 / 8
-    expected = {"embed_tokens": 1.0, "norm": 1.0, "down_proj": expert_width, "gate": width, "up_proj": width}
+    width, chosen, shared = 24 / 16, (4 * 32) / (3 * 8), 32 / (2 * 8)
+    expected = {"embed_tokens": 1.0, "norm": 1.0, "down_proj": chosen, "gate": width, "up_proj": width}
     expected |= {f"{p}_proj": width for p in "qkvo"}
-    for name, multiplier in lr_multipliers(SHARED, FULL, "partitioned").items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        assert multiplier == (expected["norm"] if kind.endswith("norm") else expected[kind]), name
-    assert lr_multipliers(SMALL, FULL, "skip")[gate_name(0)] == width
+    for name, param in parameters(SHARED, FULL, "partitioned").items():
+        kind = "norm" if name.endswith("norm.weight") else name.removesuffix(".weight").rpartition(".")[2]
+        wanted = shared if "shared_experts.down_proj" in name else expected[kind]
+        assert param.lr == pytest.approx(wanted), name
+        assert param.decay == pytest.approx(0.0 if kind == "norm" else 1 / wanted), name
+    router = parameters(SMALL, FULL, "skip")[gate_name(0)]
+    assert (router.lr, router.decay) == (width, 1 / width)
+
+
+@routings
+def test_the_sum_over_the_chosen_experts_starts_alike_whatever_their_number(routing: str) -> None:
+    """Variance 1/(k·d_expert), relative to the base's k; what one expert's own weights start with is as ever."""
+    down, up = (expert_name(0, 1, part) for part in ("down_proj", "up_proj"))
+    for top_k in (1, 4, 6):
+        rows = parameters(dataclasses.replace(SMALL, top_k=top_k), FULL, routing)
+        assert rows[down].init_std == pytest.approx((8 * top_k / 4) ** -0.5)
+        assert rows[up].init_std == 16**-0.5
 
 
 def test_the_base_model_has_multipliers_of_one() -> None:
     model = compose(["model=proxy"]).config.model  # the paper's tuned proxy is our base
     assert depth_multiplier(model) == logit_multiplier(model) == 1
-    assert set(lr_multipliers(model, full_residents(4, 8), "skip").values()) == {1.0}
+    rows = parameters(model, full_residents(4, 8), "skip").values()
+    assert {param.lr for param in rows} == {1.0}
+    assert {param.decay for param in rows} == {0.0, 1.0}

@@ -147,6 +147,7 @@ NESTEROV = StrategyConfig(outer="nesterov", outer_lr=0.7, outer_momentum=0.9)
 AVERAGE = StrategyConfig(outer="average")
 LOCAL_ADAMW = StrategyConfig(outer="local_adamw")
 ADAMW = StrategyConfig(outer="adamw", inner="gradient")
+FEDADAM = StrategyConfig(outer="adamw")
 
 
 def test_nesterov_is_pytorchs_sgd_over_several_rounds() -> None:
@@ -271,11 +272,13 @@ def test_adamw_is_pytorchs_on_mean_gradients_clipped_and_warmed_up(grad_clip: fl
     state = state_of()
     reference = {name: torch.nn.Parameter(value.clone()) for name, value in state.items()}
     expected = torch.optim.AdamW(
-        [{"params": [parameter]} for parameter in reference.values()],
+        [
+            {"params": [parameter], "weight_decay": 0.0 if name == NORM else 0.1 / MULTIPLIERS[name]}
+            for name, parameter in reference.items()
+        ],
         lr=0.0,
         betas=(0.8, 0.9),
         eps=1e-6,
-        weight_decay=0.1,
     )
     outer = optimizer_for(state, ADAMW, train)
     for number in range(6):
@@ -291,6 +294,30 @@ def test_adamw_is_pytorchs_on_mean_gradients_clipped_and_warmed_up(grad_clip: fl
             torch.testing.assert_close(state[name], reference[name].data)
 
 
+@pytest.mark.parametrize(("given", "lr"), [(None, 0.003), (0.02, 0.02)], ids=["default", "given"])
+def test_adamw_on_mean_pseudo_gradients_has_a_learning_rate_of_its_own(
+    given: float | None, lr: float
+) -> None:
+    """No clipping, no warm-up and no decay: the sites' AdamW has seen to them."""
+    train = TrainConfig(lr=0.5, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1, grad_clip=0.05)
+    state = state_of()
+    reference = {name: torch.nn.Parameter(value.clone()) for name, value in state.items()}
+    expected = torch.optim.AdamW(
+        [{"params": [reference[name]], "lr": lr * MULTIPLIERS[name]} for name in NAMES],
+        betas=(0.8, 0.9),
+        eps=1e-6,
+        weight_decay=0.0,
+    )
+    outer = optimizer_for(state, StrategyConfig(outer="adamw", outer_lr=given), train)
+    for number in range(4):
+        outer.step(gradients_of_round(number), number, warmup_steps=50)
+        for name, gradient in gradients_of_round(number).items():
+            reference[name].grad = gradient
+        expected.step()
+        for name in NAMES:
+            torch.testing.assert_close(state[name], reference[name].data)
+
+
 def test_momenta_are_kept_by_name() -> None:
     outer = optimizer_for(state_of(), NESTEROV)
     outer.step(gradients_of_round(0), 0, 0)
@@ -299,7 +326,9 @@ def test_momenta_are_kept_by_name() -> None:
     torch.testing.assert_close(tensors[f"momentum_buffer/{UP}"], gradients_of_round(0)[UP])
 
 
-@pytest.mark.parametrize("strategy", [NESTEROV, AVERAGE, LOCAL_ADAMW, ADAMW], ids=lambda s: s.outer)
+@pytest.mark.parametrize(
+    "strategy", [NESTEROV, AVERAGE, LOCAL_ADAMW, ADAMW, FEDADAM], ids=lambda s: f"{s.outer} {s.inner}"
+)
 def test_a_saved_optimizer_goes_on_bit_for_bit(strategy: StrategyConfig) -> None:
     state = with_moments(state_of())
     outer = optimizer_for(state, strategy)

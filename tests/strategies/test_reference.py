@@ -13,7 +13,7 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, load_shard, named_views, read_shard
-from fomoe_flwr.model.spec import is_moment, lr_multipliers
+from fomoe_flwr.model.spec import is_moment, parameters
 from fomoe_flwr.placement import full_residents
 from tests.conftest import Compose
 from tests.strategies.helpers import run
@@ -38,11 +38,13 @@ def adamw(module: Transformer, config: RunConfig) -> torch.optim.AdamW:
     train = config.train
     name_of = {id(view.parameter): view.name for view in named_views(module)}
     everything = full_residents(config.model.num_layers, config.model.num_experts)
-    multipliers = lr_multipliers(config.model, everything, config.strategy.routing)
-    groups = [{"params": [p], "multiplier": multipliers[name_of[id(p)]]} for p in module.parameters()]
-    return torch.optim.AdamW(
-        groups, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
-    )
+    table = parameters(config.model, everything, config.strategy.routing)
+    groups = []
+    for parameter in module.parameters():
+        row = table[name_of[id(parameter)]]
+        decay = train.weight_decay * row.decay
+        groups.append({"params": [parameter], "multiplier": row.lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.eps)
 
 
 def local_steps(
