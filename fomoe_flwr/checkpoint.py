@@ -196,7 +196,11 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
         CheckpointError: there is none, or the one that was named is damaged.
     """
     path = Path(where).expanduser().absolute()
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name too long for any
+        raise CheckpointError(f"{asked}: {error.strerror}") from error
+    if is_file:
         raise CheckpointError(f"{asked}: is a file; give a run directory or one of its checkpoints")
     if not path.is_dir():
         raise CheckpointError(f"{asked}: no such directory")

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"error: {error!s:.200} ...", file=sys.stderr)
+        print(f"error: {error.filename!s:.200} ...: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr, flush=True)

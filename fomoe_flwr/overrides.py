@@ -188,8 +188,12 @@ def setting(key: str, value: Any) -> Override:
 
 def spelled(key: str, value: object) -> str:
     """`key=value` as the user may type it into a shell."""
-    if re.fullmatch(r"[A-Za-z0-9_./+-]+", str(value)):
-        return f"{key}={value}"
+    text = f"{key}={value}"
+    try:
+        if last_value(read_overrides([text]), key) == str(value):
+            return shlex.quote(text)
+    except ConfigError:
+        pass
     return shlex.quote(f"{key}={quoted(str(value))}")
 
 

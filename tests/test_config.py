@@ -349,6 +349,27 @@ def test_a_number_of_sites_beside_a_file_must_agree_with_it(sites_file: Path, tm
     )
 
 
+def test_in_a_file_of_sites_text_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "sites.yaml"
+    file.write_text(
+        "sites:\n"
+        "  - {name: 1e5, speed: 2, domain: 2024_10, up_mbps: 1e3}\n"
+        "  - {name: no, count: 1, memory_gib: 0.5, domain: null}\n"
+        "  - {name: 0x10, domain: ~}\n"
+        "  - {name: 1_000, domain: 'null'}\n"
+    )
+    sites = config_of(f"federation={file}").federation.sites
+    assert [(site.name, site.domain) for site in sites] == [
+        ("1e5", "2024_10"),
+        ("no", None),
+        ("0x10", None),
+        ("1_000", "null"),
+    ]
+    assert (sites[0].speed, sites[0].up_mbps, sites[1].memory_gib) == (2.0, 1000.0, 0.5)
+    file.write_text("num_sites: 2\nnum_sites: 3\n")
+    assert "duplicate key" in refusal(f"federation={file}")
+
+
 def test_only_a_federation_is_rewritten() -> None:
     overrides = ["federation=labs", "data.path=x.yaml", "seed=1"]
     assert texts(read_overrides(overrides)) == overrides
@@ -412,6 +433,8 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["federation.sites=[3]"], "federation.sites=[3]: "),
         (["~train.lr"], "~train.lr: "),
         (["model=1"], "model=1: "),
+        (["model="], "model=: no such option; allowed are large, medium, proxy, tiny, xl, xxl"),
+        (["hydra/launcher=joblib"], "hydra/launcher=joblib: no such option; allowed are basic"),
         # out of bounds
         (["strategy.routing=hash"], "strategy.routing=hash: allowed are skip, partitioned"),
         (["model.router=hash"], "model.router=hash: allowed are linear, orthogonal, grap"),
@@ -614,6 +637,9 @@ def test_a_run_of_an_earlier_version_may_have_any_name() -> None:
     config.federation.sites[1].name = "MIT lab"
     tree = OmegaConf.create(dataclasses.asdict(config))
     assert from_tree(tree, saved=True) == config
+    tree.data.path = "${oc.env:HOME}/text"
+    # The configuration of a run may be somebody else's.
+    assert from_tree(tree, saved=True).data.path == "${oc.env:HOME}/text"
     with pytest.raises(ConfigError, match="a name has"):
         from_tree(tree)
 

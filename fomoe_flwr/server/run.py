@@ -426,15 +426,18 @@ def keep_aside(run_dir: Path) -> None:
 
 
 def bring_history(origin: Path, run_dir: Path) -> None:
-    """Let a run that goes on in another directory have there what is recorded of its rounds so far, and its plan.
+    """Let a run that goes on in another directory have there what is recorded of its rounds, its plan and its sites.
 
     What is of rounds after the checkpoint goes when the first of them is over, as in its own directory.
     """
-    log.info("metrics, placements and plan so far are copied from %s", origin)
+    log.info("metrics, placements, plan and sites so far are copied from %s", origin)
     for name in ("metrics.jsonl", PLACEMENTS, PLAN):
         if (origin / name).exists():
             # Copied aside, and so whole or not at all.
             write_atomically(run_dir / name, functools.partial(shutil.copyfile, origin / name))
+    # Of simulated sites, whose optimizers' states are in the run directory, too.
+    if (origin / "sites").is_dir():
+        shutil.copytree(origin / "sites", run_dir / "sites", dirs_exist_ok=True)
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
