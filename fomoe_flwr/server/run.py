@@ -511,8 +511,8 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
     for difference in found:
         if not asked.get(difference.part, True):
             raise CheckpointError(
-                f"{spelled('resume', config.resume)}: {difference}, under the same name; put back what it was, or name the other "
-                f"by {'data.tokenizer' if difference.part == 'tokenizer' else 'data.source and data.path'}"
+                f"{spelled('resume', config.resume)}: {difference}, under the same name; put back what it was, or name "
+                f"the other by {'data.tokenizer' if difference.part == 'tokenizer' else 'data.source and data.path'}"
             )
         log.warning(
             "%s: %s, as was asked; losses before and after differ by it",
