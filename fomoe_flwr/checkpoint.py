@@ -20,13 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fomoe_flwr.compose import Composed, compose, earlier_placement, merge_overrides
-from fomoe_flwr.errors import CheckpointError
+from fomoe_flwr.compose import Composed, compose, earlier_placement
+from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.files import flush
+from fomoe_flwr.overrides import (
+    check_single,
+    is_plain,
+    last_value,
+    merge_overrides,
+    read_overrides,
+    setting,
+    spelled,
+)
 
 log = logging.getLogger("fomoe")
 
@@ -170,7 +180,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def resume_from(where: str) -> tuple[Path, Checkpoint]:
     """What `resume=` names; see `find_checkpoint`."""
-    return find_checkpoint(where, f"resume={where}")
+    return find_checkpoint(where, spelled("resume", where))
 
 
 def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
@@ -186,7 +196,11 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
         CheckpointError: there is none, or the one that was named is damaged.
     """
     path = Path(where).expanduser().absolute()
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name too long for any
+        raise CheckpointError(f"{asked}: {error.strerror}") from error
+    if is_file:
         raise CheckpointError(f"{asked}: is a file; give a run directory or one of its checkpoints")
     if not path.is_dir():
         raise CheckpointError(f"{asked}: no such directory")
@@ -210,25 +224,41 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
 # ----- resume=RUN_DIR_OR_CHECKPOINT
 
 
-def resumed_overrides(overrides: Sequence[str]) -> list[str]:
+def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     """The overrides as they are, or completed by those of the run that `resume=` names.
 
     Raises:
-        CheckpointError: nothing there to resume from.
+        ConfigError: an override cannot be read.
+        CheckpointError: nothing there to resume from, or an override in it that is not taken from a file.
     """
-    where = next((item.partition("=")[2] for item in overrides if item.startswith("resume=")), "null")
-    if where in ("null", ""):
-        return list(overrides)
+    given = read_overrides(overrides)
+    check_single(override for override in given if override.key_or_group == "resume")
+    where = last_value(given, "resume")
+    # An empty one, or none: `compose` says what is wrong with it.
+    if not isinstance(where, str) or not where.strip():
+        return given
     run_dir, checkpoint = resume_from(where)
-    saved = checkpoint.manifest["overrides"]
-    if (placement := earlier_placement(checkpoint.manifest["config"])) is not None:
-        saved = merge_overrides(saved, [f"strategy.placement={placement}"])
-    merged = merge_overrides(saved, overrides)
-    if not any(item.startswith("hydra.run.dir=") for item in merged):
-        merged.append(f"hydra.run.dir={run_dir}")
-    return merged
+    saved, config = checkpoint.manifest.get("overrides"), checkpoint.manifest.get("config")
+    if not isinstance(saved, list) or not isinstance(config, dict):
+        raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json has no list of overrides")
+    items: list[str | Override] = [str(item) for item in saved]
+    if (placement := earlier_placement(config)) is not None:
+        items.append(setting("strategy.placement", placement))
+    try:
+        kept = merge_overrides(items, given)
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path}: its override {error}") from error
+    for override in kept:
+        if override not in given and not is_plain(override):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: its override {override.input_line} is refused: from a checkpoint only "
+                "plain values for keys of this program are taken; if you want it, give it yourself"
+            )
+    if not any(override.key_or_group == "hydra.run.dir" for override in kept):
+        kept.append(setting("hydra.run.dir", str(run_dir)))
+    return kept
 
 
-def compose_run(overrides: Sequence[str]) -> Composed:
+def compose_run(overrides: Sequence[str | Override]) -> Composed:
     """`compose`, with `resume=` followed."""
     return compose(resumed_overrides(overrides))

@@ -5,13 +5,18 @@ Everything that can be refused is refused before Hydra starts a job, in one line
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -23,14 +28,19 @@ from fomoe_flwr.compose import (
     compose,
     conf_dir,
     from_tree,
-    merge_overrides,
     register_schema,
-    rewrite_federation_file,
-    split_sweep,
-    task_overrides,
 )
 from fomoe_flwr.console import setup_logging
 from fomoe_flwr.errors import ConfigError, FomoeError
+from fomoe_flwr.overrides import (
+    last_value,
+    merge_overrides,
+    read_overrides,
+    setting,
+    split_sweep,
+    task_overrides,
+    texts,
+)
 from fomoe_flwr.report import report
 
 USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train model=tiny strategy.overlap=2
@@ -87,6 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.filename!s:.200} ...: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr, flush=True)
         # Not sys.exit: it would wait for a thread of Flower's engine that may wait for a site that is gone.
@@ -97,6 +112,7 @@ def train(arguments: Sequence[str]) -> None:
     """Check the configuration (each job's of a multirun), then let Hydra run it."""
     # PyTorch and Flower take seconds to import: not for --help, not for a plan.
     from fomoe_flwr.checkpoint import resumed_overrides
+    from fomoe_flwr.report.tables import all_ok
     from fomoe_flwr.server.run import check_unused
 
     if importlib.util.find_spec("strategies") is None:
@@ -104,31 +120,87 @@ def train(arguments: Sequence[str]) -> None:
             "fomoe train: the Flower app (strategies/, clients/) is not in the wheel; run it from a clone that is "
             "installed by `pip install -e .`"
         )
-    flags = [item for item in arguments if item.startswith("-")]
-    overrides = rewrite_federation_file([item for item in arguments if not item.startswith("-")])
+    given = hydra_arguments(arguments)
+    if given.help:
+        print(USAGE)
+        return
+    overrides = read_overrides([] if given.shell_completion else given.overrides)
+    if given.config_dir is not None:
+        # As an override our own checks know it, too.
+        found = Path(given.config_dir).expanduser().absolute()
+        if not found.is_dir():
+            raise ConfigError(f"--config-dir {given.config_dir}: no such directory")
+        overrides = merge_overrides([setting("hydra.searchpath", [f"file://{found}"])], overrides)
+    runs = not (given.cfg or given.info or given.hydra_help or given.shell_completion)
     sweep_dir = None
-    if {"-m", "--multirun"} & set(flags):
-        if any(item.startswith("resume=") for item in overrides):
+    if given.multirun or last_value(overrides, "hydra.mode") == "MULTIRUN":
+        if last_value(overrides, "resume") is not None:
             raise ConfigError("resume: one run is resumed at a time, without -m")
-        jobs = [compose(job) for job in split_sweep(overrides)]
+        register_schema()
+        loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
+        jobs = [compose(job) for job in split_sweep(overrides, loader)]
         for job in jobs:
             check_job(job)
+        if any(jobs[0].sweep_dir.glob("*/checkpoints")):
+            raise ConfigError(f"hydra.sweep.dir={jobs[0].sweep_dir}: holds runs already; choose another")
         # Said to Hydra outright: its default holds the time, and the table at the end must find the folder.
         sweep_dir = jobs[0].sweep_dir
-        overrides = merge_overrides(overrides, [f"hydra.sweep.dir={sweep_dir}"])
-    elif not flags:
+        overrides = merge_overrides(overrides, [setting("hydra.sweep.dir", str(sweep_dir))])
+    else:
         overrides = resumed_overrides(overrides)
         composed = compose(overrides)
-        if not composed.config.resume:
-            check_unused(composed)
-        check_job(composed)
+        if runs:
+            if not composed.config.resume:
+                check_unused(composed)
+            check_job(composed)
     register_schema()
-    sys.argv = ["fomoe train", *flags, *overrides]
+    _failed.clear()
+    items = given.overrides if given.shell_completion else texts(overrides)
+    # Hydra itself wants its options together; one of them may take a word that follows.
+    sys.argv = ["fomoe train", *items, *given.flags]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
     finally:
         if sweep_dir is not None and any(sweep_dir.glob("*/config.yaml")):
             report(sweep_dir, Console())
+    if sweep_dir is not None and (_failed or not all_ok(sweep_dir)):
+        sys.exit(1)
+
+
+def hydra_arguments(arguments: Sequence[str]) -> Namespace:
+    """What Hydra's own parser finds, its options at any place; `flags` are they as they were given.
+
+    Raises:
+        ConfigError: an option that is not there, or two that exclude each other.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"fomoe train: {message}")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    given = parser.parse_intermixed_args(list(arguments))
+    for option in ("config_path", "config_name", "experimental_rerun"):
+        if getattr(given, option) is not None:
+            refuse(
+                f"--{option.replace('_', '-')}: the configuration is the program's own, with --config-dir beside it"
+            )
+    commands = {
+        "--run": given.run, "--multirun": given.multirun, "--cfg": given.cfg, "--info": given.info,
+        "--shell-completion": given.shell_completion,
+    }  # fmt: skip
+    if len(asked := [name for name, value in commands.items() if value]) > 1:
+        refuse(f"only one of {' and '.join(asked)} can be asked for")
+    if given.resolve and not given.cfg:
+        refuse("--resolve: needs --cfg")
+    rest = list(given.overrides)
+    given.flags = []
+    for word in arguments:
+        if rest and word == rest[0]:
+            rest.pop(0)
+        else:
+            given.flags.append(word)
+    return given
 
 
 def check_job(composed: Composed) -> None:
@@ -153,6 +225,9 @@ def check_job(composed: Composed) -> None:
     open_validation(config)
 
 
+_failed: list[Path] = []  # jobs of this process
+
+
 def _job(tree: DictConfig) -> None:
     launch = importlib.import_module("strategies.launch").launch
 
@@ -161,15 +236,16 @@ def _job(tree: DictConfig) -> None:
         from_tree(tree),
         run_dir=Path(hydra_config.runtime.output_dir),
         sweep_dir=Path(hydra_config.sweep.dir),
-        overrides=task_overrides(hydra_config.overrides.task),
+        overrides=task_overrides(hydra_config.overrides.task, tree),
     )
     try:
         launch(composed)
     except FomoeError as error:
-        if hydra_config.mode == RunMode.MULTIRUN:
-            raise  # Hydra goes on with the other jobs and fails at the end
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _failed.append(composed.run_dir)
+        # The other jobs of a sweep go on.
+        if hydra_config.mode != RunMode.MULTIRUN:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

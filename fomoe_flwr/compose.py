@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fomoe_flwr.checks import check_combinations, check_fields, check_outer, expand_sites
-from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig
+from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, schema
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.overrides import check_single, literal, read_overrides, task_overrides, texts
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Composed:
     config: RunConfig
     run_dir: Path
     sweep_dir: Path  # of a multirun
-    overrides: tuple[str, ...]  # without resume= and those of Hydra itself
+    overrides: tuple[str, ...]  # see `task_overrides`
 
 
 def conf_dir() -> Path:
@@ -52,50 +53,44 @@ def register_schema() -> None:
     store.store(name="schema", node=RunConfig)
 
 
-def compose(overrides: Sequence[str]) -> Composed:
-    """Compose, check and complete the configuration from Hydra override strings.
+def compose(overrides: Sequence[str | Override]) -> Composed:
+    """Compose, check and complete the configuration from Hydra overrides, read or not.
 
     Raises:
         ConfigError: one line naming the key, the value and what is allowed.
     """
     register_schema()
-    for item in overrides:
-        if item in ("hydra.run.dir=", "hydra.sweep.dir="):
-            raise ConfigError(f"{item} is empty; give a path, or leave the key out")
-    overrides = rewrite_federation_file(overrides)
+    given = read_overrides(overrides)
+    check_single(given)
     GlobalHydra.instance().clear()  # a process may compose more than once (tests, sweeps)
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            tree = hydra_compose("config", list(overrides), return_hydra_config=True)
+            tree = hydra_compose("config", texts(given), return_hydra_config=True)
             run_dir, sweep_dir = Path(str(tree.hydra.run.dir)), Path(str(tree.hydra.sweep.dir))
             config = from_tree(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, of `model=1` and `+=`
-        raise ConfigError(f"{' '.join(overrides)}: {one_line(error) or 'not an override'}") from error
-    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(overrides))
-
-
-def task_overrides(overrides: Iterable[str]) -> tuple[str, ...]:
-    """What a later `resume=` needs to compose this configuration again."""
-    return tuple(item for item in overrides if not item.lstrip("+~").startswith(("hydra.", "resume=")))
+        raise ConfigError(f"{' '.join(texts(given))}: {one_line(error) or 'not an override'}") from error
+    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(given, tree))
 
 
 def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     """A checked `RunConfig` from the tree that Hydra composed.
 
     Args:
-        saved: it was written by a run, perhaps of an earlier version, whose keys may be gone (`REMOVED`).
+        saved: it was written by a run, perhaps of an earlier version, whose keys may be gone (`REMOVED`), perhaps
+            on another machine: what looks like an interpolation is text.
 
     Raises:
         ConfigError: an impossible value or combination.
     """
     task = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     # Merged once more into the bare schema, as plain values: `+key=value` gets past Hydra, but not past this.
-    values: dict[str, Any] = OmegaConf.to_container(task, resolve=True)  # type: ignore[assignment]
+    values: dict[str, Any] = OmegaConf.to_container(task, resolve=not saved)  # type: ignore[assignment]
     if saved:
         _renew(values)
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), _literally(values))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
     check_fields(config, names=not saved)
@@ -111,6 +106,15 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     if not saved:  # earlier versions took keys that they did not use
         check_outer(config.strategy)
     return config
+
+
+def _literally(value: Any) -> Any:
+    """The values as they are, with nothing left to resolve."""
+    if isinstance(value, dict):
+        return {key: _literally(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literally(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
 
 
 def earlier_placement(values: Mapping[str, Any]) -> str | None:
@@ -130,16 +134,25 @@ def _renew(values: dict[str, Any]) -> None:
             values[section].pop(name, None)
 
 
+class _AsWritten(get_yaml_loader()):  # type: ignore[misc]
+    """YAML in which only null is no text: the schema makes the numbers, so that a site may be called 1e5 or no."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own
+        first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
+        for first, pairs in get_yaml_loader().yaml_implicit_resolvers.items()
+    }
+
+
 def _read_federation(path: str) -> FederationConfig:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"federation.path={path}: no such file")
     try:
-        loaded = OmegaConf.merge(OmegaConf.structured(FederationConfig), OmegaConf.load(file))
+        loaded = OmegaConf.merge(OmegaConf.structured(FederationConfig), _load_yaml(file))
         federation = OmegaConf.to_object(loaded)
     except OmegaConfBaseException as error:
         raise ConfigError(f"federation.path={path}: {one_line(error)}") from error
-    except (YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8
+    except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8
         raise ConfigError(f"federation.path={path}: not a YAML file ({one_line(error)})") from error
     assert isinstance(federation, FederationConfig)
     # From here on the sites themselves are the configuration.
@@ -147,62 +160,12 @@ def _read_federation(path: str) -> FederationConfig:
     return federation
 
 
-def rewrite_federation_file(overrides: Sequence[str]) -> list[str]:
-    """Let `federation=some/file.yaml` mean a file of the user's, which a Hydra group alone cannot name."""
-    rewritten: list[str] = []
-    for item in overrides:
-        key, _, value = item.partition("=")
-        if key == "federation" and value.endswith((".yaml", ".yml")):
-            rewritten += ["federation=file", f"federation.path={value}"]
-        else:
-            rewritten.append(item)
-    return rewritten
-
-
-def merge_overrides(saved: Sequence[str], new: Sequence[str]) -> list[str]:
-    """The saved overrides of a run with the user's new ones on top.
-
-    Of one key the new one stays; and a new choice of a group (`federation=uniform`) replaces what was saved
-    within that group (`federation.path=…`).
-    """
-
-    def key(item: str) -> str:
-        return item.partition("=")[0].lstrip("+~")
-
-    saved = [item for item in saved if key(item) not in REMOVED]
-    replaced = {key(item) for item in new}
-    groups = tuple(f"{name}." for name in replaced if "." not in name)
-    return [item for item in saved if key(item) not in replaced and not key(item).startswith(groups)] + list(
-        new
-    )
-
-
-def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The single jobs of a multirun, as Hydra's basic sweeper will make them.
-
-    Raises:
-        ConfigError: an override that Hydra cannot parse.
-    """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(one_line(error)) from error
-    batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [job for batch in batches for job in batch]
+def _load_yaml(file: Path) -> Any:
+    with file.open(encoding="utf-8") as stream:
+        return OmegaConf.create(yaml.load(stream, Loader=_AsWritten) or {})
 
 
 # ----- errors
-
-
-def known_keys(config_type: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of the configuration, dotted."""
-    for spec in dataclasses.fields(config_type):
-        yield prefix + spec.name
-        section: Any = spec.default_factory
-        if dataclasses.is_dataclass(section):
-            yield from known_keys(section, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
 
 
 def one_line(error: Exception) -> str:
@@ -213,7 +176,7 @@ def one_line(error: Exception) -> str:
         causes.append(str(current))
         current = current.__cause__
     text = "\n".join(causes)
-    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+    if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"{match[1]}={match[2]}: no such option; allowed are {', '.join(sorted(options))}"
     overridden = re.search(r"Could not override '([^']+)'", text)
@@ -225,7 +188,8 @@ def one_line(error: Exception) -> str:
             return f"{key}: unknown key, removed in this version{instead}"
         # A key of one of the sites comes without the list it stands in.
         within = f"{overridden[1]}: " if overridden and overridden[1] != key else ""
-        close = difflib.get_close_matches(key, [*known_keys(), *known_keys(SiteConfig)], n=1, cutoff=0.6)
+        known = [name for name, _ in (*schema(), *schema(SiteConfig))]
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"{within}{key}: unknown key{hint}"
     full_key = re.search(r"full_key: (\S+)", text)

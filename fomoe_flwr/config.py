@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -211,7 +212,7 @@ class DataConfig:
     config_name: str | None = None  # data=huggingface: configuration of the data set
     split: str = "train"  # data=huggingface: which split to read
     text_key: str = "text"  # field with the text (jsonl, parquet, huggingface)
-    domain_key: str | None = None  # field with the domain
+    domain_key: str | None = None  # field with the domain; where it is null, the domain is that of the file
     max_documents: int | None = at_least(None, 1)
     tokenizer: str = a_path("bytes")  # or the path of a tokenizer.json
     # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
@@ -308,6 +309,15 @@ class RunConfig:
         if train.warmup_fraction is None:
             return train.warmup_steps
         return round(train.warmup_fraction * train.rounds * train.local_steps)
+
+
+def schema(config_type: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every key, dotted, with its field."""
+    for spec in dataclasses.fields(config_type):
+        yield prefix + spec.name, spec
+        section: Any = spec.default_factory
+        if dataclasses.is_dataclass(section):
+            yield from schema(section, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
 
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from rich.console import Console
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ from fomoe_flwr.evaluation import (
 )
 from fomoe_flwr.inputs import Inputs, differences, inputs_of, short
 from fomoe_flwr.model.spec import is_moment
+from fomoe_flwr.overrides import read_overrides
 from fomoe_flwr.report.tables import show_evaluation
 from fomoe_flwr.units import finite
 
@@ -88,15 +90,21 @@ def evaluate_request(given: argparse.Namespace) -> dict[str, Any]:
     use_cpu(train.threads)
     tokenizer = load_tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, model.vocab_size)
-    check_tokenizer(saved, tokenizer, asked="data.tokenizer" in _keys(given.overrides))
+    keys = [override.key_or_group for override in given.overrides]
+    check_tokenizer(saved, tokenizer, asked="data.tokenizer" in keys)
     if reference is not None:
         _check_reference(reference, tokenizer)
     if data.source in FILE_SOURCES and data.path is None:
         raise ConfigError("fomoe eval: the run has no common text; give one by data.path=FILE_OR_FOLDER")
-    corpus, part = choose_text(saved, data, "data.val_fraction" in _keys(given.overrides))
+    corpus, part = choose_text(saved, data, "data.val_fraction" in keys)
     about = describe_text(data, part, corpus, corpus.val_documents)
     if about["tokens"] < 1:
         raise DataError(f"data.path={data.path}: one token; there is nothing to predict")
+    # One window of all the text takes memory by the square of its length.
+    if "train.seq_len" in keys and train.seq_len > about["tokens"]:
+        raise ConfigError(
+            f"train.seq_len={train.seq_len}: the text has {about['tokens']} tokens; at most that"
+        )
 
     def text(num_batches: int | None) -> Text:
         batches = text_of(corpus, corpus.val_documents, train.seq_len, train.batch_size, num_batches)
@@ -205,14 +213,15 @@ def _check_reference(reference: Saved, ours: Tokenizer) -> None:
 # ----- text
 
 
-def _overridden(saved: Saved, overrides: Sequence[str]) -> tuple[TrainConfig, DataConfig, ModelConfig]:
+def _overridden(saved: Saved, overrides: Sequence[Override]) -> tuple[TrainConfig, DataConfig, ModelConfig]:
     """The checkpoint's sections with what the user changed.
 
     `compose` checks keys, types and bounds as for a run; only the keys that were given are taken from its result.
     With a new source (`data=text`) the other data keys get their defaults, except the tokenizer, on which the model
     depends, the cache and the validation share.
     """
-    composed, given, data = compose(overrides).config, _keys(overrides), saved.data
+    given = [override.key_or_group for override in overrides]
+    composed, data = compose(overrides).config, saved.data
     if "data" in given:
         kept = {key: getattr(data, key) for key in ("tokenizer", "cache_dir", "val_fraction")}
         data = dataclasses.replace(composed.data, **kept)
@@ -288,31 +297,33 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="draws of random routing, of which necessity is the mean; default: %(default)s",
     )  # fmt: skip
     given = parser.parse_intermixed_args(list(arguments))
+    if "" in given.words:
+        raise ConfigError("fomoe eval: '' is empty; give a checkpoint, KEY=VALUE, or leave it out")
     # An override has a "=", but so may a path.
     places = [word for word in given.words if "=" not in word or Path(word).exists()]
     if not places:
         raise ConfigError("fomoe eval: which checkpoint? fomoe eval RUN_DIR; --help says more")
-    given.checkpoint, given.overrides = places[0], given.words
-    given.overrides.remove(given.checkpoint)
-    for item, key in zip(given.overrides, _keys(given.overrides), strict=True):
+    given.checkpoint = places[0]
+    given.words.remove(given.checkpoint)
+    given.overrides = read_overrides(given.words)
+    for override in given.overrides:
+        key = override.key_or_group
         if key not in KEYS and not key.startswith("data."):
             raise ConfigError(
-                f"{item}: not for fomoe eval, which takes the rest from the checkpoint; allowed are {ALLOWED}"
+                f"{override.input_line}: not for fomoe eval, which takes the rest from the checkpoint; allowed are "
+                f"{ALLOWED}"
             )
     return given
 
 
 def _name(text: str) -> str:
-    if not text:
+    if not text.strip():
         raise argparse.ArgumentTypeError("needs the checkpoint of another run")
     return text
 
 
 def _at_least_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: needs a whole number of at least 1")
+    # Python refuses to read very many digits.
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text:.40}: needs a whole number from 1 to 999999999")
     return int(text)
-
-
-def _keys(overrides: Sequence[str]) -> list[str]:
-    return [override.partition("=")[0].lstrip("+~") for override in overrides]

@@ -7,10 +7,11 @@ A line for each round whose placement is not that of the line before:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,23 @@ from fomoe_flwr.files import write_atomically
 from fomoe_flwr.placement import Placement, from_residents
 
 NAME = "placements.jsonl"
+FAILURE = "failure.txt"  # why a run ended that could not go on
 
 Residents = Mapping[str, Sequence[Sequence[int]]]  # by site
+
+
+@contextlib.contextmanager
+def noted_failure(run_dir: Path) -> Iterator[None]:
+    """Leave in the run directory why a run failed, for the table of a sweep."""
+    file = run_dir / FAILURE
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        # The disk may be what failed.
+        with contextlib.suppress(OSError):
+            file.write_text(str(error) or repr(error), encoding="utf-8")
+        raise
 
 
 def append_placement(run_dir: Path, round_: int, residents: Residents) -> None:

@@ -17,6 +17,7 @@ from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine.device import resolve_device
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.records import noted_failure
 from fomoe_flwr.report import report
 from fomoe_flwr.server.run import alone_in, open_run
 from fomoe_flwr.telemetry import OptionalOutput
@@ -43,7 +44,7 @@ def run_server(grid: Grid, composed: Composed) -> None:
         FomoeError: nothing can be trained, or the run cannot go on.
     """
     config, run_dir = composed.config, composed.run_dir
-    with alone_in(run_dir), open_run(composed) as run:
+    with alone_in(run_dir), open_run(composed) as run, noted_failure(run_dir):
         strategy = FoMoE(
             config,
             run=run.name,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from fomoe_flwr import checkpoint
 from fomoe_flwr.checkpoint import (
     Checkpoint,
     checkpoint_path,
+    compose_run,
     list_checkpoints,
     read_checkpoint,
     read_manifest,
     resume_from,
+    resumed_overrides,
     save_checkpoint,
 )
-from fomoe_flwr.errors import CheckpointError
+from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.overrides import quoted, texts
 
 FACTS = {"tokens": 1234, "overrides": ["model=tiny"], "rng": [1, 2.5, None], "run": "é"}
 
@@ -331,3 +335,40 @@ def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
         CheckpointError, match=r"no checkpoint is whole; newest: .*round_00002.*outer\.safetensors"
     ):
         resume_from(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "hydra.launcher._target_=os.system", "hydra/sweeper=other", "+x.y=1", "data.path=${oc.env:HOME}",
+        "seed=1,2", "model=../x", "~seed", "[[[", 7, "data._target_=x",
+    ],
+)  # fmt: skip
+def test_an_override_of_a_checkpoint_is_a_plain_value_or_refused(evil: Any, tmp_path: Path) -> None:
+    """The checkpoint may be somebody else's, and Hydra runs code for some keys."""
+    facts = FACTS | {"overrides": ["model=tiny", evil], "config": {}}
+    path = save_checkpoint(tmp_path, 1, parameters_of(1), {}, facts, keep=1)
+    with patch("fomoe_flwr.compose.hydra_compose") as hydra, pytest.raises(CheckpointError) as error:
+        compose_run([f"resume={tmp_path}"])
+    assert not hydra.called
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"checkpoint {path}: its override ")
+    assert str(evil) in line
+
+
+def test_what_the_user_gives_takes_the_place_of_what_is_refused(tmp_path: Path) -> None:
+    facts = FACTS | {"overrides": ["model=tiny", "++seed=1"], "config": {}}
+    save_checkpoint(tmp_path, 1, parameters_of(1), {}, facts, keep=1)
+    found = texts(resumed_overrides([f"resume={tmp_path}", "seed=2"]))
+    assert found == ["model=tiny", f"resume={tmp_path}", "seed=2", f'hydra.run.dir="{tmp_path}"']
+
+
+def test_a_run_in_a_directory_of_any_name_is_resumed_there(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a=b, (c)#~ü '$' \"q\""
+    save_checkpoint(run_dir, 1, parameters_of(1), {}, FACTS | {"config": {}}, keep=1)
+    composed = compose_run([f"resume={quoted(str(run_dir))}"])
+    assert (composed.config.resume, composed.run_dir) == (str(run_dir), run_dir)
+    with pytest.raises(ConfigError, match=r"^resume=.*: Hydra cannot read the value; .*quote"):
+        compose_run([f"resume={run_dir}"])
+    # Two of one key: the last, as everywhere.
+    assert compose_run(["resume=/nowhere", f"resume={quoted(str(run_dir))}"]).run_dir == run_dir

@@ -274,4 +274,6 @@ def _document(row: dict[str, Any], config: DataConfig, domain: str, where: str) 
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         raise DataError(f"data.text_key={config.text_key}: not valid Unicode in {where}: {error}") from error
-    return Document(text, domain if config.domain_key is None else str(row[config.domain_key]))
+    named = None if config.domain_key is None else row[config.domain_key]
+    # A row without a domain has that of its file, as all have without domain_key.
+    return Document(text, domain if named is None else str(named))

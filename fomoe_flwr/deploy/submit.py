@@ -17,23 +17,20 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
+
 import fomoe_flwr
-from fomoe_flwr.compose import compose, rewrite_federation_file
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import schema
 from fomoe_flwr.deploy.flower import flower_environment, program, toml_string
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.overrides import DIRECTORIES, last_value, read_overrides, texts
 
 _STATUS_PAUSE_S = 2.0
 _STATUS_TRIES = 5  # of asking a SuperLink that does not answer
 # As Flower 1.41 prints it.
 STARTED = re.compile(r"Successfully started run (\d+)")
-_SERVER_PATHS = (
-    "hydra.run.dir",
-    "resume",
-    "federation.path",
-    "data.path",
-    "data.cache_dir",
-    "data.tokenizer",
-)
+_SERVER_PATHS = (*DIRECTORIES, *(key for key, field in schema() if field.metadata.get("kind") == "path"))
 
 
 def submit(arguments: Sequence[str]) -> None:
@@ -46,20 +43,21 @@ def submit(arguments: Sequence[str]) -> None:
         RunError: the run was not started, or did not complete.
     """
     match arguments:
-        case [connection, *overrides] if not connection.startswith("-") and "=" not in connection:
+        case [connection, *items] if not connection.startswith("-") and "=" not in connection:
             pass
         case _:
             raise ConfigError("fomoe submit: the first argument is the name of a connection in config.toml")
-    for item in overrides:
+    for item in items:
         if item.startswith("-"):
             raise ConfigError(
                 f"fomoe submit: {item} is not an override; it takes a connection and overrides only"
             )
-        check_absolute(item)
+    overrides = read_overrides(items)
+    check_absolute(overrides)
     _check_here(overrides)
     environment = flower_environment() | {"PYTHONUNBUFFERED": "1"}
     flwr = program("flwr", environment)
-    config = f"hydra-overrides={toml_string(shlex.join(overrides))}"
+    config = f"hydra-overrides={toml_string(shlex.join(texts(overrides)))}"
     command = [flwr, "run", str(app_folder()), connection, "--stream", "--run-config", config]
     run = None
     # In a session of its own: at Ctrl-C it is we who stop the run.
@@ -91,36 +89,38 @@ def submit(arguments: Sequence[str]) -> None:
         raise RunError(f"run {run} did not complete: {status}")
 
 
-def check_absolute(override: str) -> None:
-    """Refuse a relative path in an override of a run that the server composes.
+def check_absolute(overrides: Sequence[Override]) -> None:
+    """Refuse a relative path in the overrides of a run that the server composes.
 
     Raises:
         ConfigError: naming the override.
     """
-    key, _, value = override.lstrip("+").partition("=")
-    value = value.strip("'\"")
-    is_path = key in _SERVER_PATHS or (key == "federation" and value.endswith((".yaml", ".yml")))
-    if key == "data.tokenizer" and value == "bytes":
-        return
-    if is_path and value not in ("", "null") and not value.startswith(("/", "~")):
-        raise ConfigError(
-            f"{override}: must be an absolute path; the server looks for it, in a folder of its own"
-        )
+    for override in overrides:
+        value = override.value()
+        sites = value if override.key_or_group == "federation.sites" and isinstance(value, list) else []
+        paths = [site.get("data_path") for site in sites if isinstance(site, dict)]
+        if override.key_or_group in _SERVER_PATHS and (override.key_or_group, value) != (
+            "data.tokenizer",
+            "bytes",
+        ):
+            paths.append(value)
+        for path in paths:
+            if path not in ("", None) and not str(path).startswith(("/", "~")):
+                raise ConfigError(
+                    f"{override.input_line}: must be an absolute path; the server looks for it, in a folder of its "
+                    "own"
+                )
 
 
-def _check_here(overrides: Sequence[str]) -> None:
+def _check_here(overrides: Sequence[Override]) -> None:
     """Refuse a wrong key or value before anything starts, where this machine can know.
 
     Raises:
         ConfigError: of `compose`.
     """
-    named = [
-        item.partition("=")[2] for item in rewrite_federation_file(overrides) if "federation.path=" in item
-    ]
-    if any(item.startswith("resume=") for item in overrides) or not all(
-        Path(file).is_file() for file in named
-    ):
-        # Only the server has the file.
+    file = last_value(overrides, "federation.path")
+    # Only the server has the run, or the file.
+    if last_value(overrides, "resume") is not None or not (file is None or Path(str(file)).is_file()):
         return
     compose(overrides)
 

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from rich.console import Console
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.overrides import last_value, read_overrides
 from fomoe_flwr.plan.advice import advise
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.rivals import compare
@@ -37,13 +39,15 @@ def plan(arguments: Sequence[str], console: Console | None = None) -> None:
         "--picture", type=Path, metavar="FILE.png", help="bytes, memory and time as a picture"
     )
     options = parser.parse_intermixed_args(arguments)
-    for item in options.overrides:
-        if item.startswith(("figure=", "sweep=")):
+    overrides = read_overrides(options.overrides)
+    for override in overrides:
+        if override.key_or_group in ("figure", "sweep"):
+            item = override.input_line
             raise ConfigError(f"{item}: the paper's figures are drawn by `python -m benchmarks.paper {item}`")
     picture = None if options.picture is None else options.picture.expanduser()
     if picture is not None:
         _check_writable(picture)
-    outlook = look_ahead(_compose(options.overrides))
+    outlook = look_ahead(_compose(overrides))
     if picture is not None:
         _draw(picture, outlook)
     if options.json:
@@ -66,13 +70,17 @@ def look_ahead(config: RunConfig) -> Outlook:
     return Outlook(config, sites, made, compare(config, made, sites), advise(config, made, sites))
 
 
-def _compose(overrides: Sequence[str]) -> RunConfig:
-    if any(item.startswith("resume=") for item in overrides):
-        # It imports PyTorch, which a plan does not need.
-        from fomoe_flwr.checkpoint import resumed_overrides
+def _compose(overrides: Sequence[Override]) -> RunConfig:
+    if last_value(overrides, "resume") is None:
+        return compose(overrides).config
+    # They import PyTorch, which a plan does not need.
+    from fomoe_flwr.checkpoint import compose_run, resume_from
+    from fomoe_flwr.server.run import check_resumable
 
-        overrides = resumed_overrides(overrides)
-    return compose(overrides).config
+    config = compose_run(overrides).config
+    if config.resume is not None:
+        check_resumable(resume_from(config.resume)[1], config)
+    return config
 
 
 def _check_writable(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+import yaml  # type: ignore[import-untyped]
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -18,10 +18,11 @@ from rich.table import Table
 
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.console import print_whole
-from fomoe_flwr.errors import ConfigError, FomoeError, RunError
+from fomoe_flwr.errors import LONGEST, ConfigError, FomoeError, RunError
 from fomoe_flwr.inputs import differences
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.rivals import compare_strategies
+from fomoe_flwr.records import FAILURE
 from fomoe_flwr.report.load import Run, load_run, read_config
 from fomoe_flwr.units import NONE, count, decimal, duration, in_bytes, percent, times
 
@@ -192,7 +193,10 @@ def sweep_table(sweep_dir: Path) -> Table:
     for job, overrides in zip(jobs, differing(jobs), strict=True):
         text = "\n".join(f"{key}={value}" for key, value in overrides.items()) or NONE
         try:
-            table.add_row(job.name, escape(text), *_results(load_run(job)))
+            results_of = _results(run := load_run(job))
+            table.add_row(job.name, escape(text), *results_of)
+            if results_of[0] == "failed":
+                reasons.append(f"job {job.name}: {_failure(run)}")
         except FomoeError as error:
             table.add_row(job.name, escape(text), "failed", *(NONE for _ in results))
             reasons.append(f"job {job.name}: {error}")
@@ -215,10 +219,32 @@ def differing(jobs: Sequence[Path]) -> list[Settings]:
     return [{key: values[key] for key in apart if key in values} for values in settings]
 
 
+def status(run: Run) -> str:
+    """`ok`, `partial` (it has not come to its last round), or `failed`: it ended with an error, or in vain."""
+    if _failure(run):
+        return "failed"
+    return "ok" if run.rounds[-1].round >= run.config.train.rounds else "partial"
+
+
+def all_ok(sweep_dir: Path) -> bool:
+    """Whether every job of a sweep came to its end."""
+    try:
+        return all(status(load_run(job)) == "ok" for job in job_dirs(sweep_dir))
+    except FomoeError:
+        return False
+
+
+def _failure(run: Run) -> str:
+    file = run.directory / FAILURE
+    if file.is_file():
+        return " ".join(file.read_text(encoding="utf-8", errors="replace")[:LONGEST].split())
+    return "" if run.rounds[-1].committed else "nothing was committed in the last round"
+
+
 def _results(run: Run) -> tuple[str, ...]:
     summary, planned = summarize(run), run.config.train.rounds
     return (
-        "ok" if summary.rounds >= planned else "partial",
+        status(run),
         f"{summary.rounds}/{planned}",
         count(summary.tokens),
         decimal(summary.val_loss),
@@ -233,7 +259,8 @@ def _overrides(job: Path) -> Settings:
     path = job / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return {}
-    pairs = (str(item).partition("=") for item in OmegaConf.load(path))
+    # Not by OmegaConf, which would resolve what is in it.
+    pairs = (str(item).partition("=") for item in yaml.safe_load(path.read_text()) or [])
     return {key.lstrip("+~"): value for key, _, value in pairs}
 
 

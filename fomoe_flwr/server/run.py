@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -43,8 +45,10 @@ from fomoe_flwr.files import write_atomically
 from fomoe_flwr.inputs import FREE_MODEL_KEYS, UNKNOWN, Inputs, differences, inputs_of, run_inputs
 from fomoe_flwr.messages import deals
 from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.planner import plan_for_run
+from fomoe_flwr.plan.record import NAME as PLAN
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
 from fomoe_flwr.records import NAME as PLACEMENTS
@@ -95,11 +99,11 @@ def open_run(composed: Composed) -> Iterator[Run]:
         FomoeError: nothing can be trained, or the run cannot go on.
     """
     config, run_dir = composed.config, composed.run_dir
-    checkpoint = resume_from(config.resume)[1] if config.resume else None
+    origin, checkpoint = resume_from(config.resume) if config.resume else (None, None)
     if checkpoint is not None:
         check_resumable(checkpoint, config)
         config.federation.sites = in_saved_order(checkpoint, config)
-    else:
+    if origin is None or origin.resolve() != run_dir.resolve():
         check_unused(composed)
         keep_aside(run_dir)
     name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
@@ -109,6 +113,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
     run_dir.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
+    if origin is not None and origin.resolve() != run_dir.resolve():
+        bring_history(origin, run_dir)
     log.info("run directory: %s", run_dir)
 
     before, plan = load_plan(run_dir), plan_for_run(run_dir, config)
@@ -406,7 +412,8 @@ def check_unused(composed: Composed) -> None:
     run_dir = composed.run_dir
     if list_checkpoints(run_dir):
         raise ConfigError(
-            f"hydra.run.dir={run_dir}: holds a run already; go on with it by resume={run_dir}, or choose another"
+            f"hydra.run.dir={run_dir}: holds a run already; go on with it by {spelled('resume', run_dir)}, or choose "
+            "another"
         )
 
 
@@ -418,13 +425,28 @@ def keep_aside(run_dir: Path) -> None:
             (run_dir / name).replace(run_dir / f"{name}.before")
 
 
+def bring_history(origin: Path, run_dir: Path) -> None:
+    """Let a run that goes on in another directory have there what is recorded of its rounds, its plan and its sites.
+
+    What is of rounds after the checkpoint goes when the first of them is over, as in its own directory.
+    """
+    log.info("metrics, placements, plan and sites so far are copied from %s", origin)
+    for name in ("metrics.jsonl", PLACEMENTS, PLAN):
+        if (origin / name).exists():
+            # Copied aside, and so whole or not at all.
+            write_atomically(run_dir / name, functools.partial(shutil.copyfile, origin / name))
+    # Of simulated sites, whose optimizers' states are in the run directory, too.
+    if (origin / "sites").is_dir():
+        shutil.copytree(origin / "sites", run_dir / "sites", dirs_exist_ok=True)
+
+
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Refuse to continue a checkpoint with what it cannot be continued with.
 
     Raises:
         CheckpointError: naming the key and both values.
     """
-    saved = checkpoint.manifest["config"]
+    saved, asked = checkpoint.manifest["config"], spelled("resume", config.resume)
     current = dataclasses.asdict(config)
     default = {"model": ModelConfig(), "strategy": StrategyConfig()}
     fixed = [("model", key) for key in current["model"] if key not in FREE_MODEL_KEYS]
@@ -436,21 +458,17 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
             continue  # then a new plan is made
         if before != now:
             raise CheckpointError(
-                f"resume={config.resume}: {section}.{key}={now}, but the checkpoint was made with {before}"
+                f"{asked}: {section}.{key}={now}, but the checkpoint was made with {before}"
             )
     if config.train.rounds < checkpoint.round:
-        raise CheckpointError(
-            f"resume={config.resume}: train.rounds={config.train.rounds}, but {checkpoint.round} are done"
-        )
+        raise CheckpointError(f"{asked}: train.rounds={config.train.rounds}, but {checkpoint.round} are done")
     if saved["seed"] != config.seed:
-        raise CheckpointError(
-            f"resume={config.resume}: seed={config.seed}, the checkpoint's is {saved['seed']}"
-        )
+        raise CheckpointError(f"{asked}: seed={config.seed}, the checkpoint's is {saved['seed']}")
     known = {site["name"] for site in saved["federation"]["sites"]}
     named = {site.name for site in config.federation.sites}
     if known != named:
         raise CheckpointError(
-            f"resume={config.resume}: federation: the checkpoint's sites are not these; only there: "
+            f"{asked}: federation: the checkpoint's sites are not these; only there: "
             f"{name_some(sorted(known - named)) or 'none'}; only here: {name_some(sorted(named - known)) or 'none'}"
         )
 
@@ -493,11 +511,13 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
     for difference in found:
         if not asked.get(difference.part, True):
             raise CheckpointError(
-                f"resume={config.resume}: {difference}, under the same name; put back what it was, or name the other "
-                f"by {'data.tokenizer' if difference.part == 'tokenizer' else 'data.source and data.path'}"
+                f"{spelled('resume', config.resume)}: {difference}, under the same name; put back what it was, or name "
+                f"the other by {'data.tokenizer' if difference.part == 'tokenizer' else 'data.source and data.path'}"
             )
         log.warning(
-            "resume=%s: %s, as was asked; losses before and after differ by it", config.resume, difference
+            "%s: %s, as was asked; losses before and after differ by it",
+            spelled("resume", config.resume),
+            difference,
         )
     return bool(found)
 

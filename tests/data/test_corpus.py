@@ -137,6 +137,11 @@ def test_jsonl_takes_text_and_domain_from_the_keys(tmp_path: Path, write_jsonl) 
     assert found == [Document("a", "de"), Document("b", "7")]
 
 
+def test_a_row_without_a_domain_has_that_of_its_file(tmp_path: Path, write_jsonl) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "lang": None}, {"text": "b", "lang": "None"}])
+    assert read("jsonl", file, domain_key="lang") == [Document("a", "x"), Document("b", "None")]
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from fomoe_flwr.checkpoint import checkpoint_path
 from fomoe_flwr.cli import main
@@ -197,6 +198,62 @@ def test_sites_may_be_listed_in_a_file_of_the_users(arguments: list[str], tmp_pa
     assert [site["site"] for site in metrics(tmp_path / "run")[-1]["sites"]] == [
         "big", "lab-0", "lab-1", "lab-2",
     ]  # fmt: skip
+
+
+def test_hydras_options_may_stand_anywhere(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", f"resume={finished}", "--cfg", "job", "seed=7", "--resolve"])
+    shown = OmegaConf.create(capsys.readouterr().out)
+    # Those of the run that is resumed are in it.
+    assert (shown.seed, shown.model.d_model, shown.resume) == (7, 32, str(finished))
+    main(["train", "seed=7", "-p", "train", "--cfg", "job"])
+    assert capsys.readouterr().out.startswith("# @package train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train.lr=-1", "--cfg", "job"], "train.lr=-1.0: must be at least 0"),
+        (["--info", "defaults", "seed=x"], "seed=x: must be an integer"),
+        (["--cfg", "job", "resume=/no/run"], "resume=/no/run: no such directory"),
+        (["seed=1,2", "-m", "--cfg", "job"], "fomoe train: only one of --multirun and --cfg"),
+        (["--resolve"], "fomoe train: --resolve: needs --cfg"),
+        (["--cfg"], "fomoe train: argument --cfg/-c: expected one argument"),
+        (["--nope"], "fomoe train: unrecognized arguments: --nope"),
+        (["--config-dir", "/no/folder"], "--config-dir /no/folder: no such directory"),
+        (["--config-name", "other"], "fomoe train: --config-name: "),
+        (["train.lr=interval(0.1,1)", "-m"], "train.lr=interval(0.1,1): not a list of values"),
+        (["-m", "seed=glob(*)"], "seed=glob(*): no job"),
+        (["strategy=glob(*)"], "strategy=glob(*): several values, for which there is fomoe train -m"),
+        # glob finds what there is: ddp, whose steps the overlap does not suit, and others before it starts
+        (["strategy=glob(*)", "train.lr=-1", "-m"], "train.lr=-1.0: must be at least 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_beside_an_option_is_one_clear_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    assert refused(capsys, *arguments).startswith(line)
+
+
+def test_a_sweep_with_a_job_that_fails_says_so(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "train",
+                *arguments,
+                "train.rounds=1",
+                "train.lr=1e30,0.001",
+                "-m",
+                f"hydra.sweep.dir={tmp_path}/s",
+            ]
+        )
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert [printed.out.count(word) for word in (" ok ", " failed ")] == [1, 1]
+    assert "job 0: round 1: nothing was committed" in printed.out
+    assert "Traceback" not in printed.err
 
 
 def test_wrong_words_show_the_usage() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +14,18 @@ from omegaconf import OmegaConf
 from rich.console import Console, RenderableType
 
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.records import noted_failure
 from fomoe_flwr.report import report
 from fomoe_flwr.report.load import load_run
-from fomoe_flwr.report.tables import comparison_table, differing, job_dirs, run_table, sweep_table
+from fomoe_flwr.report.tables import (
+    all_ok,
+    comparison_table,
+    differing,
+    job_dirs,
+    run_table,
+    status,
+    sweep_table,
+)
 from fomoe_flwr.units import count, duration, in_bytes, times
 from tests.report.runs import HEADERS, compose_config, metrics, write_run
 
@@ -119,6 +129,30 @@ def sweep(directory: Path, jobs: dict[str, list[str]], hydra: bool = True) -> Pa
             (directory / job / ".hydra").mkdir()
             OmegaConf.save(OmegaConf.create(overrides), directory / job / ".hydra" / "overrides.yaml")
     return directory
+
+
+def test_a_job_that_ended_in_vain_or_with_an_error_is_failed(tmp_path: Path) -> None:
+    sweep(tmp_path, {str(job): ["train.rounds=2", f"seed={job}"] for job in range(3)})
+    assert all_ok(tmp_path)
+    rounds = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    rounds[-1]["committed"] = False
+    (tmp_path / "1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds))
+    with pytest.raises(RunError), noted_failure(tmp_path / "2"):
+        raise RunError("the loss is too high")
+    assert not all_ok(tmp_path)
+    printed = [" ".join(line) for line in lines(sweep_table(tmp_path))]
+    assert [sum(f" {word} " in line for line in printed) for word in ("ok", "failed")] == [1, 2]
+    assert "job 1: nothing was committed in the last round" in printed
+    assert "job 2: the loss is too high" in printed
+    # Begun again, and well this time.
+    with noted_failure(tmp_path / "2"):
+        pass
+    assert status(load_run(tmp_path / "2")) == "ok"
+
+
+def test_overrides_of_a_sweep_are_only_shown(tmp_path: Path) -> None:
+    sweep(tmp_path, {"0": ["train.rounds=2", "data.path=${oc.env:HOME}"], "1": ["train.rounds=2"]})
+    assert differing(job_dirs(tmp_path))[0] == {"data.path": "${oc.env:HOME}"}
 
 
 def test_sweep_table_with_a_failed_and_a_partial_job(tmp_path: Path) -> None:

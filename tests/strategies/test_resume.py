@@ -20,13 +20,14 @@ from fomoe_flwr.checkpoint import (
     read_checkpoint,
     resume_from,
 )
-from fomoe_flwr.compose import merge_overrides
 from fomoe_flwr.errors import CheckpointError, ConfigError, FomoeError, RunError
+from fomoe_flwr.overrides import merge_overrides, texts
+from fomoe_flwr.plan.command import plan
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.server.run import RunRecorder
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
-from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, run, without_times
+from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, new_dir, run, without_times
 
 ROUNDS = "train.rounds=4"
 SETTINGS = [
@@ -138,10 +139,31 @@ def test_fewer_rounds_than_are_done_are_refused(small: Compose, tmp_path: Path) 
         run(compose_run([f"resume={whole}", "train.rounds=3"]))
 
 
+def test_a_run_that_goes_on_elsewhere_is_whole_there(small: Compose, tmp_path: Path) -> None:
+    whole = finished(small, tmp_path, ROUNDS)
+    before = sorted(path.name for path in list_checkpoints(whole))
+    other = new_dir(tmp_path)
+    run(compose_run([f"resume={checkpoint_path(whole, 2)}", f"hydra.run.dir={other}"]))
+    assert_same_run(other, whole, 4)
+    assert len(load_run(other).rounds) == 5
+    assert (other / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
+    assert (other / "placements.jsonl").read_bytes().startswith((whole / "placements.jsonl").read_bytes())
+    assert sorted(path.name for path in list_checkpoints(whole)) == before
+    # Another run is not written over.
+    with pytest.raises(ConfigError, match="holds a run already; go on with it by resume="):
+        run(compose_run([f"resume={whole}", f"hydra.run.dir={other}"]))
+
+
+def test_a_plan_refuses_what_the_run_would(small: Compose, tmp_path: Path) -> None:
+    whole = finished(small, tmp_path, ROUNDS)
+    with pytest.raises(CheckpointError, match=r"model.d_model=64, but the checkpoint was made with 32"):
+        plan([f"resume={whole}", "model.d_model=64"])
+
+
 def test_a_new_choice_of_a_group_replaces_what_was_saved_within_it() -> None:
     saved = ["federation=file", "federation.path=a.yaml", "train.rounds=3", "strategy.overlap=2"]
     merged = merge_overrides(saved, ["federation=uniform", "train.rounds=5"])
-    assert merged == ["strategy.overlap=2", "federation=uniform", "train.rounds=5"]
+    assert texts(merged) == ["strategy.overlap=2", "federation=uniform", "train.rounds=5"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(small: Compose, tmp_path: Path) -> None:
