@@ -21,7 +21,7 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from fomoe_flwr.checks import check_combinations, check_fields, check_outer, expand_sites
-from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, schema
+from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, absolute, path_keys, schema
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.overrides import check_single, literal, read_overrides, task_overrides, texts
 
@@ -90,6 +90,8 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     values: dict[str, Any] = OmegaConf.to_container(task, resolve=not saved)  # type: ignore[assignment]
     if saved:
         _renew(values)
+    else:
+        _make_absolute(values)
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), _literally(values))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
@@ -106,6 +108,17 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     if not saved:  # earlier versions took keys that they did not use
         check_outer(config.strategy)
     return config
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Paths as they are kept (`absolute`); what is no text is told by the schema."""
+    for key in path_keys():
+        *sections, name = key.split(".")
+        within: Any = values
+        for section in sections:
+            within = within.get(section) if isinstance(within, dict) else None
+        if isinstance(within, dict) and isinstance(within.get(name), str):
+            within[name] = absolute(key, within[name])
 
 
 def _literally(value: Any) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fomoe_flwr.errors import ConfigError
@@ -48,7 +49,7 @@ def a_name(default: str) -> Any:
 
 
 def a_path(default: str | None = None) -> Any:
-    """A path. An empty one, as an unset variable of a shell leaves it, is not the current folder."""
+    """A path, kept absolute. An empty one, as an unset variable of a shell leaves it, is not the current folder."""
     return field(default=default, metadata={"kind": "path"})
 
 
@@ -318,6 +319,18 @@ def schema(config_type: type = RunConfig, prefix: str = "") -> Iterator[tuple[st
         section: Any = spec.default_factory
         if dataclasses.is_dataclass(section):
             yield from schema(section, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
+
+
+def path_keys() -> list[str]:
+    """The keys that name something on the machine that composes the configuration."""
+    return [key for key, spec in schema() if spec.metadata.get("kind") == "path"]
+
+
+def absolute(key: str, value: str) -> str:
+    """A path as it is kept, so that it names the same wherever a run goes on. `~` is the user's home."""
+    if key == "data.tokenizer" and value == "bytes":
+        return value
+    return str(Path(value).expanduser().absolute()) if value.strip() else value
 
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:

@@ -35,7 +35,7 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fomoe_flwr.config import REMOVED, is_name, schema
+from fomoe_flwr.config import REMOVED, absolute, is_name, path_keys, schema
 from fomoe_flwr.errors import ConfigError
 
 # The folders of conf/, from which one file is chosen by `model=tiny`.
@@ -279,6 +279,8 @@ def task_overrides(overrides: Iterable[str | Override], tree: DictConfig) -> tup
             value = OmegaConf.select(tree, key)
             resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             override = setting(key, resolved)
+        if key in path_keys() and isinstance(path := last_value([override], key), str):
+            override = setting(key, absolute(key, path))
         kept.append(override)
     return tuple(texts(kept))
 

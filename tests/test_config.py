@@ -146,7 +146,7 @@ TOGETHER = {
     "data.text_key": "content",
     "data.domain_key": "source",
     "data.max_documents": 10,
-    "data.tokenizer": "tokenizer.json",
+    "data.tokenizer": "/some/tokenizer.json",
     "data.val_fraction": 0.1,
     "data.cache_dir": "cache",
     "plan.demand_every": 3,
@@ -178,12 +178,12 @@ ALONE = [
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
     ("data.source", "text", ["data.path=somewhere"]),
-    ("data.path", "some/where", []),
+    ("data.path", "/some/where", []),
     ("data.partition", "domain", []),
     ("data.dirichlet_alpha", 0.1, []),
-    ("plan.measured", "runs/before", []),
+    ("plan.measured", "/runs/before", []),
     ("runtime.workers", 2, []),
-    ("resume", "runs/before", []),
+    ("resume", "/runs/before", []),
 ]
 
 
@@ -540,7 +540,7 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["data=text"], "data.path=null: data=text needs data.path=FILE_OR_FOLDER"),
         (["data=huggingface"], "data.name=null: data=huggingface needs data.name=NAME"),
         # sites
-        (["federation=nowhere.yaml"], "federation.path=nowhere.yaml: no such file"),
+        (["federation=/nowhere.yaml"], "federation.path=/nowhere.yaml: no such file"),
         (["federation.num_sites=null"], "federation.num_sites=null: give a number of sites"),
         (["federation=labs", "federation.num_sites=9"], "federation.num_sites=9: the list has 4 sites"),
         (
@@ -736,3 +736,30 @@ def test_a_sweep_that_cannot_be_parsed_is_one_line() -> None:
 )
 def test_a_section_comes_back_from_its_json(config: Any) -> None:
     assert from_dict(type(config), json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_path_is_kept_absolute_and_names_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the configuration and in what a resume composes it from."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "labs=2.yaml").write_text("sites: [{name: a}, {name: b, data_path: text}]\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = [
+        "data=text",
+        "data.path=corpus",
+        "data.cache_dir=~/cache",
+        "federation='labs=2.yaml'",
+        "data.tokenizer=bytes",
+    ]
+    first = compose([*given, "strategy.overlap=1", "plan.measured=runs/one"])
+    monkeypatch.chdir(tmp_path / "there")
+    for composed in (first, compose(first.overrides)):
+        found = composed.config.data
+        assert (found.path, found.cache_dir) == (str(tmp_path / "here" / "corpus"), str(tmp_path / "cache"))
+        assert found.tokenizer == "bytes"
+        assert composed.config.plan.measured == str(tmp_path / "here" / "runs" / "one")
+        # A site's own text is on the site's machine.
+        assert [site.data_path for site in composed.config.federation.sites] == [None, "text"]
