@@ -148,7 +148,7 @@ TOGETHER = {
     "data.max_documents": 10,
     "data.tokenizer": "/some/tokenizer.json",
     "data.val_fraction": 0.1,
-    "data.cache_dir": "cache",
+    "data.cache_dir": "/cache",
     "plan.demand_every": 3,
     "plan.holders": 2,
     "plan.skip_price": 0.0,
@@ -750,7 +750,7 @@ def test_a_path_is_kept_absolute_and_names_the_same_from_everywhere(
     given = [
         "data=text",
         "data.path=corpus",
-        "data.cache_dir=~/cache",
+        "data.cache_dir='~/cache'",
         "federation='labs=2.yaml'",
         "data.tokenizer=bytes",
     ]
