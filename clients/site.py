@@ -29,6 +29,7 @@ from fomoe_flwr.data import (
     prepare,
     validation_batches,
 )
+from fomoe_flwr.data.statistics import FREE_PASSES
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError
@@ -180,12 +181,14 @@ def train_round(
     beat(WORK)
     save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)
+    # Over its text, since the beginning of the run.
+    passes = new_state.position / stream.num_windows
     reply = Reply(
         task.run,
         task.round,
         task.name,
         report.tokens,
-        report.metrics,
+        {**report.metrics, "passes": passes},
         start,
         report.load_LE,
         bundle_digests(blobs),
@@ -259,9 +262,26 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
 
     def open_stream() -> TokenStream:
         dealt = _dealt(data, vocab_size, replace(deal, place=0), seq_len, task.seed)
-        return TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
+        stream = TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
+        # Of other text the server says it.
+        if data.partition == "own":
+            sequences = task.train.rounds * task.train.local_steps * task.train.batch_size
+            _warn_of_repetition(task.run, task.name, sequences / stream.num_windows)
+        return stream
 
     return memory.stream((data, vocab_size, deal, seq_len, task.seed), open_stream)
+
+
+@functools.lru_cache(maxsize=CORPORA)
+def _warn_of_repetition(run: str, site: str, passes: float) -> None:
+    """Once in a process: a stream is opened again after a failed round."""
+    if passes > FREE_PASSES:
+        log.warning(
+            "site %s will read its own text %.3g times in this run; more than %d times teaches less and less",
+            site,
+            passes,
+            FREE_PASSES,
+        )
 
 
 @functools.lru_cache(maxsize=CORPORA)
