@@ -29,7 +29,7 @@ from fomoe_flwr.data import (
     prepare,
     validation_batches,
 )
-from fomoe_flwr.data.statistics import FREE_PASSES
+from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError
@@ -181,14 +181,12 @@ def train_round(
     beat(WORK)
     save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
     memory.keep_state(folder, new_state)
-    # Over its text, since the beginning of the run.
-    passes = new_state.position / stream.num_windows
     reply = Reply(
         task.run,
         task.round,
         task.name,
         report.tokens,
-        {**report.metrics, "passes": passes},
+        {**report.metrics, "passes": stream.passes(new_state.position)},
         start,
         report.load_LE,
         bundle_digests(blobs),
@@ -266,22 +264,10 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
         # Of other text the server says it.
         if data.partition == "own":
             sequences = task.train.rounds * task.train.local_steps * task.train.batch_size
-            _warn_of_repetition(task.run, task.name, sequences / stream.num_windows)
+            warn_of_own_text(task.run, task.name, stream.passes(sequences))
         return stream
 
     return memory.stream((data, vocab_size, deal, seq_len, task.seed), open_stream)
-
-
-@functools.lru_cache(maxsize=CORPORA)
-def _warn_of_repetition(run: str, site: str, passes: float) -> None:
-    """Once in a process: a stream is opened again after a failed round."""
-    if passes > FREE_PASSES:
-        log.warning(
-            "site %s will read its own text %.3g times in this run; more than %d times teaches less and less",
-            site,
-            passes,
-            FREE_PASSES,
-        )
 
 
 @functools.lru_cache(maxsize=CORPORA)

@@ -22,6 +22,8 @@ SKETCH = 64  # bytes
 SHINGLE = 32  # bytes
 # Of all shingles of two documents, as their sketches tell: from here on they are near-duplicates.
 ALIKE = 0.6
+# Share of its domain from which on a group is long. In front it would be more than a usual share for validation.
+LONG = 0.1
 PIECE = 2**20  # bytes whose shingles are in memory at a time
 _BAND = 4  # bytes of a sketch that two documents must share to be compared
 _ODD, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
@@ -100,10 +102,10 @@ def keep_for_validation(
 ) -> NDArray[np.bool_]:
     """Which documents are kept: `val_fraction` of the bytes of each domain, as near as whole groups come to it.
 
-    Groups of near-duplicates are taken in the order of their hashes, so a document mostly keeps its side as the
-    corpus grows, and equal corpora are split equally. One that would bring the domain farther from its share is
-    passed over. Domains of which nothing can be taken share one pool. A side left empty gets the smallest group; with
-    `val_fraction` 1, for a text that nobody trains on, all are kept.
+    The groups of near-duplicates of a domain are laid end to end in the order of their hashes, long ones last, and
+    those whose middle lies below the share are kept. So a document mostly keeps its side as the corpus grows, and what
+    a smaller share keeps, a larger one keeps, too. Domains of long groups only are laid out together. A side left
+    empty gets the group nearest to it; with `val_fraction` 1, for a text that nobody trains on, all are kept.
 
     Args:
         first_N: the first document of each one's group.
@@ -121,27 +123,32 @@ def keep_for_validation(
             f"data.val_fraction={val_fraction}: the corpus is too small to split; it needs two different "
             f"documents and has {len(first_N)} of one text"
         )
-    sizes = np.bincount(group_N, bytes_N)
+    sizes = np.bincount(group_N, bytes_N).astype(np.float64)
     hashes = np.full(len(firsts), 2**64 - 1, dtype=np.uint64)
     np.minimum.at(hashes, group_N, hash_N)
-    domains = domain_N[firsts]
-    kept = np.zeros(len(firsts), dtype=np.bool_)
-
-    def take(members: NDArray[np.int64]) -> bool:
-        due = val_fraction * sizes[members].sum()
-        for member, size in zip(members.tolist(), sizes[members].tolist(), strict=True):
-            if size < 2 * due:
-                kept[member] = True
-                due -= size
-        return bool(kept[members].any())
-
-    order = np.lexsort((hashes, domains))
-    bounds = np.flatnonzero(np.diff(domains[order])) + 1
-    small = [members for members in np.split(order, bounds) if not take(members)]
-    if small:
-        pool = np.concatenate(small)
-        take(pool[np.argsort(hashes[pool], kind="stable")])
-    if kept.all() or not kept.any():
-        smallest = np.lexsort((hashes, sizes))[0]
-        kept[smallest] = not kept[smallest]
+    domains = domain_N[firsts].astype(np.int64) + 1
+    small = ~np.isin(domains, domains[~_is_long(sizes, domains)])
+    domains[small] = 0
+    order = np.lexsort((hashes, _is_long(sizes, domains), domains))
+    ends = np.cumsum(sizes[order])
+    starts = ends - sizes[order]
+    whole = np.bincount(domains, sizes)[domains[order]]
+    # Of the domain, 0 to 1.
+    middle = np.empty(len(firsts))
+    middle[order] = ((starts + ends) / 2 - _before(domains[order], starts)) / whole
+    kept = middle < val_fraction
+    if not kept.any():
+        kept[middle.argmin()] = True
+    if kept.all():
+        kept[middle.argmax()] = False
     return kept[group_N]
+
+
+def _is_long(sizes: NDArray[np.float64], domains: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return sizes > LONG * np.bincount(domains, sizes)[domains]
+
+
+def _before(domains: NDArray[np.int64], starts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where the domain of each begins; domains are ascending."""
+    _, first, inverse = np.unique(domains, return_index=True, return_inverse=True)
+    return starts[first][inverse]

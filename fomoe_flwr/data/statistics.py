@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_flwr.config import DataConfig, SiteConfig
+from fomoe_flwr.data.corpus import name_some
 from fomoe_flwr.data.partition import share_out
 from fomoe_flwr.data.shards import TokenCorpus
 from fomoe_flwr.messages import deals
+
+log = logging.getLogger("fomoe.site")
 
 # Up to four passes over the same text are nearly as good as new text; what more passes teach falls off quickly
 # (Muennighoff et al. 2023, arXiv 2305.16264).
@@ -68,6 +73,27 @@ def site_statistics(
         return {}
     shares = share_out(corpus, sharing, data, seed)
     return {site.name: _count(corpus, share) for site, share in zip(sharing, shares, strict=True)}
+
+
+def repetition(passes: Mapping[str, float], verb: str) -> str:
+    """The warning about sites that go over their text too often."""
+    named = name_some((f"{site} ({number:.3g} times)" for site, number in passes.items()), 8)
+    return (
+        f"{len(passes)} sites {verb} their text more than {FREE_PASSES} times, which teaches less and less, and weigh "
+        f"as much as others: {named}"
+    )
+
+
+@lru_cache(maxsize=1024)
+def warn_of_own_text(run: str, site: str, passes: float) -> None:
+    """Say that a site will read its own text too often, of which the server knows nothing; once in a process."""
+    if passes > FREE_PASSES:
+        log.warning(
+            "site %s will read its own text %.3g times in this run; more than %d times teaches less and less",
+            site,
+            passes,
+            FREE_PASSES,
+        )
 
 
 def _count(corpus: TokenCorpus, documents: NDArray[np.int64]) -> Figures:

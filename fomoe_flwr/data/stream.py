@@ -62,6 +62,10 @@ class TokenStream:
             window_B[here] = self._draw(epoch)[place_B[here]]
         return _read_windows(self.corpus, self._concatenation, window_B, self.seq_len)
 
+    def passes(self, position: int) -> float:
+        """How often all of the text was read when so many sequences are consumed."""
+        return position / self.num_windows
+
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The order of the windows in this epoch. Only the latest is kept: epochs are passed one by one."""
         if epoch != self._drawn:

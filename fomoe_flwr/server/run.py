@@ -37,7 +37,7 @@ from fomoe_flwr.data import (
     validation_batches,
 )
 from fomoe_flwr.data.corpus import name_some
-from fomoe_flwr.data.statistics import FREE_PASSES, domain_statistics, site_statistics
+from fomoe_flwr.data.statistics import FREE_PASSES, domain_statistics, repetition, site_statistics
 from fomoe_flwr.deploy.channel import WorkerError, locked
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
@@ -446,15 +446,6 @@ def describe_corpus(corpus: TokenCorpus, plan: Plan, config: RunConfig, run_dir:
     }
     if often := {site: number for site, number in passes.items() if number > FREE_PASSES}:
         log.warning("%s", repetition(often, "will read"))
-
-
-def repetition(passes: Mapping[str, float], verb: str) -> str:
-    """The warning about sites that go over their text too often."""
-    named = name_some((f"{site} ({number:.3g} times)" for site, number in passes.items()), 8)
-    return (
-        f"{len(passes)} sites {verb} their text more than {FREE_PASSES} times, which teaches less and less, and weigh "
-        f"as much as others: {named}"
-    )
 
 
 @contextmanager

@@ -195,6 +195,25 @@ def test_both_sides_have_a_document_whenever_two_groups_differ(
     assert (is_val == is_val[first_N]).all()
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 3)), min_size=2, max_size=20),
+    st.floats(0.001, 0.999),
+    st.floats(0.001, 0.999),
+)
+def test_a_smaller_share_keeps_a_part_of_a_larger_one(
+    documents: list[tuple[int, int]], one: float, other: float
+) -> None:
+    """So `fomoe eval` with a smaller share judges no text that was trained on."""
+    sizes, domains = (np.array(column) for column in zip(*documents, strict=True))
+    number = np.arange(len(sizes))
+    hashes = np.random.default_rng(8).permutation(len(sizes)).astype(np.uint64)
+    few, many = (
+        keep_for_validation(number, hashes, sizes, domains.astype(np.int32), share)
+        for share in sorted((one, other))
+    )
+    assert not (few & ~many).any()
+
+
 def test_a_text_that_nobody_trains_on_is_kept_whole(corpus_in: Callable[..., DataConfig]) -> None:
     assert prepare(corpus_in({"a": ["alone"]}, 1.0)).is_val.tolist() == [True]
 
