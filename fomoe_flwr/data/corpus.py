@@ -109,7 +109,8 @@ def is_hidden(path: Path) -> bool:
 
 def name_some(names: Iterable[object], limit: int = 12) -> str:
     """The first `limit` names for an error message, and how many more there are."""
-    listed = [str(name) for name in names]
+    # A file's name need not be UTF-8.
+    listed = [str(name).encode("utf-8", "backslashreplace").decode()[:300] for name in names]
     more = f", … ({len(listed) - limit} more)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 

@@ -1,9 +1,9 @@
 """Which documents are kept for validation.
 
 Notable: near-duplicates share a side, for a model that has seen one of two tables that differ in a few lines has seen
-the other. A document is remembered by a sketch of 64 bytes, whatever its length, and compared with its neighbours in
-16 sorted orders and not with all others: 1 million documents take about 200 MB and a few seconds, and the sketches
-are made at the speed of hashing while the text streams by.
+the other. A document is remembered by a sketch of 64 bytes, whatever its length, made while the text streams by, and
+compared with its neighbours in 16 sorted orders and not with all others: N log N steps, and about 200 bytes of memory
+a document.
 
 Letters: N documents.
 """

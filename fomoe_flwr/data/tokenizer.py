@@ -116,7 +116,8 @@ def _one_byte_each() -> NDArray[np.int32]:
 def _decoded_bytes(encoder: Any, content: dict[str, Any], eos_id: int, vocab_size: int) -> NDArray[np.int32]:
     """How many bytes of text each token stands for, by what it decodes to between two letters: [vocab_size].
 
-    The end token and the token for unknown text stand for none.
+    The end token and the token for unknown text stand for none. Where a tokenizer puts a space before each text, that
+    one is counted: a byte a document.
     """
     vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
     added = {str(token) for token in encoder.get_added_tokens_decoder().values()}

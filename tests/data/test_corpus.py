@@ -361,3 +361,5 @@ def test_digest_names_content_and_not_place(tmp_path: Path, write_jsonl) -> None
 def test_name_some_is_readable() -> None:
     assert name_some(["a", "b"]) == "a, b"
     assert name_some(range(15), limit=3) == "0, 1, 2, … (12 more)"
+    # As Python has a file's name that is not UTF-8, and a very long one.
+    assert name_some([os.fsdecode(b"caf\xe9"), "x" * 5000]) == "caf\\udce9, " + "x" * 300

@@ -160,7 +160,7 @@ def test_stdlib(tmp_path: Path, no_build: Callable[[], None]) -> None:
     assert prepare(config).digest == corpus.digest
     assert corpus.doc_bytes.sum() + len(corpus.doc_bytes) == corpus.doc_starts[-1]
     assert min(len(corpus.train_documents), len(corpus.val_documents)) > 5
-    assert corpus.doc_bytes[corpus.is_val].sum() / corpus.doc_bytes.sum() == pytest.approx(0.05, abs=0.01)
+    assert corpus.doc_bytes[corpus.is_val].sum() / corpus.doc_bytes.sum() == pytest.approx(0.05, abs=0.02)
     # Code-page tables, of which some differ in a few lines.
     tables: tuple[list[set[str]], list[set[str]]] = ([], [])
     for document, is_val in zip(read_documents(config), corpus.is_val, strict=True):
