@@ -50,4 +50,4 @@ newest-flower:
 	$(NEWEST)/bin/python -m pytest $(ON_FLOWER)
 
 clean:
-	rm -rf $(VENV) $(NEWEST) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

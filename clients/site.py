@@ -29,6 +29,7 @@ from fomoe_flwr.data import (
     prepare,
     validation_batches,
 )
+from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError
@@ -185,7 +186,7 @@ def train_round(
         task.round,
         task.name,
         report.tokens,
-        report.metrics,
+        {**report.metrics, "passes": stream.passes(new_state.position)},
         start,
         report.load_LE,
         bundle_digests(blobs),
@@ -259,7 +260,12 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
 
     def open_stream() -> TokenStream:
         dealt = _dealt(data, vocab_size, replace(deal, place=0), seq_len, task.seed)
-        return TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
+        stream = TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
+        # Of other text the server says it.
+        if data.partition == "own":
+            sequences = task.train.rounds * task.train.local_steps * task.train.batch_size
+            warn_of_own_text(task.run, task.name, stream.passes(sequences))
+        return stream
 
     return memory.stream((data, vocab_size, deal, seq_len, task.seed), open_stream)
 

@@ -154,8 +154,10 @@ def check_combinations(config: RunConfig) -> None:
     for site in config.federation.sites:
         if site.data_path is not None:
             check_own_source(data, f"federation.sites: data_path={site.data_path} of site {site.name}")
-    if data.source == "huggingface" and data.name is None:
-        raise ConfigError("data.name=null: data=huggingface needs data.name=NAME")
+    if data.source == "huggingface" and data.name is None and data.path is None:
+        raise ConfigError(
+            "data.name=null: data=huggingface needs data.name=NAME, or data.path=FOLDER for one of save_to_disk"
+        )
 
 
 def check_outer(strategy: StrategyConfig) -> None:

@@ -219,7 +219,7 @@ class DataConfig:
     # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
     partition: str = choice("iid", "iid", "domain", "dirichlet", "own")
     dirichlet_alpha: float = at_least(0.5, 0.0)
-    val_fraction: float = at_least(0.05, 0.0)  # share of documents kept for validation
+    val_fraction: float = at_least(0.05, 0.0)  # share of each domain's bytes kept for validation
     cache_dir: str | None = a_path()  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 
 

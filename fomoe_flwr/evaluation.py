@@ -78,24 +78,17 @@ class Text:
 
     batches: Callable[[], Iterable[LabelledBatch]]  # the same at every call
     domains: Sequence[str]
-    bytes_per_token: float
-    bytes_per_token_by_domain: Sequence[float]
+    token_bytes: NDArray[np.int32]  # [vocab_size], see TokenCorpus
 
 
 def text_of(
     corpus: TokenCorpus, documents: NDArray[np.int64], seq_len: int, batch_size: int, num_batches: int | None
 ) -> Text:
     """Documents of a corpus: all of their text, or `num_batches` batches of it (see `data.labelled_batches`)."""
-
-    def ratio(chosen: NDArray[np.int64]) -> float:
-        return float(corpus.doc_bytes[chosen].sum() / max(corpus.doc_lengths[chosen].sum(), 1))
-
-    domain = corpus.doc_domain[documents]
     return Text(
         lambda: labelled_batches(corpus, documents, seq_len, batch_size, num_batches),
         corpus.domains,
-        ratio(documents),
-        [ratio(documents[domain == index]) for index in range(len(corpus.domains))],
+        corpus.token_bytes,
     )
 
 
@@ -117,36 +110,38 @@ def describe_text(
 
 def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
     """Mean cross-entropy (nats a token) and number of predicted tokens: the validation loss of a round."""
-    total_D, tokens_D = _sums(module, ((tokens_BT, None) for tokens_BT in batches), dtype, device, 1)
+    total_D, tokens_D, _ = _sums(module, ((tokens_BT, None) for tokens_BT in batches), dtype, device)
     return float(total_D[0]) / max(int(tokens_D[0]), 1), int(tokens_D[0])
 
 
 def evaluate_text(module: Transformer, text: Text, dtype: str) -> Figures:
     """Loss on a text, whole and by domain, with the experts that the module holds.
 
-    A token belongs to the domain of its document. Bits per byte can be compared between tokenizers; end tokens cost
-    bits and have no bytes.
+    A token belongs to the domain of its document. Bits per byte can be compared between tokenizers: the bytes are those
+    of the tokens that are predicted. End tokens and tokens for unknown text cost bits and have no bytes.
 
     Args:
         dtype: of the matrix products, fp32 or bf16.
     """
     device = str(next(module.parameters()).device)
-    total_D, tokens_D = _sums(module, text.batches(), dtype, device, len(text.domains))
-    figures = _figures(total_D.sum(), tokens_D.sum(), text.bytes_per_token)
+    total_D, tokens_D, bytes_D = _sums(
+        module, text.batches(), dtype, device, len(text.domains), text.token_bytes
+    )
+    figures = _figures(total_D.sum(), tokens_D.sum(), bytes_D.sum())
     figures["by_domain"] = {
-        name: _figures(total_D[index], tokens_D[index], text.bytes_per_token_by_domain[index])
+        name: _figures(total_D[index], tokens_D[index], bytes_D[index])
         for index, name in enumerate(text.domains)
         if tokens_D[index]
     }
     return figures
 
 
-def _figures(total: float, tokens: int, bytes_per_token: float) -> Figures:
+def _figures(total: float, tokens: int, num_bytes: float) -> Figures:
     loss = float(total) / max(int(tokens), 1)
     return {
         "loss": loss,  # mean cross-entropy, nats a token
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf,
+        "bits_per_byte": float(total) / math.log(2) / num_bytes if num_bytes else math.inf,
         "tokens": int(tokens),  # predicted
     }
 
@@ -157,15 +152,20 @@ def _sums(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     dtype: str,
     device: str,
-    num_domains: int,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Sum of the losses and number of predicted tokens, by domain.
+    num_domains: int = 1,
+    token_bytes: NDArray[np.int32] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Sum of the losses, number of predicted tokens and of their bytes of text, by domain.
 
     Args:
-        batches: tokens, and the domain of each token; None: all tokens belong to domain 0.
+        batches: tokens, and the domain of each token; None: all tokens belong to domain 0, and no bytes are counted.
     """
     module.eval()
-    total_D, tokens_D = np.zeros(num_domains), np.zeros(num_domains, dtype=np.int64)
+    total_D, tokens_D, bytes_D = (
+        np.zeros(num_domains),
+        np.zeros(num_domains, dtype=np.int64),
+        np.zeros(num_domains),
+    )
     for tokens_BT, domain_BT in batches:
         with autocast(device, dtype):
             if domain_BT is None:
@@ -179,7 +179,9 @@ def _sums(
         domain_P = domain_BT[:, 1:].flatten().numpy()
         total_D += np.bincount(domain_P, losses_P.cpu().numpy(), num_domains)
         tokens_D += np.bincount(domain_P, minlength=num_domains)
-    return total_D, tokens_D
+        if token_bytes is not None:
+            bytes_D += np.bincount(domain_P, token_bytes[tokens_BT[:, 1:].flatten().numpy()], num_domains)
+    return total_D, tokens_D, bytes_D
 
 
 @torch.no_grad()

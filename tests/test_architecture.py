@@ -51,3 +51,9 @@ def test_a_site_does_not_import_the_server() -> None:
 def test_the_flower_app_stays_thin(folder: str) -> None:
     lines = sum(len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py"))
     assert lines <= MOST_LINES, f"{folder}/ has {lines} lines; what is not Flower's belongs into fomoe_flwr/"
+
+
+def test_make_clean_leaves_runs_alone() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("\nclean:\n")[1].split("\n\n")[0]
+    assert ".pytest_cache" in recipe
+    assert not {"runs", "outputs", "multirun", "wandb"} & set(recipe.split())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.data import LabelledBatch
+from fomoe_flwr.config import DataConfig, ModelConfig
+from fomoe_flwr.data import LabelledBatch, prepare
 from fomoe_flwr.eval_command import compared
 from fomoe_flwr.evaluation import (
     Judged,
@@ -23,6 +25,7 @@ from fomoe_flwr.evaluation import (
     evaluate_text,
     necessity,
     random_routing,
+    text_of,
     token_losses,
 )
 from fomoe_flwr.model.sigma_moe import Losses, Transformer, build, initial_state, read_shard
@@ -35,12 +38,13 @@ PLACEMENT = {"a": [[0, 2, 5], [1, 2, 3]], "b": [[1, 3, 4], [0, 4, 5]]}
 
 
 def text(
-    tokens: Sequence[Tensor], domains: Sequence[Tensor] | None = None, bytes_per_token: float = 1.0
+    tokens: Sequence[Tensor], domains: Sequence[Tensor] | None = None, token_bytes: Sequence[int] | int = 1
 ) -> Text:
-    """Batches of sequences; bytes a token are twice as many in the second domain."""
+    """Batches of sequences; so many bytes has each token, or all."""
     labels = domains or [torch.zeros_like(tokens_BT) for tokens_BT in tokens]
     batches = [LabelledBatch(*pair) for pair in zip(tokens, labels, strict=True)]
-    return Text(lambda: batches, ["one", "two"], bytes_per_token, [bytes_per_token, 2 * bytes_per_token])
+    bytes_V = np.broadcast_to(np.array(token_bytes, dtype=np.int32), 64)
+    return Text(lambda: batches, ["one", "two"], bytes_V)
 
 
 def some_tokens(*shapes: tuple[int, int], vocab_size: int = SMALL.vocab_size) -> list[Tensor]:
@@ -101,23 +105,47 @@ def test_units() -> None:
         for name, value in subject.state.items()
     }
     module = whole(Judged(SMALL, "skip", blank, {}))
-    figures = evaluate_text(module, text(some_tokens((4, 9)), bytes_per_token=2.5), "fp32")
+    figures = evaluate_text(module, text(some_tokens((4, 9)), token_bytes=3), "fp32")
     assert figures["loss"] == pytest.approx(math.log(29), rel=1e-6)
     assert figures["perplexity"] == pytest.approx(29, rel=1e-5)
-    assert figures["bits_per_byte"] == pytest.approx(math.log2(29) / 2.5, rel=1e-6)
+    assert figures["bits_per_byte"] == pytest.approx(math.log2(29) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_batches", [None, 1])
+def test_bits_per_byte_are_of_the_bytes_that_are_predicted(tmp_path: Path, num_batches: int | None) -> None:
+    """A model that knows nothing pays log2(264) bits a token, also for end tokens, which are no bytes of text.
+
+    Five documents of 7 bytes and an end token are 40 tokens. The first is given, so 39 are predicted, 34 of them
+    bytes. One batch has the windows from tokens 0 and 18, which predict 6 tokens each: the second one an end token.
+    """
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "{i} bytes"}}\n' for i in range(5)))
+    config = DataConfig(
+        source="jsonl", path=str(tmp_path / "x.jsonl"), val_fraction=1.0, cache_dir=str(tmp_path / "cache")
+    )
+    corpus, model = prepare(config), dataclasses.replace(SMALL, vocab_size=264)
+    blank = {name: torch.zeros_like(value) for name, value in judged(model).state.items()}
+    module = whole(Judged(model, "skip", blank, {}))
+    figures = evaluate_text(module, text_of(corpus, corpus.val_documents, 6, 2, num_batches), "fp32")
+    tokens, num_bytes = (39, 34) if num_batches is None else (12, 11)
+    assert figures["tokens"] == tokens
+    for found in (figures, figures["by_domain"]["x"]):
+        assert found["bits_per_byte"] == pytest.approx(tokens * math.log2(264) / num_bytes, rel=1e-6)
 
 
 def test_domains_share_the_tokens_out() -> None:
     """A predicted token belongs to its own document's domain, not to that of the one before it."""
     module, (tokens_BT,) = whole(judged()), some_tokens((2, 6))
     domain_BT = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    figures = evaluate_text(module, text([tokens_BT], [domain_BT]), "fp32")
+    figures = evaluate_text(module, text([tokens_BT], [domain_BT], list(range(64))), "fp32")
     losses_BP, of_two_BP = token_losses(module, tokens_BT).view(2, 5), domain_BT[:, 1:] == 1
     one, two = figures["by_domain"]["one"], figures["by_domain"]["two"]
     assert (one["tokens"], two["tokens"]) == (2, 8)
     assert one["loss"] == pytest.approx(losses_BP[~of_two_BP].mean().item(), rel=1e-6)
     assert two["loss"] == pytest.approx(losses_BP[of_two_BP].mean().item(), rel=1e-6)
-    assert two["bits_per_byte"] == pytest.approx(two["loss"] / math.log(2) / 2, rel=1e-12)
+    for domain, here in ((one, ~of_two_BP), (two, of_two_BP)):
+        num_bytes = int(tokens_BT[:, 1:][here].sum())
+        bits = domain["loss"] * domain["tokens"] / math.log(2)
+        assert domain["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-12)
     assert figures["loss"] == pytest.approx((2 * one["loss"] + 8 * two["loss"]) / 10, rel=1e-12)
 
 
@@ -338,7 +366,7 @@ def test_share_of_a_reference() -> None:
 
 
 def test_programs_find_null_instead_of_infinity() -> None:
-    content = evaluate_model(judged(), text(some_tokens((2, 9)), bytes_per_token=0.0), "fp32", "cpu", draws=2)
+    content = evaluate_model(judged(), text(some_tokens((2, 9)), token_bytes=0), "fp32", "cpu", draws=2)
     assert len(content["routing"]["necessity_by_layer"]) == SMALL.num_layers
     assert len(content["routing"]["necessity_by_draw"]) == 2
     assert content["all_experts"]["bits_per_byte"] is None

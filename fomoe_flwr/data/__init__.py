@@ -3,7 +3,13 @@
 from fomoe_flwr.data.corpus import Document, read_documents
 from fomoe_flwr.data.partition import deal_documents
 from fomoe_flwr.data.shards import TokenCorpus, prepare
-from fomoe_flwr.data.stream import LabelledBatch, TokenStream, labelled_batches, validation_batches
+from fomoe_flwr.data.stream import (
+    LabelledBatch,
+    TokenStream,
+    bytes_per_target,
+    labelled_batches,
+    validation_batches,
+)
 from fomoe_flwr.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "TokenCorpus",
     "TokenStream",
     "Tokenizer",
+    "bytes_per_target",
     "check_vocabulary",
     "deal_documents",
     "labelled_batches",

@@ -10,16 +10,20 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
+import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import DataError
+
+log = logging.getLogger("fomoe")
 
 SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",)}
 STDLIB_SKIPPED = {"__phello__", "idlelib", "test", "tests"}  # __phello__ tests frozen modules
@@ -35,21 +39,28 @@ class Document:
     domain: str
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
+Warn = Callable[[str], None]
+
+
+def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Document]:
     """Yield at most `max_documents` documents; those without text (empty, blank or null) are passed over.
+
+    Args:
+        warn: is told what could not be read and was passed over, in one line.
 
     Raises:
         DataError: the source cannot be read, lacks a key, or holds no text at all.
     """
+    passed_over: list[Path] = []
     match config.source:
         case "stdlib":
             documents = _stdlib_documents()
         case "text":
-            documents = _text_documents(config)
+            documents = _text_documents(config, warn, passed_over)
         case "jsonl":
-            documents = _jsonl_documents(config)
+            documents = _jsonl_documents(config, warn)
         case "parquet":
-            documents = _parquet_documents(config)
+            documents = _parquet_documents(config, warn)
         case _:
             documents = _huggingface_documents(config)
     with_text = (document for document in documents if document.text and not document.text.isspace())
@@ -57,9 +68,15 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     for document in itertools.islice(with_text, config.max_documents):
         empty = False
         yield document
+    not_text = ""
+    if passed_over:
+        first = name_some(passed_over, 1)
+        not_text = f"; {len(passed_over)} files that are not UTF-8 text or cannot be opened: {first}"
     if empty:
         place = config.path or config.name or sysconfig.get_path("stdlib")
-        raise DataError(f"data.source={config.source}: no document with text in {place}")
+        raise DataError(f"data.source={config.source}: no document with text in {place}{not_text}")
+    if not_text:
+        warn(f"data.path={config.path}: passed over{not_text.removeprefix(';')}")
 
 
 def source_digest(config: DataConfig) -> str:
@@ -72,12 +89,14 @@ def source_digest(config: DataConfig) -> str:
     """
     digest = hashlib.sha256()
     if config.source == "huggingface":
-        digest.update(f"{config.name}\0{_load_huggingface(config)._fingerprint}".encode())
+        digest.update(f"{config.name or ''}\0{_load_huggingface(config)._fingerprint}".encode())
         return digest.hexdigest()
-    root, files = _stdlib_files() if config.source == "stdlib" else _local_files(config)
+    root, files = _stdlib_files() if config.source == "stdlib" else _local_files(config, lambda _: None)
     digest.update(b"file" if root.is_file() else b"folder")  # a lone text file is cut into pieces
+    closed = (PermissionError,) if config.source == "text" and root.is_dir() else ()  # as in reading
     for file in files:
-        with _readable(file), file.open("rb") as stream:
+        content = b""
+        with _readable(file), suppress(*closed), file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").digest()
         digest.update(f"{_relative(file, root)}\0".encode() + content)
     return digest.hexdigest()
@@ -90,7 +109,8 @@ def is_hidden(path: Path) -> bool:
 
 def name_some(names: Iterable[object], limit: int = 12) -> str:
     """The first `limit` names for an error message, and how many more there are."""
-    listed = [str(name) for name in names]
+    # A file's name need not be UTF-8.
+    listed = [str(name).encode("utf-8", "backslashreplace").decode()[:300] for name in names]
     more = f", … ({len(listed) - limit} more)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
@@ -104,21 +124,38 @@ def _stdlib_files() -> tuple[Path, list[Path]]:
     return root, sorted(kept, key=lambda file: _relative(file, root))
 
 
-def _local_files(config: DataConfig) -> tuple[Path, list[Path]]:
+def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
     root = Path(str(config.path)).expanduser()
     if root.is_file():
         return root, [root]
     if not root.is_dir():
         raise DataError(f"data.path={config.path}: no such file or folder")
     suffixes = SUFFIXES[config.source]
+    if _is_saved_dataset(root):
+        raise DataError(
+            f"data.path={config.path}: a data set of save_to_disk; read it by data=huggingface data.path={config.path}"
+        )
+    unreadable: list[object] = []
+    # Not rglob, which passes over a folder that it may not open without a word.
+    found = (
+        Path(folder, name)
+        for folder, _, names in os.walk(root, onerror=lambda error: unreadable.append(error.filename))
+        for name in names
+    )
     files = [
         file
-        for file in root.rglob("*")
+        for file in found
         if file.name.endswith(suffixes) and file.is_file() and not is_hidden(file.relative_to(root))
     ]
+    unreadable = [folder for folder in unreadable if not is_hidden(Path(str(folder)).relative_to(root))]
     if not files:
         wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise DataError(f"data.path={config.path}: no file {wanted} in this folder")
+        closed = f" that can be opened (not {name_some(unreadable, 1)})" if unreadable else ""
+        raise DataError(f"data.path={config.path}: no file {wanted} in this folder{closed}")
+    if unreadable:
+        warn(
+            f"data.path={config.path}: {len(unreadable)} folders cannot be opened: {name_some(unreadable, 1)}"
+        )
     return root, sorted(files, key=lambda file: _relative(file, root))
 
 
@@ -156,15 +193,28 @@ def _stdlib_documents() -> Iterator[Document]:
         yield Document(text, "modules" if file.parent == root else package)
 
 
-def _text_documents(config: DataConfig) -> Iterator[Document]:
-    """One document a file. A lone file is cut instead, for one document could be neither split nor dealt."""
-    root, files = _local_files(config)
-    for file in files:
-        with _readable(file), file.open(encoding="utf-8", newline="") as lines:
-            for text in _pieces(lines) if file == root else [lines.read()]:
+def _text_documents(config: DataConfig, warn: Warn, passed_over: list[Path]) -> Iterator[Document]:
+    """One document a file; files of a folder that are no text, or may not be opened, are passed over.
+
+    A lone file is cut instead, for one document could be neither split nor dealt.
+    """
+    root, files = _local_files(config, warn)
+    if root.is_file():
+        with _readable(root), root.open(encoding="utf-8", newline="") as lines:
+            for text in _pieces(lines):
                 if "\0" in text:
-                    raise DataError(f"data.path: {file} is binary, not text (it holds a zero byte)")
-                yield Document(text, _domain(file, root))
+                    raise DataError(f"data.path: {root} is binary, not text (it holds a zero byte)")
+                yield Document(text, _domain(root, root))
+        return
+    for file in files:
+        # Not text, whatever comes of reading it.
+        text = "\0"
+        with _readable(file), suppress(PermissionError, UnicodeDecodeError):
+            text = file.read_bytes().decode()
+        if "\0" in text:
+            passed_over.append(file)
+        else:
+            yield Document(text, _domain(file, root))
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -180,8 +230,8 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(piece)
 
 
-def _jsonl_documents(config: DataConfig) -> Iterator[Document]:
-    root, files = _local_files(config)
+def _jsonl_documents(config: DataConfig, warn: Warn) -> Iterator[Document]:
+    root, files = _local_files(config, warn)
     for file in files:
         domain = _domain(file, root)
         with _readable(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
@@ -201,13 +251,13 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _parquet_documents(config: DataConfig) -> Iterator[Document]:
+def _parquet_documents(config: DataConfig, warn: Warn) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError("data.source=parquet: needs pyarrow; pip install 'fomoe-flwr[data]'") from error
-    root, files = _local_files(config)
+    root, files = _local_files(config, warn)
     for file in files:
         domain = _domain(file, root)
         try:
@@ -222,27 +272,52 @@ def _parquet_documents(config: DataConfig) -> Iterator[Document]:
 
 def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
     dataset = _load_huggingface(config)
-    name = str(config.name)
+    name = str(config.name or config.path)
     columns = _columns(config, dataset.column_names, name)
     for batch in dataset.select_columns(columns).iter(ROWS):
         for values in zip(*(batch[column] for column in columns), strict=True):
             yield _document(dict(zip(columns, values, strict=True)), config, Path(name).name, name)
 
 
+def _is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
 def _load_huggingface(config: DataConfig) -> Any:
-    """The `datasets.Dataset`: `data.name` is one on the hub, a local folder, or a loader of `data.path`."""
+    """The `datasets.Dataset`: `data.name` is one on the hub, a local folder, or a loader of `data.path`.
+
+    Without a name `data.path` is a folder that `save_to_disk` wrote; a name may be one, too.
+    """
     try:
         import datasets
     except ImportError as error:
         raise DataError("data.source=huggingface: needs datasets; pip install 'fomoe-flwr[data]'") from error
     folder = str(Path(config.path).expanduser()) if config.path else None
+    saved = Path(str(config.name or folder)).expanduser()
+    if config.name is None and not _is_saved_dataset(saved):
+        raise DataError(
+            f"data.path={config.path}: not a folder that save_to_disk wrote; give the data set by data.name=NAME"
+        )
     try:
+        if _is_saved_dataset(saved):
+            loaded = datasets.load_from_disk(str(saved))
+            if isinstance(loaded, datasets.Dataset):
+                return loaded
+            if config.split not in loaded:
+                raise ValueError(f"it has {name_some(loaded)}")
+            return loaded[config.split]
         return datasets.load_dataset(
             str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=False
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())  # "while generating the dataset" says little
-        raise DataError(f"data.name={config.name} (data.split={config.split}): {reason}") from error
+        key = "path" if config.name is None else "name"
+        raise DataError(
+            f"data.{key}={config.name or config.path} (data.split={config.split}): {reason}"
+        ) from error
 
 
 def _columns(config: DataConfig, available: Iterable[str], where: str) -> list[str]:

@@ -33,16 +33,7 @@ def deal_documents(
         ConfigError: a site asks for a domain the corpus does not have, or `dirichlet_alpha` is not positive.
         DataError: a site ends up with less than one sequence.
     """
-    rng = np.random.default_rng(seed)
-    match config.partition:
-        case "iid":
-            shares = _deal_balanced(corpus, corpus.train_documents, len(sites), rng)
-        case "domain":
-            shares = _deal_by_domain(corpus, sites, rng)
-        case "own":
-            shares = [corpus.train_documents for _ in sites]
-        case _:
-            shares = _deal_dirichlet(corpus, len(sites), config.dirichlet_alpha, rng)
+    shares = share_out(corpus, sites, config, seed)
     for site, share in zip(sites, shares, strict=True):
         num_tokens = _count_tokens(corpus, share)
         if num_tokens < seq_len + 1:
@@ -52,6 +43,26 @@ def deal_documents(
                 f"a larger corpus or another partition"
             )
     return shares
+
+
+def share_out(
+    corpus: TokenCorpus, sites: Sequence[SiteConfig], config: DataConfig, seed: int
+) -> list[Documents]:
+    """The deal, also if it leaves a site with nothing to train on.
+
+    Raises:
+        ConfigError: as `deal_documents`.
+    """
+    rng = np.random.default_rng(seed)
+    match config.partition:
+        case "iid":
+            return _deal_balanced(corpus, corpus.train_documents, len(sites), rng)
+        case "domain":
+            return _deal_by_domain(corpus, sites, rng)
+        case "own":
+            return [corpus.train_documents for _ in sites]
+        case _:
+            return _deal_dirichlet(corpus, len(sites), config.dirichlet_alpha, rng)
 
 
 def _deal_balanced(

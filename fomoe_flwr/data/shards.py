@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_flwr.config import DataConfig
-from fomoe_flwr.data.corpus import Document, is_hidden, read_documents, source_digest
+from fomoe_flwr.data.corpus import Document, is_hidden, name_some, read_documents, source_digest
+from fomoe_flwr.data.split import alike, keep_for_validation, sketch
 from fomoe_flwr.data.tokenizer import Tokenizer, load_tokenizer
 from fomoe_flwr.errors import DataError
 from fomoe_flwr.files import flush
 
-FORMAT = 2  # raise it when the same source would give other tokens, another split or other files
+log = logging.getLogger("fomoe")
+
+FORMAT = 3  # raise it when the same source would give other tokens, another split or other files
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at a time
 ATTEMPTS = 3  # another process may take away a cache between our writing and our opening it
-INDEX = ("doc_starts", "doc_bytes", "doc_domain", "is_val")
+INDEX = ("doc_starts", "doc_bytes", "doc_domain", "is_val", "token_bytes")
+SENSIBLE = 0.1  # of the text's bytes that a tokenizer must stand for, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +51,7 @@ class TokenCorpus:
     doc_bytes: NDArray[np.int64]  # [D], UTF-8 bytes of its text
     doc_domain: NDArray[np.int32]  # [D], index into `domains`
     is_val: NDArray[np.bool_]  # [D], kept for validation
+    token_bytes: NDArray[np.int32]  # [V], bytes of text that a token stands for; none if unknown or an end
     vocab_size: int
     eos_id: int  # the last token of every document
     tokenizer: str  # fingerprint of the tokenizer that made it
@@ -53,6 +59,7 @@ class TokenCorpus:
     split: str  # SHA-256 (hex) of `is_val`
     shards: tuple[NDArray[Any], ...] = field(repr=False)
     shard_tokens: int
+    warnings: tuple[str, ...] = ()  # what was found when the cache was built
 
     @cached_property
     def doc_lengths(self) -> NDArray[np.int64]:
@@ -84,18 +91,15 @@ class TokenCorpus:
         """The tokens in [start, stop): [stop - start]."""
         return self.take(np.arange(start, stop))
 
-    def bytes_per_token(self, val: bool) -> float:
-        """UTF-8 bytes of text for one token (end tokens counted) in the validation or the training split."""
-        documents = self.is_val if val else ~self.is_val
-        return float(self.doc_bytes[documents].sum() / self.doc_lengths[documents].sum())
-
 
 def prepare(config: DataConfig) -> TokenCorpus:
     """Open the token cache of this corpus, building it first if it is missing or damaged.
 
+    What is not as it should be, but does not keep anybody from training, is logged once in a process.
+
     Raises:
-        DataError: the source or the tokenizer cannot be read, the corpus is too small to split, or the cache
-            cannot be written.
+        DataError: the source or the tokenizer cannot be read, the tokenizer drops nearly all of the text, the corpus
+            is too small to split, or the cache cannot be written.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     root = _cache_root(config)
@@ -103,12 +107,19 @@ def prepare(config: DataConfig) -> TokenCorpus:
     for _ in range(ATTEMPTS):
         corpus = _open(folder)
         if corpus is not None:
+            for warning in corpus.warnings:
+                _warn_once(warning)
             return corpus
         try:
             _build(folder, config, tokenizer)
         except OSError as error:  # those of the source are DataErrors already
             raise DataError(f"data.cache_dir={root}: cannot write the token cache: {error}") from error
     raise DataError(f"data.cache_dir={root}: the token cache was written but cannot be read back")
+
+
+@cache
+def _warn_once(warning: str) -> None:
+    log.warning("%s", warning)
 
 
 def _cache_root(config: DataConfig) -> Path:
@@ -158,6 +169,7 @@ def _open(folder: Path) -> TokenCorpus | None:
             split=meta["split"],
             shards=shards,
             shard_tokens=meta["shard_tokens"],
+            warnings=tuple(meta["warnings"]),
             **index,
         )
     except (OSError, ValueError, LookupError, TypeError):
@@ -194,38 +206,102 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 
 class _Index:
-    """What is noted of each document while its tokens stream to disk: a few bytes, whatever its length."""
+    """What is noted of each document while its tokens stream to disk: about 100 bytes, whatever its length."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.token_bytes = tokenizer.count_bytes()
         self.starts = array("q", [0])
         self.bytes = array("q")
         self.domain = array("i")
         self.hashes = array("Q")  # of the text
+        self.sketches = bytearray()
         self.domains: dict[str, int] = {}
+        self.lost = 0  # bytes of text that no token stands for
+        self.example = ""
 
-    def add(self, document: Document, num_tokens: int) -> None:
+    def add(self, document: Document, tokens: NDArray[np.integer]) -> None:
         content = document.text.encode()
-        self.starts.append(self.starts[-1] + num_tokens)
+        self.starts.append(self.starts[-1] + len(tokens) + 1)
         self.bytes.append(len(content))
         self.domain.append(self.domains.setdefault(document.domain, len(self.domains)))
         self.hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8]))
+        self.sketches += sketch(content)
+        lost = len(content) - int(self.token_bytes[tokens].sum())
+        if lost > 0:
+            self.lost += lost
+            self.example = self.example or self._first_lost(document.text)
+
+    def _first_lost(self, text: str) -> str:
+        """Some characters that come to nothing alone; if there is none, how the text begins."""
+        characters = list(dict.fromkeys(text))
+        encoded = self.tokenizer.encode_batch(characters)
+        lost = [
+            one for one, tokens in zip(characters, encoded, strict=True) if not self.token_bytes[tokens].sum()
+        ]
+        return "".join(lost[:8]) or text[:20]
+
+    def split(self, val_fraction: float, warnings: list[str]) -> NDArray[np.bool_]:
+        """Which documents are kept for validation; near-duplicates share a side."""
+        hash_N = np.array(self.hashes, dtype=np.uint64)
+        first_N = alike(np.frombuffer(self.sketches, dtype=np.uint8).reshape(len(hash_N), -1))
+        if not first_N.any() and val_fraction < 1:
+            _, firsts, equal_N = np.unique(hash_N, return_index=True, return_inverse=True)
+            first_N = firsts[equal_N]
+            if first_N.any():
+                warnings.append(
+                    "all documents of the corpus are near-duplicates of each other, so the validation loss is about "
+                    "text that was trained on"
+                )
+        domain_N = np.array(self.domain, dtype=np.int32)
+        is_val = keep_for_validation(
+            first_N, hash_N, np.array(self.bytes, dtype=np.int64), domain_N, val_fraction
+        )
+        kept = set(domain_N[is_val].tolist())
+        without = [name for name, index in self.domains.items() if index not in kept]
+        if without:
+            warnings.append(
+                f"data.val_fraction={val_fraction}: no validation text of {len(without)} of {len(self.domains)} "
+                f"domains, whose documents are too few or too long: {name_some((f'{name:.40}' for name in without), 8)}"
+            )
+        return is_val
+
+    def check_lost(self, warnings: list[str]) -> None:
+        """Note text that the tokenizer dropped, or gave the token for unknown text.
+
+        Raises:
+            DataError: nearly all of it.
+        """
+        share = self.lost / max(sum(self.bytes), 1)
+        said = (
+            f"data.tokenizer={self.tokenizer.name}: {share:.2%} of the text's bytes ({self.lost:,}) are dropped or "
+            f"unknown to it, such as {self.example!a:.100}"
+        )
+        if share > 1 - SENSIBLE:
+            raise DataError(f"{said}; use a tokenizer with byte fallback, or data.tokenizer=bytes")
+        if self.lost:
+            warnings.append(f"{said}; they are not learned, and bits per byte are of the rest")
 
 
 def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
-    index = _Index()
+    index = _Index(tokenizer)
     digest = hashlib.sha256()
+    warnings: list[str] = []
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
-    shards = _write_shards(folder, _tokenise(config, tokenizer, index, dtype), digest)
-    is_val = _split(np.array(index.hashes, dtype=np.uint64), config.val_fraction)
+    shards = _write_shards(folder, _tokenise(config, index, dtype, warnings.append), digest)
+    index.check_lost(warnings)
+    is_val = index.split(config.val_fraction, warnings)
     arrays: tuple[NDArray[Any], ...] = (
         np.array(index.starts, dtype=np.int64),
         np.array(index.bytes, dtype=np.int64),
         np.array(index.domain, dtype=np.int32),
         is_val,
+        index.token_bytes,
     )
     for name, values in zip(INDEX, arrays, strict=True):
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-        if name != "is_val":
+        # Bytes of tokens follow from the tokenizer, which has a fingerprint of its own.
+        if name not in ("is_val", "token_bytes"):
             digest.update(values.tobytes())
     domains = list(index.domains)
     digest.update(json.dumps([domains, tokenizer.vocab_size, tokenizer.eos_id]).encode())
@@ -238,9 +314,10 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         "dtype": dtype.str,
         "shard_tokens": SHARD_TOKENS,
         "shards": shards,
-        "num_documents": len(is_val),
+        "num_documents": len(index.bytes),
         "num_tokens": index.starts[-1],
         "num_bytes": sum(index.bytes),
+        "warnings": warnings,
         "digest": digest.hexdigest(),
         "split": hashlib.sha256(is_val.tobytes()).hexdigest(),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
@@ -249,16 +326,15 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def _tokenise(
-    config: DataConfig, tokenizer: Tokenizer, index: _Index, dtype: np.dtype[Any]
+    config: DataConfig, index: _Index, dtype: np.dtype[Any], warn: Callable[[str], None]
 ) -> Iterator[NDArray[Any]]:
     """Yield the token stream in blocks of many documents, noting each document in `index`."""
-    end = np.array([tokenizer.eos_id], dtype=dtype)
-    for documents in _batches(read_documents(config)):
+    end = np.array([index.tokenizer.eos_id], dtype=dtype)
+    for documents in _batches(read_documents(config, warn)):
         parts = []
-        for document, tokens in zip(
-            documents, tokenizer.encode_batch([document.text for document in documents]), strict=True
-        ):
-            index.add(document, len(tokens) + 1)
+        encoded = index.tokenizer.encode_batch([document.text for document in documents])
+        for document, tokens in zip(documents, encoded, strict=True):
+            index.add(document, tokens)
             parts += [tokens.astype(dtype), end]
         yield np.concatenate(parts)
 
@@ -292,28 +368,3 @@ def _write_shards(folder: Path, blocks: Iterable[NDArray[Any]], digest: hashlib.
                 file.write(part.tobytes())
             position += len(part)
     return names
-
-
-def _split(hashes: NDArray[np.uint64], val_fraction: float) -> NDArray[np.bool_]:
-    """Which documents are kept for validation: those whose hash, as a fraction of its range, is low.
-
-    By content, so equal texts are never on both sides, and a document stays on its side as the corpus grows.
-    A side left empty gets the document nearest to it; with `val_fraction` 1, for a text that nobody trains on, all
-    are kept.
-
-    Raises:
-        DataError: all texts are equal, so that one side must stay empty.
-    """
-    if val_fraction >= 1:
-        return np.ones(len(hashes), dtype=np.bool_)
-    is_val = hashes / 2.0**64 < val_fraction
-    if not is_val.any():
-        is_val = hashes == hashes.min()
-    if is_val.all():
-        is_val = hashes != hashes.max()
-    if not is_val.any():
-        raise DataError(
-            f"data.val_fraction={val_fraction}: the corpus is too small to split; it needs two different "
-            f"documents and has {len(hashes)} of one text"
-        )
-    return is_val

@@ -8,7 +8,7 @@ Shapes: B sequences in a batch, T = seq_len + 1 tokens (inputs and targets overl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,10 @@ class TokenStream:
             window_B[here] = self._draw(epoch)[place_B[here]]
         return _read_windows(self.corpus, self._concatenation, window_B, self.seq_len)
 
+    def passes(self, position: int) -> float:
+        """How often all of the text was read when so many sequences are consumed."""
+        return position / self.num_windows
+
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The order of the windows in this epoch. Only the latest is kept: epochs are passed one by one."""
         if epoch != self._drawn:
@@ -95,6 +99,13 @@ def validation_batches(
     num_batches = min(num_batches, num_windows // size)
     window_NB = _spread(num_batches * size, num_windows).reshape(-1, size)
     return (_read_windows(corpus, concatenation, window_B, seq_len) for window_B in window_NB)
+
+
+def bytes_per_target(corpus: TokenCorpus, batches: Iterable[torch.Tensor]) -> float:
+    """UTF-8 bytes of text for one predicted token (all but the first of a sequence) of these batches of tokens_BT."""
+    targets = [tokens_BT[:, 1:].flatten().numpy() for tokens_BT in batches]
+    num_tokens = sum(map(len, targets))
+    return sum(int(corpus.token_bytes[each].sum()) for each in targets) / max(num_tokens, 1)
 
 
 class LabelledBatch(NamedTuple):

@@ -7,9 +7,13 @@ token inside a document is encoded as ordinary text. The token that ends a docum
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +30,7 @@ END_TOKENS = (
     "<|im_end|>",
     "[SEP]",
 )
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Tokenizer:
     eos_id: int  # ends every document
     fingerprint: str  # SHA-256 (hex); equal fingerprints give equal tokens
     encode_batch: Callable[[Sequence[str]], list[NDArray[np.integer]]]  # no end token added
+    count_bytes: Callable[[], NDArray[np.int32]]  # [vocab_size], of text that each token stands for
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -47,7 +53,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         fingerprint = hashlib.sha256(b"bytes").hexdigest()
-        return Tokenizer("bytes", vocab_size=257, eos_id=256, fingerprint=fingerprint, encode_batch=_to_bytes)
+        return Tokenizer("bytes", 257, 256, fingerprint, _to_bytes, _one_byte_each)
     file = Path(spec).expanduser()
     if not file.is_file():
         raise DataError(
@@ -76,7 +82,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     # Not the number of entries: ids may have gaps.
     vocab_size = max(vocabulary.values()) + 1
-    return Tokenizer(spec, vocab_size, eos_id, hashlib.sha256(content).hexdigest(), encode_batch)
+    return Tokenizer(
+        spec,
+        vocab_size,
+        eos_id,
+        hashlib.sha256(content).hexdigest(),
+        encode_batch,
+        lambda: _decoded_bytes(encoder, json.loads(content), eos_id, vocab_size),
+    )
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -94,3 +107,40 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _to_bytes(texts: Sequence[str]) -> list[NDArray[np.integer]]:
     return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+def _one_byte_each() -> NDArray[np.int32]:
+    return np.array([1] * 256 + [0], dtype=np.int32)
+
+
+def _decoded_bytes(encoder: Any, content: dict[str, Any], eos_id: int, vocab_size: int) -> NDArray[np.int32]:
+    """How many bytes of text each token stands for, by what it decodes to between two letters: [vocab_size].
+
+    The end token and the token for unknown text stand for none. Where a tokenizer puts a space before each text, that
+    one is counted: a byte a document.
+    """
+    vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
+    added = {str(token) for token in encoder.get_added_tokens_decoder().values()}
+    decoder = json.dumps(content.get("decoder") or {})
+    letter = next(([vocabulary[token]] for token in string.ascii_letters if token in vocabulary), [])
+    texts = encoder.decode_batch(
+        [[*letter, token_id, *letter] for token_id in vocabulary.values()], skip_special_tokens=False
+    )
+    around = len(encoder.decode(letter + letter))
+    num_bytes = np.zeros(vocab_size, dtype=np.int32)
+    for (token, token_id), text in zip(vocabulary.items(), texts, strict=True):
+        if '"ByteLevel"' in decoder and token not in added:
+            # Each character is a byte. One token alone may be no whole letter, which cannot be decoded.
+            num_bytes[token_id] = len(token)
+        elif '"ByteFallback"' in decoder and _BYTE.fullmatch(token):
+            num_bytes[token_id] = 1
+        elif decoder == "{}":
+            # Then decoding puts a space between any two tokens.
+            num_bytes[token_id] = len(token.encode())
+        else:
+            num_bytes[token_id] = max(len(text.encode()) - around, 0)
+    model = content["model"]
+    for nothing in (eos_id, model.get("unk_id"), vocabulary.get(str(model.get("unk_token")))):
+        if nothing is not None:
+            num_bytes[nothing] = 0
+    return num_bytes

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,16 @@ from fomoe_flwr.checkpoint import (
 )
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, SiteConfig, StrategyConfig
-from fomoe_flwr.data import TokenCorpus, check_vocabulary, load_tokenizer, prepare, validation_batches
+from fomoe_flwr.data import (
+    TokenCorpus,
+    bytes_per_target,
+    check_vocabulary,
+    load_tokenizer,
+    prepare,
+    validation_batches,
+)
 from fomoe_flwr.data.corpus import name_some
+from fomoe_flwr.data.statistics import FREE_PASSES, domain_statistics, repetition, site_statistics
 from fomoe_flwr.deploy.channel import WorkerError, locked
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
@@ -58,8 +67,11 @@ from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.rounds import Round, RoundObserver, Server
 from fomoe_flwr.server.state import ServerState
 from fomoe_flwr.telemetry import Telemetry
+from fomoe_flwr.units import in_bytes
 
 log = logging.getLogger("fomoe")
+
+CORPUS = "corpus.json"  # in the run directory: documents, bytes and tokens by domain and by site
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
 
     before, plan = load_plan(run_dir), plan_for_run(run_dir, config)
     warn_of_memory(plan, config)
+    if corpus is not None:
+        describe_corpus(corpus, plan, config, run_dir)
     last = checkpoint.manifest["metrics"] if checkpoint else None
     telemetry = Telemetry(config, run_dir, name, last)
     tokens = checkpoint.manifest["tokens"] if checkpoint else 0
@@ -157,6 +171,7 @@ class RunRecorder(RoundObserver):
         self._placement: Placement | None = None  # the last one that this process recorded
         self._best = best
         self._inputs = dataclasses.asdict(inputs)
+        self._repeating: set[str] = set()  # sites of which it is said that they read their text too often
         # Twice the loss of guessing every token with equal probability; nan is above it, too.
         self._worst_loss = 2 * math.log(composed.config.model.vocab_size)
 
@@ -192,8 +207,7 @@ class RunRecorder(RoundObserver):
             "routing": self._collected_s + looked - evaluated,
             "checkpoint": 0.0,
         }
-        bytes_per_token = self._corpus.bytes_per_token(val=True) if self._corpus else None
-        line = metrics_line(current, self._tokens, val_loss, bytes_per_token, seconds)
+        line = metrics_line(current, self._tokens, val_loss, self._bytes_per_token, seconds)
         line["routing"] = routing
         line["inputs"] = self._inputs
         if current.simulated and current.replies:
@@ -213,11 +227,22 @@ class RunRecorder(RoundObserver):
             seconds["checkpoint"] = time.perf_counter() - looked
             seconds["round"] += seconds["checkpoint"]
         self._telemetry.end_round(line)
+        self._warn_of_repetition(current)
         if ruined:
             raise RunError(
                 f"round {current.number}: the validation loss is {own_loss:.4g}, far above that of guessing; the model "
                 "is not saved, and resume= goes on from the last checkpoint before it"
             )
+
+    def _warn_of_repetition(self, current: Round) -> None:
+        passes = {
+            reply.site: reply.metrics["passes"]
+            for _, reply in sorted(current.replies.items())
+            if reply.metrics.get("passes", 0.0) > FREE_PASSES and reply.site not in self._repeating
+        }
+        if passes:
+            self._repeating |= set(passes)
+            log.warning("round %d: %s", current.number, repetition(passes, "have read"))
 
     def _record_placement(self, current: Round) -> None:
         run_dir = self._composed.run_dir
@@ -266,6 +291,16 @@ class RunRecorder(RoundObserver):
     def _is_checkpoint_round(self, number: int) -> bool:
         every, last = self._composed.config.checkpoint.every, self._composed.config.train.rounds
         return number == last or (every > 0 and number % every == 0)
+
+    @cached_property
+    def _bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of text for each token that the validation of a round predicts."""
+        train, corpus = self._composed.config.train, self._corpus
+        if corpus is None:
+            return None
+        return bytes_per_target(
+            corpus, validation_batches(corpus, None, train.seq_len, train.batch_size, train.eval_batches)
+        )
 
     def _evaluate(self, current: Round, state: ServerState) -> float | None:
         """Loss of the whole model, all experts, on the validation documents: what a user would deploy."""
@@ -328,7 +363,7 @@ def metrics_line(
         return sum(value * weight for value, weight in known) / total if total else None
 
     val_bpb = None
-    if val_loss is not None and bytes_per_token is not None:
+    if val_loss is not None and bytes_per_token:
         val_bpb = val_loss / math.log(2) / bytes_per_token
     sites = []
     for site, reply in replies:
@@ -383,6 +418,34 @@ def warn_of_memory(plan: Plan, config: RunConfig) -> None:
                 planned.memory_bytes / BYTES_A_GIB,
                 site.memory_gib,
             )
+
+
+def describe_corpus(corpus: TokenCorpus, plan: Plan, config: RunConfig, run_dir: Path) -> None:
+    """Write how much text there is into `corpus.json`, and say which sites will read theirs too often.
+
+    Raises:
+        ConfigError: a site asks for a domain that the corpus does not have.
+    """
+    domains = domain_statistics(corpus)
+    sites = site_statistics(corpus, config.federation.sites, config.data, config.seed)
+    text = json.dumps({"domains": domains, "sites": sites}, indent=1)
+    write_atomically(run_dir / CORPUS, lambda path: path.write_text(text))
+    training, validation = domains[0]["train"], domains[0]["validation"]
+    log.info(
+        "corpus: %s in %d domains for training, %s (%.1f %%) for validation; see %s",
+        in_bytes(training["bytes"]),
+        len(corpus.domains),
+        in_bytes(validation["bytes"]),
+        100 * validation["bytes"] / max(training["bytes"] + validation["bytes"], 1),
+        CORPUS,
+    )
+    passes = {
+        planned.site: planned.tokens * config.train.rounds / sites[planned.site]["tokens"]
+        for planned in plan.sites
+        if sites.get(planned.site, {}).get("tokens")
+    }
+    if often := {site: number for site, number in passes.items() if number > FREE_PASSES}:
+        log.warning("%s", repetition(often, "will read"))
 
 
 @contextmanager

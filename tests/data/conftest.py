@@ -44,6 +44,7 @@ def corpus_of() -> Callable[..., TokenCorpus]:
             doc_bytes=np.array(lengths, dtype=np.int64) - 1,
             doc_domain=doc_domain,
             is_val=np.array(is_val if is_val is not None else [False] * len(lengths)),
+            token_bytes=np.ones(int(starts[-1]) + 1, dtype=np.int32),
             vocab_size=int(starts[-1]) + 1,
             eos_id=0,
             tokenizer="",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -100,13 +101,67 @@ def test_pieces_lose_nothing_and_stay_short(lines: list[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"caf\xe9", "is not UTF-8 text"), (b"PK\x03\x00\x00", "is binary, not text")]
 )
-@pytest.mark.parametrize("lone", [True, False])
-def test_text_that_is_none_names_the_file(tmp_path: Path, content: bytes, reason: str, lone: bool) -> None:
+def test_a_lone_file_that_is_no_text_is_refused_and_in_a_folder_passed_over(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    for name in ("image.png", "sub/other.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    bad = tmp_path / "image.png"
+    assert f"{bad} {reason}" in error_of("text", bad)
+    what = f"2 files that are not UTF-8 text or cannot be opened: {bad}, … (1 more)"
+    assert error_of("text", tmp_path) == f"data.source=text: no document with text in {tmp_path}; {what}"
     (tmp_path / "good.txt").write_text("good")
-    bad = tmp_path / "sub" / "bad.txt"
-    bad.parent.mkdir()
-    bad.write_bytes(content)
-    assert f"{bad} {reason}" in error_of("text", bad if lone else tmp_path)
+    warnings: list[str] = []
+    found = list(read_documents(config_of("text", tmp_path), warnings.append))
+    assert found == [Document("good", "good")]
+    assert warnings == [f"data.path={tmp_path}: passed over {what}"]
+
+
+def test_a_file_that_may_not_be_opened_is_passed_over_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"in {name}")
+    opened = Path.open
+
+    def closed(path: Path, *arguments: object, **options: object) -> object:
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", closed)
+    warnings: list[str] = []
+    config = config_of("text", tmp_path)
+    assert [document.text for document in read_documents(config, warnings.append)] == ["in b.txt"]
+    assert str(tmp_path / "a.txt") in warnings[0]
+    assert len(source_digest(config)) == 64
+    # Rows are another matter: who lists a file of them wants it.
+    (tmp_path / "a.txt").rename(tmp_path / "a.jsonl")
+    monkeypatch.setattr(Path, "open", lambda path, *_: closed(path.with_name("a.txt")))
+    assert "cannot be read" in error_of("jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(("source", "content"), [("text", "t"), ("jsonl", '{"text": "t"}')])
+def test_a_folder_that_may_not_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, content: str
+) -> None:
+    for name in ("closed", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"x.{source}").write_text(content)
+    scanned = os.scandir
+
+    def scan(folder: object) -> object:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scanned(folder)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", scan)
+    warnings: list[str] = []
+    assert len(list(read_documents(config_of(source, tmp_path), warnings.append))) == 1
+    assert warnings == [f"data.path={tmp_path}: 1 folders cannot be opened: {tmp_path / 'closed'}"]
+    shutil.rmtree(tmp_path / "open")
+    assert f"that can be opened (not {tmp_path / 'closed'})" in error_of("jsonl", tmp_path)
 
 
 # --- JSON lines
@@ -223,6 +278,27 @@ def test_huggingface_reads_by_loader(tmp_path: Path) -> None:
     assert [document.text for document in found] == ["a", "b"]
 
 
+def test_huggingface_reads_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "lang": ["x", "y"]})
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "dev": rows.select([1])}).save_to_disk(str(tmp_path / "more"))
+    assert read("huggingface", tmp_path / "one") == [Document("a", "one"), Document("b", "one")]
+    assert read("huggingface", tmp_path / "more", split="dev", domain_key="lang") == [Document("b", "y")]
+    assert read("huggingface", name=str(tmp_path / "one")) == read("huggingface", tmp_path / "one")
+    assert len(source_digest(config_of("huggingface", tmp_path / "one"))) == 64
+    message = error_of("huggingface", tmp_path / "more", split="test")
+    assert message == f"data.path={tmp_path / 'more'} (data.split=test): it has train, dev"
+    assert "not a folder that save_to_disk wrote" in error_of("huggingface", tmp_path)
+    # A state.json there would be read as rows.
+    for source in ("text", "jsonl", "parquet"):
+        for name in ("one", "more"):
+            assert f"read it by data=huggingface data.path={tmp_path / name}" in error_of(
+                source, tmp_path / name
+            )
+
+
 def test_huggingface_errors(tmp_path: Path, write_jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(write_jsonl(tmp_path / "x" / "x.jsonl", [{"body": "b", "url": "u"}]).parent)
     assert error_of("huggingface", name=folder) == f"data.text_key=text: not in {folder}, which has body, url"
@@ -285,3 +361,5 @@ def test_digest_names_content_and_not_place(tmp_path: Path, write_jsonl) -> None
 def test_name_some_is_readable() -> None:
     assert name_some(["a", "b"]) == "a, b"
     assert name_some(range(15), limit=3) == "0, 1, 2, … (12 more)"
+    # As Python has a file's name that is not UTF-8, and a very long one.
+    assert name_some([os.fsdecode(b"caf\xe9"), "x" * 5000]) == "caf\\udce9, " + "x" * 300

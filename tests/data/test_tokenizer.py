@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fomoe_flwr.data import check_vocabulary, load_tokenizer
+from fomoe_flwr.config import DataConfig
+from fomoe_flwr.data import check_vocabulary, load_tokenizer, prepare
 from fomoe_flwr.errors import ConfigError, DataError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "", "naïve café 🦀"]
@@ -83,6 +85,81 @@ def test_ids_with_gaps_need_the_largest_plus_one(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(str(tmp_path / "t.json"))
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (901, 900)
+
+
+def test_tokens_of_bytes_stand_for_all_of_the_text(tmp_path: Path) -> None:
+    train_bpe(tmp_path / "t.json")
+    for spec in ("bytes", str(tmp_path / "t.json")):
+        tokenizer = load_tokenizer(spec)
+        bytes_V = tokenizer.count_bytes()
+        assert (len(bytes_V), bytes_V[tokenizer.eos_id]) == (tokenizer.vocab_size, 0)
+        texts = [*TEXTS, "日本 Ω<|endoftext|>\0\r\n"]
+        covered = [int(bytes_V[tokens].sum()) for tokens in tokenizer.encode_batch(texts)]
+        assert covered == [len(text.encode()) for text in texts]
+
+
+def save_of_characters(path: Path, kind: str) -> None:
+    """A tokenizer that knows a, b and the space, or what one makes of them."""
+    vocabulary = {"</s>": 0, "a": 1, "b": 2}
+    if kind == "fallback":
+        vocabulary |= {"▁": 3, **{f"<0x{value:02X}>": 4 + value for value in range(256)}}
+        made = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        made.normalizer = normalizers.Replace(" ", "▁")
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    elif kind == "unknown":
+        vocabulary |= {" ": 3, "<unk>": 4}
+        made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    elif kind == "words":
+        vocabulary |= {"##a": 3, "[UNK]": 4}
+        made = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        made.decoder = decoders.WordPiece()
+    else:
+        made = tokenizers.Tokenizer(models.BPE(vocabulary | {" ": 3}, []))
+    made.save(str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "covered"),
+    [
+        ("fallback", "ab é 日", 9),
+        ("unknown", "ab é 日", 4),  # ab and two spaces
+        ("drops", "ab é 日", 4),
+        ("words", "aa b é", 5),  # each word with the space before it; é is unknown
+    ],
+)
+def test_what_is_dropped_or_unknown_has_no_bytes(tmp_path: Path, kind: str, text: str, covered: int) -> None:
+    save_of_characters(tmp_path / "t.json", kind)
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    (tokens,) = tokenizer.encode_batch([text])
+    assert tokenizer.count_bytes()[tokens].sum() == covered
+
+
+@pytest.mark.parametrize("kind", ["drops", "unknown"])
+def test_text_that_is_dropped_or_unknown_is_said_once(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_of_characters(tmp_path / "t.json", kind)
+    (tmp_path / "x.txt").write_text("".join(f"{'a' * (i % 97)}{'b' * (i % 89)} é\n" for i in range(3000)))
+    config = DataConfig(
+        source="text", path=str(tmp_path / "x.txt"), tokenizer=str(tmp_path / "t.json"),
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="fomoe"):
+        prepare(config)
+        prepare(config)
+    (line,) = [line for line in caplog.messages if "tokenizer" in line]
+    size = (tmp_path / "x.txt").stat().st_size
+    share = 9000 / size
+    assert line.startswith(f"data.tokenizer={tmp_path / 't.json'}: {share:.2%} of the text's bytes (9,000)")
+    assert "such as '\\xe9\\n'" in line
+    (tmp_path / "x.txt").write_text("".join(f"{chr(0x4E00 + i)}\n" for i in range(9000)))
+    with pytest.raises(
+        DataError, match=r"data\.tokenizer=.*100\.00% of the text's bytes .*data\.tokenizer=bytes$"
+    ):
+        prepare(config)
 
 
 def test_fingerprint_follows_the_file(tmp_path: Path) -> None:
