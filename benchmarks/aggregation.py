@@ -79,9 +79,9 @@ class Server:
         """As the server does with a good reply."""
         header = Reply("run", 1, "site", 1 + site, {}, self.start, [], self._digests(blobs)).to_json()
         reply = check_header(header, self.expected)
-        check_blobs(blobs, reply, self.expected)
+        checked = check_blobs(blobs, reply, self.expected)
         self.contributions[site] = Contribution(
-            reply.num_examples, 1, check_load(reply, self.expected), np.ones((1, 1), bool)
+            reply.num_examples, 1, check_load(reply, self.expected), np.ones((1, 1), bool), checked.by_name
         )
         self.inbox.put(site, header, blobs)
 
@@ -92,7 +92,7 @@ class Server:
         return self._known
 
     def commit(self) -> None:
-        commit(1, self.outer, self.inbox, self.config, self.contributions, {(0, 0)})
+        commit(1, self.outer, self.inbox, self.config, self.contributions, {(0, 0)}, {})
         self.inbox.clear()
         self.inbox.begin(1)
 

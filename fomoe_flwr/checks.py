@@ -112,6 +112,8 @@ def check_combinations(config: RunConfig) -> None:
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
+    if 0 < strategy.clip < 1:
+        raise ConfigError(f"strategy.clip={strategy.clip}: must be 0 (off) or at least 1")
     for key, share in (("skip_price", config.skip_price), ("mfu", config.plan.mfu)):
         if share > 1:
             raise ConfigError(f"plan.{key}={share}: a share, at most 1")

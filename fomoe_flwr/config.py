@@ -171,6 +171,11 @@ class StrategyConfig:
     timeout_floor_s: float = at_least(60.0, 0.0)
     timeout_factor: float = at_least(3.0, 1.0)
     norm_bound: float = at_least(10.0, 0.0)  # refuse updates so many times the others' median; 0: off
+    # Scale a tensor that is so many times as large as its holders' median down to that median; 0: off.
+    clip: float = at_least(3.0, 0.0)
+    # How a tensor with at least three holders is averaged. median and trimmed are coordinate-wise and unweighted, and
+    # bear with a minority of sites that lie; trimmed leaves out the largest and smallest quarter, at least one.
+    mean: str = choice("mean", "mean", "median", "trimmed")
 
 
 @dataclass

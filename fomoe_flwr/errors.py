@@ -1,5 +1,7 @@
 """Errors a user can act on. Each carries one line: which key, which value, what is allowed."""
 
+from fomoe_flwr.untrusted import one_line
+
 LONGEST = 2000  # characters of an error's line; of a longer one the middle is left out
 
 
@@ -7,10 +9,8 @@ class FomoeError(Exception):
     """Base of every error that ends a command with one line and a non-zero exit code."""
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())  # a value or a name may have a line break in it
-        if len(line) > LONGEST:  # or be without end
-            line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-        super().__init__(line)
+        # A value or a name may be anybody's.
+        super().__init__(one_line(message, LONGEST))
 
 
 class ConfigError(FomoeError):

@@ -29,8 +29,10 @@ from fomoe_flwr.config import (
 from fomoe_flwr.errors import ConfigError, NotFiniteError, WireError
 from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.load import Shares
+from fomoe_flwr.untrusted import parse_json
 
 MAX_METRICS = 64  # in a reply, and characters in the name of one
+MAX_HEADER = 2**26  # characters of a reply's JSON
 
 
 @dataclass(frozen=True)
@@ -216,18 +218,21 @@ class Reply:
         return f'{text[:-1]},"metrics":{{{",".join(numbers)}}}}}'
 
     @classmethod
-    def from_json(cls, text: str) -> Reply:
+    def from_json(cls, text: str, longest: int = MAX_HEADER) -> Reply:
         """The inverse of `to_json`, for a text that may come from anybody.
+
+        Args:
+            longest: characters that it may have.
 
         Raises:
             WireError: not a reply, or a figure that is no finite number.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text, longest)
             values["start_digests"] = bytes.fromhex(values["start_digests"])
             values["inputs"] = inputs_of(values.get("inputs", {}))
             reply = cls(**values)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"the reply's header is not one: {error!r:.200}") from error
         wanted: dict[str, type | tuple[type, ...]] = {
             "run": str, "round": int, "site": str, "num_examples": int, "metrics": dict, "load_LE": list,
@@ -243,9 +248,8 @@ class Reply:
             )
         for key, value in reply.metrics.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (
-                not number or not abs(value) <= sys.float_info.max
-            ):  # not isfinite, which some integers overflow
+            # Not isfinite, which some integers overflow.
+            if not number or not abs(value) <= sys.float_info.max:
                 raise NotFiniteError(f"metric {key!r:.80}={value!r:.80}: must be a finite number")
         return reply
 

@@ -25,8 +25,11 @@ from fomoe_flwr.codecs import Codec, CodecState, Parts
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.spec import expert_of
+from fomoe_flwr.untrusted import parse_json
 
 MAX_BUNDLE_BYTES = 512 * 2**20  # memory that one encode or decode needs at the most
+MAX_HEADER_BYTES = 100 * 2**20  # of a bundle, as in safetensors
+MAX_NAME, MAX_DIMENSIONS = 200, 8  # characters; of a tensor
 
 _DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
@@ -78,8 +81,11 @@ class Entry(NamedTuple):
     end: int
 
 
-def read_header(blob: Blob) -> list[Entry]:
+def read_header(blob: Blob, longest: int = MAX_HEADER_BYTES) -> list[Entry]:
     """What the header says, in the order of the data, held against the length of the blob.
+
+    Args:
+        longest: bytes that the header may have.
 
     Raises:
         WireError: not a safetensors blob, or tensors that do not fill it exactly.
@@ -88,23 +94,29 @@ def read_header(blob: Blob) -> list[Entry]:
     start = 8 + int.from_bytes(blob[:8], "little")
     if size < 8 or start > size:
         raise WireError(f"bundle of {size} bytes: truncated or not safetensors")
+    if start - 8 > longest:
+        raise WireError(f"bundle of {size} bytes: its header has {start - 8}, at most {longest} are expected")
     try:
-        header = json.loads(blob[8:start])
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON; JSON nested too deep
-        raise WireError(f"bundle of {size} bytes: its header is not JSON") from error
+        header = parse_json(blob[8:start], longest)
+    except ValueError as error:  # bad UTF-8 and bad JSON
+        raise WireError(f"bundle of {size} bytes: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise WireError(f"bundle of {size} bytes: its header is not a table of names")
     header.pop("__metadata__", None)
     entries = []
     for name, entry in header.items():
+        if len(name) > MAX_NAME:
+            raise WireError(f"a tensor's name of {len(name)} characters, at most {MAX_NAME} are allowed")
         try:
             dtype, shape = _DTYPES_BACK[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"{name}: unreadable entry in the bundle's header ({error})") from error
         # JSON also has true, 1.5 and Infinity, which Python would take for numbers.
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise WireError(f"{name}: unreadable entry in the bundle's header (sizes must be whole numbers)")
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise WireError(
+                f"{name}: unreadable entry in the bundle's header (sizes must be whole numbers, and few)"
+            )
         if end - begin != math.prod(shape) * dtype.itemsize or end > size - start:
             raise WireError(
                 f"{name}: {end - begin} bytes at {begin} do not hold {entry['dtype']} {list(shape)}"
@@ -134,7 +146,11 @@ def view(blob: Blob, entry: Entry) -> Tensor:
         flat = torch.frombuffer(blob, dtype=entry.dtype, count=count, offset=entry.begin)
     try:
         return flat.view(entry.shape)
-    except (RuntimeError, TypeError) as error:  # no number at all, but other sizes beyond 64 bits
+    except (
+        RuntimeError,
+        TypeError,
+        OverflowError,
+    ) as error:  # no number at all, but other sizes beyond 64 bits
         raise WireError(f"{entry.name}: PyTorch cannot have the shape {list(entry.shape)}") from error
 
 
@@ -215,14 +231,17 @@ def digests(named: Mapping[str, Tensor], codec: Codec) -> bytes:
     return b"".join(codec.digest(named[name]) for name in sorted(named))
 
 
-def byte_classes(blob: Blob) -> dict[str, int]:
+def byte_classes(blob: Blob, longest: int = MAX_HEADER_BYTES) -> dict[str, int]:
     """Length of a blob by class: dense tensors, expert tensors, and other (its header).
 
     A damaged bundle crossed the wire all the same: its bytes count as other, for its tensors cannot be told.
+
+    Args:
+        longest: as in `read_header`.
     """
     classes = {"dense": 0, "expert": 0, "other": len(blob)}
     try:
-        entries = read_header(blob)
+        entries = read_header(blob, longest)
     except WireError:
         return classes
     for entry in entries:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from fomoe_flwr.bundles import blobs_of, header_bytes, header_in, record_in
 from fomoe_flwr.config import RunConfig
+from fomoe_flwr.deploy.flower import REGISTERED
 from fomoe_flwr.errors import RunError, WireError
 from fomoe_flwr.inputs import UNKNOWN, Inputs
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.record import Plan
+from fomoe_flwr.server.replies import Refused, refusing
 from fomoe_flwr.server.rounds import Deadline, Round, RoundObserver, Server, missing
 from strategies.nodes import SiteDirectory, error_line, exchange
 from strategies.packing import named_from_flower, one_array_a_name, pack
@@ -99,7 +102,7 @@ class FoMoE(Strategy):
         inbox = Path(self._temporary.name if self._temporary else run_dir) / "inbox"
         self.server = Server(config, run, run_dir, inbox, plan, header_bytes, inputs)
         self.first_round = 1
-        self._directory = SiteDirectory(site_names)
+        self._directory = SiteDirectory(site_names, os.environ.get(REGISTERED) == "1")
         self._deadline = Deadline(settings, settings.timeout_s)
         self._gathered = False  # whether the sites to begin with have been there
 
@@ -258,6 +261,7 @@ class FoMoE(Strategy):
     def _connected(self, grid: Grid) -> list[int]:
         """The sites that are there. To begin with all of them are waited for, later a quorum."""
         minimum = self._needed() if self._gathered else self.min_available_nodes
+        self._directory.keys = self.server.state.keys
         connected = list(self._directory.connected(grid, minimum, self.config.strategy.connect_s))
         self._gathered = True
         return connected
@@ -365,20 +369,23 @@ class FoMoE(Strategy):
             self.round.fail(site, error_line(reply))
             self._directory.lost(site)
             return None
-        header = header_in(reply.content, self.configrecord_key, "reply")
-        arrays = record_in(reply.content, self.arrayrecord_key, ArrayRecord)
         try:
-            if arrays is None:
-                raise WireError(f"the reply has no ArrayRecord {self.arrayrecord_key!r}")
-            blobs = blobs_of(arrays)
-        except WireError as error:
-            self.round.fail(site, str(error), "damaged")
+            with refusing():
+                header = header_in(reply.content, self.configrecord_key, "reply")
+                arrays = record_in(reply.content, self.arrayrecord_key, ArrayRecord)
+                if arrays is None:
+                    raise WireError(f"the reply has no ArrayRecord {self.arrayrecord_key!r}")
+                blobs = blobs_of(arrays)
+        except Refused as refused:
+            self.round.fail(site, str(refused), refused.kind)
             return None
         arrays.clear()  # whoever still holds the message must not hold its arrays
         return header, blobs
 
     def _finish_evaluation(self, replies: Iterable[SiteReply]) -> MetricRecord | None:
         for site, reply in replies:
+            if not self.server.expect_once(site):
+                continue
             if reply.has_error():
                 self.round.fail(site, error_line(reply))
             else:
@@ -388,7 +395,8 @@ class FoMoE(Strategy):
 
     def _mean_metrics(self, aggregate: MetricsAggregation, replies: Mapping[int, Reply]) -> MetricRecord:
         records = [
-            RecordDict({"metrics": MetricRecord({self.weighted_by_key: reply.num_examples, **reply.metrics})})
+            # The weight last, so that no site can report its own.
+            RecordDict({"metrics": MetricRecord({**reply.metrics, self.weighted_by_key: reply.num_examples})})
             for _, reply in sorted(replies.items())
         ]
         return aggregate(records, self.weighted_by_key)

@@ -7,15 +7,19 @@ makes no sense is named in the log and left alone, for one institution's mistake
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import re
 import time
 from collections.abc import Iterator, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from fomoe_flwr.bundles import record_in
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.server.replies import Refused, refusing
+from fomoe_flwr.untrusted import one_line
 
 log = logging.getLogger("fomoe")
 
@@ -26,6 +30,7 @@ _LONGEST_LOOK_S = 0.5  # between two looks at who is connected
 FIRST_PAUSE_S = 0.002
 PAUSE_SHARE = 0.05
 LONGEST_PAUSE_S = 1.0
+LONGEST_REASON = 10_000  # characters of an error reply that are looked at
 
 
 class SiteDirectory:
@@ -33,9 +38,17 @@ class SiteDirectory:
 
     A node says its site's name (`--node-config 'site="a"'`), or in a simulation its partition number. A site may
     come back under another node id. Until its old node is known to be gone, the new one stands by.
+
+    What a node says is held against what Flower knows of it. A node that was registered under a name
+    (`flwr supernode register KEY --name a`) is that site and no other. Where keys are registered but names are not, the
+    first key that is a site remains that site for the run; one that is registered under its name takes its place.
+
+    Args:
+        registered: whether the SuperLink takes registered keys only. Without that each SuperNode makes up a key of its
+            own whenever it starts, which proves nothing.
     """
 
-    def __init__(self, site_names: Sequence[str]) -> None:
+    def __init__(self, site_names: Sequence[str], registered: bool = False) -> None:
         self._names = list(site_names)
         self._index = {name: index for index, name in enumerate(site_names)}
         self.node_of_site: dict[int, int] = {}
@@ -43,6 +56,11 @@ class SiteDirectory:
         self._asked: dict[int, tuple[str, float]] = {}  # node -> the question's id and when it was asked
         self._answered: set[int] = set()
         self.problems: dict[int, str] = {}  # node -> why it is no site of ours
+        self._registered = registered
+        self.keys: dict[
+            str, str
+        ] = {}  # SHA-256 (hex) of each site's public key, by its name; a checkpoint keeps it
+        self._online: dict[int, NodeInfo] = {}
         self.simulated = False  # whether nodes said their partition number, which only simulated ones have
 
     def connected(self, grid: Grid, minimum: int, timeout: float) -> dict[int, int]:
@@ -81,7 +99,8 @@ class SiteDirectory:
 
     def _look(self, grid: Grid) -> None:
         """Who is online, who is new, and what the new ones answered; does not wait."""
-        online = set(grid.get_node_ids())
+        self._online = {node.node_id: node for node in grid.get_nodes()}
+        online = set(self._online)
         self._standby = {site: node for site, node in self._standby.items() if node in online}
         for site, node in list(self.node_of_site.items()):
             if node not in online:
@@ -105,25 +124,36 @@ class SiteDirectory:
 
     def _read(self, node: int, reply: Message) -> None:
         self._answered.add(node)
+        try:
+            with refusing():
+                self._take(node, reply)
+        except Refused as refused:
+            self._refuse(node, f"node {node} gave no answer that can be read: {refused}")
+
+    def _take(self, node: int, reply: Message) -> None:
         if reply.has_error():
             self._refuse(node, f"node {node} could not say which site it is: {error_line(reply)}")
             self._answered.discard(node)  # it may be able to later
             return
-        answer = reply.content.config_records.get("config", ConfigRecord())
+        answer = record_in(reply.content, "config", ConfigRecord) or ConfigRecord()
         name, partition = answer.get("site", ""), answer.get("partition-id", -1)
         if isinstance(name, str) and name in self._index:  # a list, which may come too, cannot be looked up
             site = self._index[name]
-        elif not name and isinstance(partition, int) and 0 <= partition < len(self._names):
+        elif not name and type(partition) is int and 0 <= partition < len(self._names):
             site, self.simulated = partition, True
         else:
             self._refuse(
                 node,
-                f"node {node} is site {name or partition!r}, which this federation does not have; "
+                f"node {node} is site {one_line(repr(name or partition), 80)}, which this federation does not have; "
                 f"it has {', '.join(self._names[:8])}",
             )
             return
+        if (problem := self._not_proven(node, self._names[site])) is not None:
+            self._refuse(node, problem)
+            return
         self.problems.pop(node, None)
-        if site not in self.node_of_site:
+        now = self._online.get(self.node_of_site.get(site, 0))
+        if now is None or (self._online[node].name and not now.name):
             self.node_of_site[site] = node
         else:
             self._standby[site] = node
@@ -133,7 +163,27 @@ class SiteDirectory:
                 f"the second stands by until the first is gone",
             )
 
+    def _not_proven(self, node: int, name: str) -> str | None:
+        """Why this node cannot be the site that it says it is; None if it can."""
+        info = self._online.get(node)
+        if info is None:
+            return f"node {node} went away after it had said that it is site {name}"
+        if info.name:
+            if info.name != name:
+                return f"node {node} says it is site {name}, but its key is registered as {info.name!r}"
+        elif not self._registered:
+            return None
+        key = hashlib.sha256(info.public_key).hexdigest()
+        if not info.name and self.keys.get(name, key) != key:
+            return (
+                f"node {node} says it is site {name} with another key than the site has had in this run; if it is, "
+                f"register its new key under its name: flwr supernode register KEY.pub --name {name}"
+            )
+        self.keys[name] = key
+        return None
+
     def _refuse(self, node: int, problem: str) -> None:
+        problem = one_line(problem)
         if self.problems.get(node) != problem:
             log.warning("%s", problem)
         self.problems[node] = problem
@@ -173,6 +223,9 @@ def exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tu
 
 def error_line(reply: Message) -> str:
     """The reason of an error reply as one line, without the layers Flower wraps around it."""
-    reason = str(reply.error.reason)
-    inner = re.search(r"Message: (.*?)'?>?\s*$", reason, re.DOTALL)
-    return " ".join((inner[1] if inner else reason).split())
+    # Cut first, and no regular expression: it takes long for a text that is made for it.
+    reason = str(reply.error.reason)[:LONGEST_REASON]
+    _, wrapped, inner = reason.partition("Message: ")
+    if wrapped:
+        reason = inner.rstrip().removesuffix(">").removesuffix("'")
+    return one_line(" ".join(reason.split()))

@@ -119,6 +119,8 @@ TOGETHER = {
     "strategy.timeout_floor_s": 5.0,
     "strategy.timeout_factor": 2.0,
     "strategy.norm_bound": 3.0,
+    "strategy.clip": 2.0,
+    "strategy.mean": "trimmed",
     "strategy.timeout_s": 5.0,
     "train.rounds": 3,
     "train.local_steps": 7,

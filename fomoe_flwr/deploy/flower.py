@@ -17,6 +17,9 @@ SWITCHES = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # seconds; Flower's default adds up to 1 s to every message
 }
 
+# Tells ServerApps, which inherit the SuperLink's environment, that it takes registered keys only: 1.
+REGISTERED = "FOMOE_REGISTERED_KEYS"
+
 
 def flower_environment() -> dict[str, str]:
     """Our environment with Flower's switches set, where the user did not, and this installation on the PATH."""

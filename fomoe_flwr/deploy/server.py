@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fomoe_flwr.deploy.flower import flower_environment, program
+from fomoe_flwr.deploy.flower import REGISTERED, flower_environment, program
 from fomoe_flwr.files import state_home
 
 log = logging.getLogger("fomoe")
@@ -28,6 +28,8 @@ def server(arguments: Sequence[str]) -> NoReturn:
         ConfigError: Flower is not installed beside this program.
     """
     environment = flower_environment()
+    if "--enable-supernode-auth" in arguments:
+        environment[REGISTERED] = "1"
     command = ["flower-superlink", *arguments, *_database(arguments)]
     log.info("runs without hydra.run.dir= go to %s", Path("runs").absolute())
     log.info("%s", shlex.join(command))

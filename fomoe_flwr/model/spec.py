@@ -29,7 +29,8 @@ from fomoe_flwr.config import ModelConfig
 
 FLOPS_PER_PARAMETER = 6  # of a matrix and token: 2 in the forward pass, 4 in the backward pass
 
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
+# So many digits and no more: a name may come from anybody.
+_EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts\.(\d{1,9})\.", re.ASCII)
 
 # LocalAdamW also averages AdamW's moments; each travels under its parameter's name with one of these in front.
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -26,6 +26,7 @@ from fomoe_flwr.model.moe import orthonormal_rows
 from fomoe_flwr.model.spec import MOMENTS, expert_of, gate_name, is_moment, moment_name, parameters
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.server.replies import Inbox
+from fomoe_flwr.server.robust import FEWEST, Factors, capped, clip, keep_moments_possible, robust_mean
 
 CHUNK_BYTES = 64 * 2**20  # of the model that is averaged and stepped at a time
 # Of `step_scales`: a pseudo-gradient of very few steps is mostly noise, and must not be taken for a long one.
@@ -211,6 +212,7 @@ class Contribution(NamedTuple):
     local_steps: int
     load_LE: NDArray[np.int64]  # its routers' choices, ghosts too; all zero: not said
     holds_LE: NDArray[np.bool_]  # the experts it holds
+    norms: Mapping[str, float]  # of each tensor that it sent
 
 
 Contributions = Mapping[int, Contribution]  # by site
@@ -248,7 +250,8 @@ def commit(
     config: RunConfig,
     contributions: Contributions,
     updated: set[tuple[int, int]],
-) -> None:
+    usual: dict[str, float],
+) -> Factors:
     """The mean of each name over its holders, and the outer step; a piece of the model at a time.
 
     So the server needs no second model for the sums, whatever the number of sites. Sites are added in their own
@@ -256,6 +259,10 @@ def commit(
 
     Args:
         updated: the experts that take part; the others keep their values and their momentum.
+        usual: sizes of the rounds before (`robust.clip`); brought up to date.
+
+    Returns:
+        By what the tensors that were far larger than their fellows were multiplied.
     """
     state, train, codec = outer.state, config.train, CODECS[config.strategy.wire_dtype]
     names = [name for name in state if (expert := expert_of(name)) is None or expert in updated]
@@ -270,22 +277,61 @@ def commit(
     )
     scales = cache(partial(step_scales, contributions, weighting))
 
+    weights = cache(partial(_weights, contributions, weighting))
+
     def weight_of(site: int, name: str) -> float:
-        return _tokens(contributions[site], weighting, expert_of(name)) / nominal
+        return weights(expert_of(name)).get(site, 0.0) / nominal
+
+    def step_scale(site: int, name: str) -> float:
+        # LocalAdamW's moments are states and not sums of steps.
+        return scales(expert_of(name)).get(site, 1.0) if scaled and not is_moment(name) else 1.0
+
+    taking_part = {
+        site: {
+            name: norm
+            for name in names
+            if (norm := own.norms.get(name)) is not None and weight_of(site, name)
+        }
+        for site, own in contributions.items()
+    }
+    factors = clip(
+        {
+            site: {name: norm * step_scale(site, name) for name, norm in own.items()}
+            for site, own in taking_part.items()
+        },
+        usual,
+        config.strategy.clip,
+        config.strategy.inner == "gradient",
+    )
 
     def scale_of(site: int, name: str) -> float:
-        # LocalAdamW's moments are states and not sums of steps.
-        return scales(expert_of(name))[site] if scaled and not is_moment(name) else 1.0
+        return step_scale(site, name) * factors.get(site, {}).get(name, 1.0)
+
+    def read(name: str, site: int) -> Tensor:
+        return codec.decode(inbox.tensors(site, [name]))[name]
 
     for chunk in wire.split_bundle(names, sizes, limit):
+        means: dict[str, Tensor] = {}
+        if config.strategy.mean != "mean":
+            for name in chunk:
+                holders = {
+                    site: scale_of(site, name) for site in sorted(taking_part) if name in taking_part[site]
+                }
+                if len(holders) >= FEWEST:
+                    means[name] = robust_mean(config.strategy.mean, partial(read, name), holders)
+        rest = [name for name in chunk if name not in means]
         mean = RunningMean()
         for site in sorted(contributions):
-            named = codec.decode(inbox.tensors(site, chunk))
+            named = codec.decode(inbox.tensors(site, rest))
             mean.add(named, partial(weight_of, site), partial(scale_of, site))
-            inbox.release(site)
-        outer.step(mean.finish(), (round_ - 1) * train.local_steps, config.warmup_steps)
+            # Not kept until the next site's is there.
+            del named
+        outer.step(means | mean.finish(), (round_ - 1) * train.local_steps, config.warmup_steps)
+    if config.strategy.outer == "local_adamw":
+        keep_moments_possible(state, [name for name in names if not is_moment(name)], train)
     if config.model.router == "orthogonal":
         restore_orthogonality(state, config.model.num_layers)
+    return factors
 
 
 def step_scales(
@@ -304,11 +350,7 @@ def step_scales(
     Returns:
         By site, of those that take part; at most `MOST_SCALE` and at least its inverse.
     """
-    weights = {
-        index: _tokens(site, weighting, expert)
-        for index, site in contributions.items()
-        if expert is None or site.holds_LE[expert]
-    }
+    weights = _weights(contributions, weighting, expert)
     total = sum(weights.values())
     if not total:
         return {}
@@ -319,11 +361,18 @@ def step_scales(
     }
 
 
-def _tokens(contribution: Contribution, weighting: str, expert: tuple[int, int] | None) -> int:
-    """What a tensor weighs in its mean: the tokens of its site, or those its expert really got."""
+def _weights(
+    contributions: Contributions, weighting: str, expert: tuple[int, int] | None
+) -> Mapping[int, float]:
+    """What a tensor weighs in its mean, by holder: the tokens of its site, which are at most what it was asked for
+    (`replies.check_header`), or those its expert is said to have got.
+    """
+    holders = {
+        index: site for index, site in contributions.items() if expert is None or site.holds_LE[expert]
+    }
     if expert is None or weighting == "tokens":
-        return contribution.tokens
-    return int(contribution.load_LE[expert])
+        return {index: site.tokens for index, site in holders.items()}
+    return capped({index: int(site.load_LE[expert]) for index, site in holders.items()})
 
 
 # ----- the fewest tokens from which an expert can learn what is its own (LocMoE, arXiv 2401.13920)

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import mmap
 import shutil
 import statistics
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +37,15 @@ from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
 from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs, differences
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import MOMENTS
+from fomoe_flwr.untrusted import one_line
+
+log = logging.getLogger("fomoe")
 
 BATCH_BYTES = 8 * 2**20  # hashed and checked at a time, while it is in the processor's cache
+MAX_METRIC = 1e30  # so that sums and products over sites and tokens stay finite
 MAX_LOSS = 1e4  # nats a token; what is above is no model's loss
 PIECE = 2**22  # numbers; PyTorch turns what it takes the norm of into fp32 first
+MOST_STARTS = 3  # of a server on the same saved replies; then they are asked for anew
 
 
 class Refused(WireError):
@@ -45,6 +54,25 @@ class Refused(WireError):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around what does nothing but look at a site's bytes: whatever goes wrong in it is the reply's fault, and becomes
+    a Refused.
+
+    So nothing in it may touch the disk or the model. No memory and no disk are the server's own trouble, here too.
+    """
+    try:
+        yield
+    except (Refused, MemoryError, OSError):
+        raise
+    except WireError as error:
+        raise Refused("damaged", str(error)) from error
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(at.filename).name}:{at.lineno}"
+        raise Refused("damaged", f"{type(error).__name__} at {where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,8 +102,20 @@ class Expected:
     step_scale: float = 1.0
     inputs: Inputs = UNKNOWN
 
+    @property
+    def longest_header(self) -> int:
+        """Characters of the reply's JSON and bytes of a bundle's header, at most: an honest one has a third of it."""
+        return 2**16 + 512 * len(self.digests) + 32 * math.prod(self.load_shape)
+
 
 Norms = dict[str, float]  # root mean square by kind of tensor: update, exp_avg, exp_avg_sq
+
+
+class Checked(NamedTuple):
+    """What the check of a reply's bundles says of its tensors."""
+
+    norms: Norms
+    by_name: dict[str, float]  # Euclidean norm of each tensor
 
 
 def check_header(text: str, expected: Expected) -> Reply:
@@ -85,7 +125,7 @@ def check_header(text: str, expected: Expected) -> Reply:
         Refused: the first thing that is wrong.
     """
     try:
-        reply = Reply.from_json(text)
+        reply = Reply.from_json(text, expected.longest_header)
     except WireError as error:
         kind = "not_finite" if isinstance(error, NotFiniteError) else "damaged"
         raise Refused(kind, str(error)) from error
@@ -102,7 +142,11 @@ def check_header(text: str, expected: Expected) -> Reply:
             "weight",
             f"num_examples={reply.num_examples}: must be above 0 and at most the round's {expected.tokens}",
         )
-    return reply
+    for key, value in reply.metrics.items():
+        if abs(value) > MAX_METRIC:
+            raise Refused("not_finite", f"metric {key!r}={value:.3g}: at most {MAX_METRIC:g} is allowed")
+    # The only text in it that goes on: into metrics, tables and terminals.
+    return replace(reply, metrics={one_line(key): value for key, value in reply.metrics.items()})
 
 
 def check_evaluation(text: str, expected: Expected) -> Reply:
@@ -145,21 +189,20 @@ def check_load(reply: Reply, expected: Expected) -> NDArray[np.int64]:
     """
     if not reply.load_LE:
         return np.zeros(expected.load_shape, dtype=np.int64)
-    most = expected.tokens * expected.top_k
-    try:
-        load_LE = np.array(reply.load_LE)
-        good = load_LE.shape == expected.load_shape and load_LE.dtype.kind == "i"
-    except ValueError:  # rows of different lengths
-        good = False
-    # Each number before their sum, which large ones could overflow.
-    if not good or load_LE.min() < 0 or load_LE.max() > most or load_LE.sum(axis=1).max() > most:
-        raise Refused(
-            "weight", f"load_LE: not at most {most} choices in each of {expected.load_shape[0]} layers"
-        )
-    return load_LE.astype(np.int64)
+    most, (layers, experts) = expected.tokens * expected.top_k, expected.load_shape
+    # In Python's own numbers, which cannot overflow.
+    if len(reply.load_LE) != layers or not all(
+        isinstance(row, list)
+        and len(row) == experts
+        and all(type(choices) is int and choices >= 0 for choices in row)
+        and sum(row) <= most
+        for row in reply.load_LE
+    ):
+        raise Refused("weight", f"load_LE: not at most {most} choices in each of {layers} layers")
+    return np.array(reply.load_LE, dtype=np.int64)
 
 
-def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected) -> Norms:
+def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected) -> Checked:
     """Hold the bundles against their digests and against what the site was sent; one pass over their bytes.
 
     Raises:
@@ -167,11 +210,15 @@ def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected
     """
     if reply.bundle_digests.keys() != blobs.keys():
         raise Refused("digest", "its bundles are not those whose SHA-256 it names")
+    if len(blobs) > len(expected.digests):
+        raise Refused("damaged", f"{len(blobs)} bundles for {len(expected.digests)} tensors")
     sums = _Sums()
     seen: set[str] = set()
     for key, blob in blobs.items():
         try:
-            entries = wire.read_header(blob)
+            entries = wire.read_header(blob, expected.longest_header)
+            if not entries:
+                raise WireError("a bundle without tensors")
             if twice := seen & {entry.name for entry in entries}:
                 raise WireError(f"{min(twice)}: sent twice in one message")
             seen |= {entry.name for entry in entries}
@@ -188,7 +235,7 @@ def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected
     norms = sums.root_mean_squares()
     if "update" in norms:
         norms["update"] *= expected.step_scale
-    return norms
+    return Checked(norms, sums.by_name)
 
 
 def _read_through(blob: wire.Blob, entries: list[wire.Entry], expected: Expected, sums: _Sums) -> str:
@@ -221,9 +268,10 @@ def _check_tensor(name: str, tensor: Tensor, expected: Expected) -> None:
 
 
 class _Sums:
-    """Sums of squares and counts, by kind of tensor."""
+    """Norms of tensors; sums of squares and counts by kind of tensor."""
 
     def __init__(self) -> None:
+        self.by_name: dict[str, float] = {}
         self.squares: dict[str, float] = {}
         self.counts: dict[str, int] = {}
 
@@ -243,6 +291,7 @@ class _Sums:
                 raise Refused("not_finite", f"{name}: has values that are not finite")
             if name.startswith("exp_avg_sq.") and tensor.numel() and float(tensor.min()) < 0:
                 raise Refused("not_finite", f"{name}: a second moment cannot be negative")
+            self.by_name[name] = norm
             kind = next((moment for moment in MOMENTS if name.startswith(f"{moment}.")), "update")
             self.squares[kind] = self.squares.get(kind, 0.0) + norm**2
             self.counts[kind] = self.counts.get(kind, 0) + tensor.numel()
@@ -290,10 +339,15 @@ class Inbox:
     def __init__(self, folder: Path) -> None:
         self._root = folder
         self._folder = folder / "none"
-        self._readers: dict[int, list[_Reader]] = {}
+        # What stands where in a site's bundles. Their files are open only while they are read: a descriptor for each
+        # would bound the number of sites.
+        self._contents: dict[int, list[tuple[Path, dict[str, wire.Entry]]]] = {}
 
     def begin(self, round_: int) -> list[int]:
-        """Open a round and drop every other; returns the sites whose replies are here from before a crash."""
+        """Open a round and drop every other; returns the sites whose replies are here from before a crash.
+
+        What a server has died of again and again may be one of these replies: then they are dropped too.
+        """
         self.close()
         self._folder = self._root / f"round_{round_:05d}"
         for path in self._root.glob("*"):
@@ -302,7 +356,21 @@ class Inbox:
         self._folder.mkdir(parents=True, exist_ok=True)
         for partial in self._folder.glob("*.partial"):
             shutil.rmtree(partial)
-        return sorted(int(path.name) for path in self._folder.iterdir())
+        saved = sorted(int(path.name) for path in self._folder.iterdir() if path.is_dir())
+        starts = self._folder / "starts"  # a byte for each
+        if saved and starts.exists() and starts.stat().st_size >= MOST_STARTS:
+            log.warning(
+                "round %d: the server ended %d times with these replies: their sites are asked anew",
+                round_,
+                MOST_STARTS,
+            )
+            for site in saved:
+                self.drop(site)
+            saved = []
+            starts.unlink()
+        with starts.open("ab") as file:
+            file.write(b".")
+        return saved
 
     def put(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
         """Keep a reply."""
@@ -332,24 +400,27 @@ class Inbox:
         shutil.rmtree(self._folder / str(site))
 
     def tensors(self, site: int, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of the tensors that this site's reply has, as read-only views of its files."""
-        if site not in self._readers:
+        """Those of the tensors that this site's reply has, as read-only views of its files.
+
+        A file stays open as long as one of its tensors is held.
+        """
+        if site not in self._contents:
             folder = self._folder / str(site)
             files: Sequence[str] = list(json.loads((folder / "bundles.json").read_text()).values())
-            self._readers[site] = [_Reader(folder / file) for file in files]
+            self._contents[site] = [
+                (path, {entry.name: entry for entry in wire.read_header(_mapped(path))})
+                for path in (folder / file for file in files)
+            ]
         found: dict[str, Tensor] = {}
-        for reader in self._readers[site]:
-            found.update(reader.tensors(names))
+        for path, entries in self._contents[site]:
+            if wanted := [entries[name] for name in names if name in entries]:
+                data = _mapped(path)
+                found.update((entry.name, wire.view(data, entry)) for entry in wanted)
         return found
 
-    def release(self, site: int) -> None:
-        """Give back the memory of what was read of a site's reply so far; it can be read again."""
-        for reader in self._readers[site]:
-            reader.release()
-
     def close(self) -> None:
-        """Close the files of the round; the replies stay."""
-        self._readers.clear()
+        """The round is over; its replies stay."""
+        self._contents.clear()
 
     def clear(self) -> None:
         """The run is over, or another one begins here: nothing stays."""
@@ -357,19 +428,7 @@ class Inbox:
         shutil.rmtree(self._root, ignore_errors=True)
 
 
-class _Reader:
-    """A bundle's file, mapped: its tensors are read where they lie, and only when somebody adds them up."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._entries = {entry.name: entry for entry in wire.read_header(self._map)}
-
-    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            if (entry := self._entries.get(name)) is not None:
-                yield name, wire.view(self._map, entry)
-
-    def release(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):  # Linux; elsewhere the system finds out by itself
-            self._map.madvise(mmap.MADV_DONTNEED)
+def _mapped(path: Path) -> mmap.mmap:
+    """A bundle's file: its tensors are read where they lie, and only when somebody adds them up."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

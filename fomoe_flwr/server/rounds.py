@@ -46,8 +46,10 @@ from fomoe_flwr.server.replies import (
     check_header,
     check_load,
     outliers,
+    refusing,
 )
 from fomoe_flwr.server.state import ExpertLedger, ServerState
+from fomoe_flwr.untrusted import one_line
 
 log = logging.getLogger("fomoe")
 
@@ -71,6 +73,8 @@ class Round:
     # Their routers' choices, layers x experts.
     loads: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     norms: dict[int, Norms] = field(default_factory=dict)
+    by_name: dict[int, dict[str, float]] = field(default_factory=dict)  # norm of each tensor
+    clipped: dict[str, int] = field(default_factory=dict)  # site's name -> tensors that were scaled down
     failures: dict[str, str] = field(default_factory=dict)  # site's name -> reason
     refused: dict[str, str] = field(default_factory=dict)  # site's name -> kind of bad reply
     committed: bool = True  # False: below the quorum, discarded whole
@@ -85,7 +89,7 @@ class Round:
 
     def fail(self, site: int, reason: str, kind: str | None = None) -> None:
         """A site's reply is not part of the model; `kind` if it was a bad one that was refused."""
-        name = self.site_names[site]
+        name, reason = self.site_names[site], one_line(reason)
         self.failures[name] = reason
         if kind is not None:
             self.refused[name] = kind
@@ -286,9 +290,10 @@ class Server:
 
     def take(self, site: int, header: str, blobs: Mapping[str, bytes]) -> bool:
         """A reply to a training message has come; whether it is good. May be called from several threads."""
-        self._count(site, header, blobs)
         try:
-            self._check(site, header, blobs)
+            with refusing():
+                self._count(site, header, blobs)
+                self._check(site, header, blobs)
         except Refused as refused:
             with self._lock:
                 self.round.fail(site, str(refused), refused.kind)
@@ -317,7 +322,8 @@ class Server:
 
     def _count(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
         """Add a reply's bytes to the round's traffic, whether it is good or not."""
-        classes = [wire.byte_classes(blob) for blob in blobs.values()]
+        longest = self._expected[site].longest_header
+        classes = [wire.byte_classes(blob, longest) for blob in blobs.values()]
         with self._lock:
             self.round.up.count(site, classes, self._header_bytes(header))
 
@@ -326,16 +332,17 @@ class Server:
         expected = self._expected[site]
         reply = check_header(header, expected)
         load_LE = check_load(reply, expected)
-        norms = check_blobs(blobs, reply, expected)
+        checked = check_blobs(blobs, reply, expected)
         with self._lock:
             self.round.replies[site], self.round.loads[site] = reply, load_LE
-            self.round.norms[site] = norms
+            self.round.norms[site], self.round.by_name[site] = checked
 
     def take_evaluation(self, site: int, header: str) -> None:
         """A reply to an evaluation message."""
-        self._count(site, header, {})
         try:
-            self.round.evaluations[site] = check_evaluation(header, self._expected[site])
+            with refusing():
+                self._count(site, header, {})
+                self.round.evaluations[site] = check_evaluation(header, self._expected[site])
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
 
@@ -348,11 +355,19 @@ class Server:
             needed: good replies.
             expert_share: of an expert's holders that must have answered well for it to be updated.
         """
+        try:
+            return self._decide(needed, expert_share, observer)
+        except Exception:
+            # What these replies did once they would do again in every resumed run: their sites are asked anew.
+            self.inbox.clear()
+            raise
+
+    def _decide(self, needed: int, expert_share: float, observer: RoundObserver) -> bool:
         current, state = self.round, self.state
         found = outliers(current.norms, list(state.norms), self.config.strategy.norm_bound)
         for site, reason in found.items():
             current.fail(site, reason, "norm")
-            del current.replies[site], current.loads[site], current.norms[site]
+            del current.replies[site], current.loads[site], current.norms[site], current.by_name[site]
             self.inbox.drop(site)
         current.committed = len(current.replies) >= needed
         observer.collected(current, state, self.inbox)
@@ -375,13 +390,28 @@ class Server:
                 current.steps_M[site],
                 current.loads[site],
                 current.placement.holds_LEM[:, :, site],
+                current.by_name[site],
             )
             for site, reply in current.replies.items()
         }
         starved, least = starved_experts(current.placement, contributions, self.config)
         state.experts.starve(current.number, starved & updated, least)
         updated -= starved
-        commit(current.number, state.outer, self.inbox, self.config, contributions, updated)
+        factors = commit(
+            current.number, state.outer, self.inbox, self.config, contributions, updated, state.usual
+        )
+        for site, own in sorted(factors.items()):
+            name, factor = min(own.items(), key=lambda item: item[1])
+            current.clipped[self.site_names[site]] = len(own)
+            log.warning(
+                "round %d: site %s: %d tensor(s) scaled down to their holders' median, %s by %.2g (strategy.clip=%g)",
+                current.number,
+                self.site_names[site],
+                len(own),
+                name,
+                factor,
+                self.config.strategy.clip,
+            )
         # In the order of the sites, so that what is remembered does not depend on the network.
         for site, reply in sorted(current.replies.items()):
             state.counted[reply.site] = current.number

@@ -398,6 +398,7 @@ def metrics_line(
         "sites": sites,
         "committed": current.committed,
         "experts_held_back": current.held_back,
+        "clipped": current.clipped,
         "deadline_s": current.deadline_s,
         "failures": current.failures,
         "refused": current.refused,

@@ -39,6 +39,11 @@ class ServerState:
     own_corpora: dict[str, str] = field(default_factory=dict)  # by site, of text of its own
     global_load: Shares | None = None  # of the routers of all sites together
     norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))
+    # Size of each tensor of a reply, as a share of the whole (`robust.clip`).
+    usual: dict[str, float] = field(default_factory=dict)
+    keys: dict[str, str] = field(
+        default_factory=dict
+    )  # SHA-256 of each site's key, where keys are registered
     discarded: int = 0  # rounds in a row
 
     def parameters(self) -> dict[str, Tensor]:
@@ -53,6 +58,8 @@ class ServerState:
             "corpus": self.corpus,
             "own_corpora": self.own_corpora,
             "norms": list(self.norms),
+            "usual": self.usual,
+            "keys": self.keys,
             "experts": self.experts.table(self.round),
             "load": self.global_load,
             "discarded": self.discarded,
@@ -65,6 +72,8 @@ class ServerState:
         self.corpus = str(memory.get("corpus", ""))
         self.own_corpora = dict(memory.get("own_corpora", {}))
         self.norms.extend(memory["norms"])
+        self.usual = dict(memory.get("usual", {}))
+        self.keys = dict(memory.get("keys", {}))
         self.experts.load(memory["experts"])
         self.global_load = memory.get("load")
         self.discarded = int(memory["discarded"])

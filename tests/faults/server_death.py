@@ -74,10 +74,11 @@ def dies(phase: str, round_: int) -> Iterator[None]:
                     raise Killed
 
             patch.setattr(outer, "step", step_and_die)
-            commit(round_, outer, *arguments)
+            factors = commit(round_, outer, *arguments)
             patch.setattr(outer, "step", step)
             if here("after commit"):
                 raise Killed
+            return factors
 
         def half_a_file(tensors, path, *arguments):
             save_file(tensors, path, *arguments)

@@ -367,7 +367,8 @@ STEPS = RunConfig().train.local_steps
 
 
 def contribution(*load_E: int, site: int = 0, tokens: int = 100, steps: int = STEPS) -> Contribution:
-    return Contribution(tokens, steps, np.array([load_E], dtype=np.int64), PLACEMENT.holds_LEM[:, :, site])
+    holds_LE = PLACEMENT.holds_LEM[:, :, site]
+    return Contribution(tokens, steps, np.array([load_E], dtype=np.int64), holds_LE, {})
 
 
 def reply(site: int) -> dict[str, Tensor]:
@@ -394,7 +395,7 @@ def committed(
     state = {name: torch.zeros(40) for name in (NORM, SHARED, FIRST, SECOND)}
     optimizer = OuterOptimizer(state, strategy, ModelConfig(num_experts=3, num_layers=1), config.train)
     updated = updated_experts(PLACEMENT, contributions, 0.5) if updated is None else updated
-    commit(1, optimizer, inbox, config, contributions, updated)
+    commit(1, optimizer, inbox, config, contributions, updated, {})
     inbox.clear()
     return state
 
@@ -483,7 +484,7 @@ def test_orthogonal_routers_are_projected_after_the_step(tmp_path: Path) -> None
     inbox.put(0, "", encode_update(rows, CODECS["fp32"], {})[0])
     state = {name: torch.eye(3, 8) for name in rows}
     optimizer = OuterOptimizer(state, config.strategy, config.model, config.train)
-    commit(1, optimizer, inbox, config, {0: contribution(1, 0, 0)}, set())
+    commit(1, optimizer, inbox, config, {0: contribution(1, 0, 0)}, set(), {})
     stepped = state[NORM]  # the same start and the same update
     torch.testing.assert_close(state[gate], orthonormal_rows(stepped))
     assert not torch.allclose(state[gate], stepped)

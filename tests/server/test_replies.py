@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.server import replies as replies_module
 from fomoe_flwr.server.replies import (
+    MOST_STARTS,
     Expected,
     Inbox,
     Norms,
@@ -68,7 +70,7 @@ def blobs_of(named: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 def checked(blobs: Mapping[str, bytes], expected: Expected = EXPECTED) -> Norms:
     """The check of bundles whose digests are in order."""
-    return check_blobs(blobs, dataclasses.replace(GOOD, bundle_digests=bundle_digests(blobs)), expected)
+    return check_blobs(blobs, dataclasses.replace(GOOD, bundle_digests=bundle_digests(blobs)), expected).norms
 
 
 def kind_of(blobs: Mapping[str, bytes], expected: Expected = EXPECTED) -> str:
@@ -280,6 +282,81 @@ def test_any_bytes_are_refused_or_good(data: st.DataObject) -> None:
     assert all(math.isfinite(norm) for norm in norms.values())
 
 
+def named_bundle(name: str, **changes: Any) -> bytes:
+    """A bundle of one tensor, as whoever likes may write it."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
+    text = json.dumps({name: entry}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
+MANY_DIGITS = "model.layers.0.mlp.experts." + "1" * 4301 + ".up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("blobs", "kind", "said"),
+    [
+        ({"all": named_bundle(MANY_DIGITS)}, "damaged", "name of 4343 characters"),
+        ({"all": named_bundle("\x1b[2J\nmodel")}, "unknown_name", r"\\x1b\[2J model"),
+        ({"all": named_bundle("a\ud800")}, "unknown_name", r"a\\ud800"),
+        ({"all": named_bundle("a" * 5000)}, "damaged", "header has"),
+        ({"all": named_bundle(DENSE, shape=[1] * 9)}, "damaged", "whole numbers, and few"),
+        (
+            blobs_of(SENT) | {f"more {number}": wire.encode({}) for number in range(1100)},
+            "damaged",
+            "1101 bundles",
+        ),
+        (blobs_of(SENT) | {"more": wire.encode({})}, "damaged", "without tensors"),
+    ],
+    ids=[
+        "digits",
+        "escapes",
+        "surrogate",
+        "long",
+        "dimensions",
+        "1,100 empty bundles",
+        "an empty bundle",
+    ],
+)
+def test_what_is_made_to_break_a_parser_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, blobs: dict[str, bytes], kind: str, said: str
+) -> None:
+    monkeypatch.setattr(Expected, "longest_header", 4700)
+    with pytest.raises(Refused, match=said) as refused:
+        checked(blobs)
+    assert refused.value.kind == kind
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) <= 3000
+
+
+def test_numbers_of_thousands_of_digits_are_not_multiplied() -> None:
+    """3,000 of them take minutes."""
+    blob = named_bundle(DENSE, shape=[1])
+    text = blob[8:-4].replace(b"[1]", b"[" + b",".join([b"9" * 4000] * 3000) + b"]")
+    with pytest.raises(Refused, match="header has") as refused:
+        checked({"all": len(text).to_bytes(8, "little") + text + bytes(4)})
+    assert refused.value.kind == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        (header().replace('"round":3', '"round":3,"round":3'), "damaged", "twice"),
+        (header() + " " * 100_000, "damaged", "characters, at most"),
+        (header(metrics={"loss": 1e300}), "not_finite", "at most 1e"),
+        (header(metrics={"steps": 10**300}), "not_finite", "at most 1e"),
+    ],
+    ids=["a key twice", "long", "large", "a large integer"],
+)
+def test_a_header_that_is_made_to_break_something_is_refused(text: str, kind: str, said: str) -> None:
+    with pytest.raises(Refused, match=said) as refused:
+        check_header(text, EXPECTED)
+    assert refused.value.kind == kind
+
+
+def test_names_of_metrics_are_shown_as_text() -> None:
+    assert check_header(header(metrics={"\x1b[31mloss\n": 1.0}), EXPECTED).metrics == {"\\x1b[31mloss": 1.0}
+
+
 # -- outliers ------------------------------------------------------------------------------------------------
 
 
@@ -343,11 +420,10 @@ def test_a_reply_comes_back_as_it_arrived(tmp_path: Path) -> None:
     assert text == '{"a":"é"}'
     assert list(blobs) == ["../../escape"]
     assert wire.from_blobs(blobs.values()).keys() == UPDATE.keys()
-    for _ in range(2):
+    for _ in range(2):  # it can be read again
         tensors = again.tensors(7, [DENSE, "model.stranger"])
         assert tensors.keys() == {DENSE}
         assert torch.equal(tensors[DENSE], torch.arange(6.0).bfloat16())
-        again.release(7)  # its memory; it can be read again
     again.clear()
     assert not (tmp_path / "inbox").exists()
 
@@ -366,6 +442,31 @@ def test_a_reply_can_be_dropped(tmp_path: Path) -> None:
     inbox = filled(tmp_path / "inbox")
     inbox.drop(7)
     assert inbox.begin(3) == []
+
+
+def test_no_file_stays_open_when_its_tensors_are_gone(tmp_path: Path) -> None:
+    """The replies of a hundred sites, where so many files may not be open."""
+    inbox = Inbox(tmp_path / "inbox")
+    inbox.begin(1)
+    for site in range(100):
+        inbox.put(site, "{}", {"dense": blobs_of({DENSE: torch.full((6,), float(site))})["all"]})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    twenty_more = [number for number in range(100_000) if number not in opened][20]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (twenty_more, limits[1]))
+    try:
+        total = sum(float(inbox.tensors(site, [DENSE])[DENSE].sum()) for site in range(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert total == 6 * 99 * 100 / 2
+
+
+def test_replies_that_a_server_has_died_of_are_dropped(tmp_path: Path) -> None:
+    """A server that was killed may have been killed by one of them. Once or twice is chance."""
+    filled(tmp_path / "inbox")
+    for _ in range(MOST_STARTS - 1):
+        assert Inbox(tmp_path / "inbox").begin(3) == [7]
+    assert Inbox(tmp_path / "inbox").begin(3) == []
 
 
 def test_a_damaged_bundle_is_not_read(tmp_path: Path) -> None:

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.codecs import CODECS, Part
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.spec import MOMENTS, expert_name, expert_of, moment_name
 from fomoe_flwr.placement import Placement, draw_placement
+from fomoe_flwr.server import outer as outer_module
+from fomoe_flwr.server import rounds as rounds_module
 from fomoe_flwr.server.outer import with_moments
-from fomoe_flwr.server.replies import Inbox
+from fomoe_flwr.server.replies import Inbox, refusing
 from fomoe_flwr.server.rounds import (
     Deadline,
     Round,
@@ -315,6 +318,72 @@ def test_a_resumed_server_goes_on_as_one_that_was_never_stopped(tmp_path: Path) 
         assert play(server, 3, drifting, load_LE=[[40] * 8] * 2)
     assert all(value.equal(resumed.state.tensors[name]) for name, value in straight.state.tensors.items())
     assert resumed.memory() == straight.memory()
+
+
+# -- whose fault it is ---------------------------------------------------------------------------------------
+
+
+def round_of(server: Server, number: int = 1) -> tuple[str, dict[str, bytes]]:
+    """An open round, and what site 0 answers to it."""
+    sites = server.begin(number, range(4), 60.0)
+    return answer_to(server.outgoing(sites, training=True)[0])
+
+
+def test_whatever_a_reply_makes_a_check_raise_is_a_refusal_of_that_reply(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def surprised(*_: object) -> None:
+        raise ArithmeticError("\x1b[2J" + "x" * 10_000)
+
+    server = server_of(config, tmp_path)
+    header, blobs = round_of(server)
+    for name in ("check_load", "check_evaluation"):
+        monkeypatch.setattr(rounds_module, name, surprised)
+    assert not server.take(0, header, blobs)
+    server.take_evaluation(1, header)
+    assert server.round.refused == {"site-0": "damaged", "site-1": "damaged"}
+    for reason in server.round.failures.values():
+        assert reason.startswith("ArithmeticError at test_rounds.py")
+        assert reason.isprintable()
+        assert len(reason) <= 500
+
+
+@pytest.mark.parametrize("trouble", [MemoryError, OSError])
+def test_no_memory_and_no_disk_are_the_servers_own_trouble(trouble: type[Exception]) -> None:
+    with pytest.raises(trouble), refusing():
+        raise trouble
+
+
+def test_a_name_of_too_many_digits_is_refused_like_any_other(config: RunConfig, tmp_path: Path) -> None:
+    """Python refuses to make a number of more than 4,300 digits; its bytes are counted all the same."""
+    server = server_of(config, tmp_path)
+    header, blobs = round_of(server)
+    name = expert_name(0, 7, "gate").replace("7", "1" * 4301)
+    blobs["more"] = wire.encode({name: Part(torch.ones(1), torch.float32)})
+    digests = bundle_digests(blobs)
+    header = dataclasses.replace(Reply.from_json(header), bundle_digests=digests).to_json()
+    assert not server.take(0, header, blobs)
+    assert server.round.refused == {"site-0": "damaged"}
+    assert server.round.up.total > sum(map(len, blobs.values()))
+
+
+def test_replies_on_which_the_server_failed_are_not_taken_up_again(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the mean is made when it fails: that ends the run, and a resumed one asks the sites anew."""
+
+    def half(*_: object) -> None:
+        raise ArithmeticError("in the middle")
+
+    server = server_of(config, tmp_path)
+    server.take(0, *round_of(server))
+    with monkeypatch.context() as patched:
+        patched.setattr(outer_module.RunningMean, "finish", half)
+        with pytest.raises(ArithmeticError, match="in the middle"):
+            server.close(1, 0.5, RoundObserver())
+    again = server_of(config, tmp_path)
+    round_of(again)
+    assert again.take_saved() == []
 
 
 class Looking(RoundObserver):

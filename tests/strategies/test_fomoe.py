@@ -19,7 +19,7 @@ from clients.app import app as real_client_app
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig, SiteConfig
-from fomoe_flwr.messages import Task
+from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.sigma_moe import initial_state
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import full_residents
@@ -200,7 +200,8 @@ def test_a_message_tells_a_site_of_no_other_and_does_not_grow_with_the_federatio
 
 def test_a_bad_site_is_named_and_refused_whole_and_the_others_go_on(small: Compose) -> None:
     """One fails, one sends a tensor that no model has, and one sends a shape that is wrong."""
-    composed = small(*AVERAGE, "strategy.overlap=6", "federation.num_sites=6", "strategy.norm_bound=0")
+    unbounded = ("strategy.norm_bound=0", "strategy.clip=0")
+    composed = small(*AVERAGE, "strategy.overlap=6", "federation.num_sites=6", *unbounded)
 
     def spoilt(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         update = site_number(task, shard)
@@ -220,6 +221,16 @@ def test_a_bad_site_is_named_and_refused_whole_and_the_others_go_on(small: Compo
     for name in ("model.norm.weight", "model.embed_norm.weight"):
         expected = start_state(composed)[name] - (1 + 2 + 32) / 3
         torch.testing.assert_close(final_state(composed)[name], expected)
+
+
+def test_no_site_reports_its_own_weight_in_the_mean_of_the_metrics() -> None:
+    """A sum of zero would be a division by zero, and end the run."""
+    strategy = FoMoE(config_of())
+    replies = {
+        0: Reply("run", 1, "site-0", 30, {"loss": 1.0, "num-examples": -10.0}),
+        1: Reply("run", 1, "site-1", 10, {"loss": 5.0, "num-examples": 10.0}),
+    }
+    assert strategy._mean_metrics(strategy.train_metrics_aggr_fn, replies)["loss"] == pytest.approx(2.0)
 
 
 def test_a_site_that_never_answers_does_not_hold_the_run_for_ever(small: Compose) -> None:

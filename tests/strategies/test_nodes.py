@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import ClassVar
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
 from clients.app import app
 from fomoe_flwr.errors import RunError
 from strategies.local_grid import LocalGrid
-from strategies.nodes import SiteDirectory
+from strategies.nodes import SiteDirectory, error_line
 
 NAMES = ["a", "b", "c"]
 
@@ -69,7 +71,8 @@ class ChangingGrid(LocalGrid):
 
 
 @pytest.mark.parametrize(
-    "answer", [{"site": ["a"]}, {"site": b"a"}, {"partition-id": [0]}, {"site": 7.5}, {}]
+    "answer",
+    [{"site": ["a"]}, {"site": b"a"}, {"partition-id": [0]}, {"partition-id": True}, {"site": 7.5}, {}],
 )
 def test_an_answer_of_the_wrong_type_disturbs_nobody(answer: dict, caplog) -> None:
     class OddGrid(LocalGrid):
@@ -86,6 +89,74 @@ def test_an_answer_of_the_wrong_type_disturbs_nobody(answer: dict, caplog) -> No
         directory.connected(grid, 2, 5.0)
     grid.close()
     assert "node 102 is site" in caplog.text
+
+
+# -- whether a node is the site that it says it is ------------------------------------------------------------
+
+
+class KeyedGrid(LocalGrid):
+    """Nodes as a SuperLink knows them: by node id, name and key."""
+
+    def __init__(self, known: dict[int, tuple[str, bytes]], sites: dict[int, str]) -> None:
+        super().__init__(app, len(sites), node_configs={node: {"site": site} for node, site in sites.items()})
+        self.known = known
+
+    def get_nodes(self):
+        return [
+            NodeInfo(node_id=node, name=self.known[node - 100][0], public_key=self.known[node - 100][1])
+            for node in self.get_node_ids()
+        ]
+
+
+def sites_of(grid: KeyedGrid, directory: SiteDirectory, timeout: float = 1.0) -> dict[int, int]:
+    """Until all nodes have been heard."""
+    until = time.monotonic() + timeout
+    while len(directory._answered) < len(grid.known) and time.monotonic() < until:
+        directory.connected(grid, 0, 0.0)
+    grid.close()
+    return directory.node_of_site
+
+
+def test_a_key_that_is_registered_under_a_name_serves_that_site_only() -> None:
+    grid = KeyedGrid({0: ("a", b"1"), 1: ("a", b"2")}, {0: "a", 1: "b"})
+    directory = SiteDirectory(NAMES)
+    assert sites_of(grid, directory) == {0: 100}
+    assert directory.problems == {101: "node 101 says it is site b, but its key is registered as 'a'"}
+
+
+@pytest.mark.parametrize(("registered", "expected"), [(True, {}), (False, {0: 100})])
+def test_another_key_is_no_site_that_has_had_one(registered: bool, expected: dict[int, int]) -> None:
+    """After a resume too: a checkpoint keeps `keys`. Where no key is registered, a SuperNode has another each time."""
+    before = SiteDirectory(NAMES, registered)
+    assert sites_of(KeyedGrid({0: ("", b"first")}, {0: "a"}), before) == {0: 100}
+    after = SiteDirectory(NAMES, registered)
+    after.keys = dict(before.keys)
+    assert sites_of(KeyedGrid({0: ("", b"second")}, {0: "a"}), after) == expected
+    assert registered == ("another key than the site has had" in after.problems.get(100, ""))
+
+
+def test_a_key_that_was_registered_under_the_sites_name_takes_its_place() -> None:
+    """The way back for a site that has lost its key; whoever sat in its place has to go."""
+    grid = KeyedGrid({0: ("", b"imposter"), 1: ("a", b"new")}, {0: "a", 1: "a"})
+    directory = SiteDirectory(NAMES, registered=True)
+    directory.keys = {"a": hashlib.sha256(b"imposter").hexdigest()}
+    assert sites_of(grid, directory) == {0: 101}
+    assert directory.keys == {"a": hashlib.sha256(b"new").hexdigest()}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_error_is_read_in_time_that_its_length_bounds(wrapped: bool) -> None:
+    """And shown as one line."""
+    reason = (
+        f"<class 'X'>:<'… Message: {'x' if wrapped else ''}{' >' * 10**6}y\x1b[2J'>"
+        if wrapped
+        else "\x1b[2J" * 10**6
+    )
+    message = Message(RecordDict(), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    line = error_line(Message(Error(code=2, reason=reason), reply_to=message))
+    assert line.isprintable()
+    assert len(line) <= 500
 
 
 def test_a_site_that_comes_back_under_another_node_id_is_the_same_site() -> None:
