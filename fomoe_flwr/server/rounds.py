@@ -7,7 +7,7 @@ import logging
 import statistics
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,7 +268,7 @@ class Server:
         return out
 
     def _inputs_of(self, site: int) -> Inputs:
-        """What a site must find. A server that reads no text goes by what the first site with a part of it said."""
+        """What a site must find. A server that reads no text goes by what most sites with a part of it said."""
         own, state = self.config.federation.sites[site], self.state
         if has_own_text(self.config.data, own):
             corpus = state.own_corpora.get(own.name, "")
@@ -413,20 +413,23 @@ class Server:
                 self.config.strategy.clip,
             )
         # In the order of the sites, so that what is remembered does not depend on the network.
+        common: Counter[str] = Counter()
         for site, reply in sorted(current.replies.items()):
             state.counted[reply.site] = current.number
-            corpus = reply.inputs.corpus
-            if reply.inputs.partition != OWN_TEXT:
-                state.corpus = state.corpus or corpus
-            else:
+            if reply.inputs.partition == OWN_TEXT:
+                corpus = reply.inputs.corpus
                 if state.own_corpora.get(reply.site, corpus) != corpus:
                     log.warning("round %d: site %s: its own text is another now", current.number, reply.site)
                 state.own_corpora[reply.site] = corpus
+            else:
+                common[reply.inputs.corpus] += 1
             if "last_loss" in reply.metrics:
                 state.last_losses[reply.site] = reply.metrics["last_loss"]
             held_LE = current.placement.holds_LEM[:, :, site]
             state.experts.record(current.number, updated, current.loads[site] * held_LE)
             state.norms.append(current.norms[site])
+        if common and not state.corpus:
+            state.corpus = common.most_common(1)[0][0]
         load_LE = np.sum(list(current.loads.values()), axis=0)
         state.global_load = averaged(state.global_load, load_LE)
         self.policy.heard({reply.site: current.loads[site] for site, reply in current.replies.items()})

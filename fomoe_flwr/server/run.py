@@ -570,8 +570,14 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
         "corpus": other_text,
         "split": other_text,
     }
-    # A checkpoint of an earlier version does not say.
-    found = differences(inputs_of(checkpoint.manifest.get("inputs", {})), now)
+    if "inputs" not in checkpoint.manifest:
+        log.warning(
+            "resume=%s: the checkpoint is of an earlier version, which did not keep what it was trained on and chose "
+            "other documents for validation; losses before and after cannot be compared",
+            config.resume,
+        )
+        return True
+    found = differences(inputs_of(checkpoint.manifest["inputs"]), now)
     for difference in found:
         if not asked.get(difference.part, True):
             raise CheckpointError(

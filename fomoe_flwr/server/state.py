@@ -35,7 +35,7 @@ class ServerState:
     # By site, the last round whose reply is in the model.
     counted: dict[str, int] = field(default_factory=dict)
     last_losses: dict[str, float] = field(default_factory=dict)  # of each site's last steps in that round
-    corpus: str = ""  # digest of the common corpus, as a site said it
+    corpus: str = ""  # digest of the common corpus, as most sites said it
     own_corpora: dict[str, str] = field(default_factory=dict)  # by site, of text of its own
     global_load: Shares | None = None  # of the routers of all sites together
     norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))

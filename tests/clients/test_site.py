@@ -137,7 +137,7 @@ def test_text_of_its_own_may_change_where_an_operator_gave_it(
         own_inputs(task, corpus, dataclasses.replace(operated, partition=1))
 
 
-def test_without_text_at_the_server_the_first_site_says_what_the_common_corpus_is(
+def test_without_text_at_the_server_the_sites_say_what_the_common_corpus_is(
     small: Compose, tmp_path: Path, corpus_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A site whose text grew goes on, and the server's log says so."""

@@ -268,6 +268,20 @@ def test_what_a_resume_asks_for_is_taken_with_a_warning(
     assert re.search(key, told[0])
 
 
+def test_a_checkpoint_that_does_not_know_its_inputs_says_so(
+    again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed = on_text(two_rounds, resume=again / "run")
+    manifest = read_checkpoint(checkpoint_path(again / "run", 1)).manifest
+    del manifest["inputs"]
+    with caplog.at_level(logging.WARNING, logger="fomoe"):
+        assert check_inputs(
+            Checkpoint(again, manifest, {}, {}), composed.config, inputs_of_run(composed.config, None)
+        )
+    (line,) = caplog.messages
+    assert "of an earlier version" in line
+
+
 def test_sites_are_matched_by_name(again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In another order each keeps its place, and so its text; a site of another name is nobody's successor."""
     with caplog.at_level(logging.WARNING, logger="fomoe"):
