@@ -32,15 +32,14 @@ def all_keys(config_type: type = RunConfig, prefix: str = "") -> Iterator[Key]:
     """Every key of the schema, in its order; those of a site as federation.sites[].NAME."""
     told = comments(config_type)
     for spec in dataclasses.fields(config_type):
-        name, section = f"{prefix}{spec.name}", spec.default_factory
+        name = f"{prefix}{spec.name}"
+        section: Any = spec.default_factory
         if dataclasses.is_dataclass(section):
-            yield from all_keys(section, f"{name}.")  # type: ignore[arg-type]
+            yield from all_keys(section, f"{name}.")
         elif section is list:
             yield from all_keys(SiteConfig, f"{name}[].")
-        elif told.get(spec.name):
-            yield Key(name, _text(spec.default), _allowed(spec.metadata), told[spec.name])
         else:
-            yield Key(name, _text(spec.default), _allowed(spec.metadata), "")
+            yield Key(name, _text(spec.default), _allowed(spec.metadata), told[spec.name])
 
 
 def _text(value: Any) -> str:
@@ -61,31 +60,25 @@ def _allowed(metadata: Any) -> str:
 
 @functools.cache
 def comments(config_type: type) -> dict[str, str]:
-    """What the source of a dataclass says of each field."""
+    """What the source of a dataclass says of each field: the comment lines above it, and the one beside it."""
     found: dict[str, str] = {}
-    above: list[str] = []
-    field = ""
-    for line in inspect.getsource(config_type).splitlines():
-        text = line.strip()
-        if text.startswith("#"):
-            above.append(text.removeprefix("#").strip())
-            continue
-        name, colon, _ = text.partition(":")
-        if colon and name.isidentifier():
-            beside = [
-                token.string.removeprefix("#").strip()
-                for token in tokenize.generate_tokens(io.StringIO(text).readline)
-                if token.type == tokenize.COMMENT
-            ]
-            field = name
-            found[field] = " ".join([*above, *beside])
-        above = []
+    said: list[str] = []
+    line: list[str] = []  # the code of this statement
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(config_type)).readline):
+        if token.type == tokenize.COMMENT:
+            said.append(token.string.removeprefix("#").strip())
+        elif token.type == tokenize.NEWLINE:
+            if line[1:2] == [":"]:
+                found[line[0]] = " ".join(said)
+            said, line = [], []
+        elif token.string.strip():
+            line.append(token.string)
     return found
 
 
 def keys_table() -> Table:
     """One row a key."""
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for header in ("key", "default", "allowed", "meaning"):
         table.add_column(header, overflow="fold", no_wrap=header == "key")
     for key in all_keys():
