@@ -30,8 +30,9 @@ from fomoe_flwr.compose import (
     from_tree,
     register_schema,
 )
-from fomoe_flwr.console import setup_logging
+from fomoe_flwr.console import print_whole, setup_logging
 from fomoe_flwr.errors import ConfigError, FomoeError
+from fomoe_flwr.keys import keys_table
 from fomoe_flwr.overrides import (
     last_value,
     merge_overrides,
@@ -52,7 +53,11 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe server [OPTION ...]      Flower's SuperLink, with flower-superlink's options
        fomoe site --superlink HOST:PORT --name NAME ...    a site of a federation (--help: its options)
        fomoe submit CONNECTION [OVERRIDE ...]              a run on the sites that are connected
-       fomoe --version"""
+       fomoe --version
+TAB completes after  eval "$(fomoe train -sc install=bash)"  (or zsh=, fish=)"""
+COMMANDS = ("train", "plan", "eval", "report", "server", "site", "submit")
+KEYS_HELP = """Every key, with its default, what is allowed, and what it means. A file of conf/ may say otherwise: --cfg
+job shows the values of a run. null is none, and a path is kept absolute."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,8 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 submit(options)
             case ["--version"]:
                 print(f"fomoe-flwr {__version__}")
-            case ["--help" | "-h"] | ["train" | "report" | "submit", "--help" | "-h"]:
+            case ["--help" | "-h"] | ["report" | "submit", "--help" | "-h"]:
                 print(USAGE)
+            case ["-sc" | "--shell-completion", request]:
+                complete(request)
             case _:
                 print(USAGE, file=sys.stderr)
                 sys.exit(2)
@@ -110,6 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(arguments: Sequence[str]) -> None:
     """Check the configuration (each job's of a multirun), then let Hydra run it."""
+    given = hydra_arguments(arguments)
+    if given.shell_completion:
+        complete(*given.overrides)
+        return
+    if given.help:
+        print(USAGE, KEYS_HELP, sep="\n\n")
+        print_whole(keys_table(), Console())
+        return
     # PyTorch and Flower take seconds to import: not for --help, not for a plan.
     from fomoe_flwr.checkpoint import resumed_overrides
     from fomoe_flwr.report.tables import all_ok
@@ -120,18 +135,14 @@ def train(arguments: Sequence[str]) -> None:
             "fomoe train: the Flower app (strategies/, clients/) is not in the wheel; run it from a clone that is "
             "installed by `pip install -e .`"
         )
-    given = hydra_arguments(arguments)
-    if given.help:
-        print(USAGE)
-        return
-    overrides = read_overrides([] if given.shell_completion else given.overrides)
+    overrides = read_overrides(given.overrides)
     if given.config_dir is not None:
         # As an override our own checks know it, too.
         found = Path(given.config_dir).expanduser().absolute()
         if not found.is_dir():
             raise ConfigError(f"--config-dir {given.config_dir}: no such directory")
         overrides = merge_overrides([setting("hydra.searchpath", [f"file://{found}"])], overrides)
-    runs = not (given.cfg or given.info or given.hydra_help or given.shell_completion)
+    runs = not (given.cfg or given.info or given.hydra_help)
     sweep_dir = None
     if given.multirun or last_value(overrides, "hydra.mode") == "MULTIRUN":
         if last_value(overrides, "resume") is not None:
@@ -155,16 +166,37 @@ def train(arguments: Sequence[str]) -> None:
             check_job(composed)
     register_schema()
     _failed.clear()
-    items = given.overrides if given.shell_completion else texts(overrides)
-    # Hydra itself wants its options together; one of them may take a word that follows.
-    sys.argv = ["fomoe train", *items, *given.flags]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
+        # Hydra itself wants its options together; one of them may take a word that follows.
+        _hydra("fomoe train", *texts(overrides), *given.flags)
     finally:
         if sweep_dir is not None and any(sweep_dir.glob("*/config.yaml")):
             report(sweep_dir, Console())
     if sweep_dir is not None and (_failed or not all_ok(sweep_dir)):
         sys.exit(1)
+
+
+def _hydra(*words: str) -> None:
+    """Hydra's own command, with these words."""
+    sys.argv = list(words)
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
+
+
+def complete(request: str) -> None:
+    """What may follow on a command line of ours (`COMP_LINE`), or the script that asks for it, by Hydra.
+
+    Args:
+        request: as Hydra has it, `install=bash` or `query=bash`.
+    """
+    program, _, words = os.environ.get("COMP_LINE", "").partition(" ")
+    command, space, rest = words.lstrip().partition(" ")
+    if request.startswith("query=") and not space:
+        print(*(known for known in COMMANDS if known.startswith(command)), sep="\n")
+        return
+    # Hydra knows of programs only, not of their commands.
+    os.environ["COMP_LINE"] = f"{program} {rest}"
+    register_schema()
+    _hydra("fomoe", request, "--shell-completion")
 
 
 def hydra_arguments(arguments: Sequence[str]) -> Namespace:

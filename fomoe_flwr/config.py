@@ -65,22 +65,22 @@ def is_name(text: str) -> bool:
 class ModelConfig:
     """Sizes of the model (FoMoE, appendix B). `base_*` are those of the model whose lr was tuned (CompleteP)."""
 
-    name: str = "tiny"
-    vocab_size: int = at_least(264, 2)
-    d_model: int = at_least(128, 8)
-    num_layers: int = at_least(4, 1)
-    num_heads: int = at_least(2, 1)
+    name: str = "tiny"  # as it is called in tables; model=NAME chooses all of this
+    vocab_size: int = at_least(264, 2)  # rows of the embedding; at least the ids of data.tokenizer
+    d_model: int = at_least(128, 8)  # width; a multiple of 8 and of 2 num_heads
+    num_layers: int = at_least(4, 1)  # each has attention and experts
+    num_heads: int = at_least(2, 1)  # of attention
     num_experts: int = at_least(16, 1)  # N_e, routed experts in a layer
     d_expert: int = at_least(128, 8)  # width of one expert
     top_k: int = at_least(2, 1)  # experts chosen for a token
     num_shared_experts: int = at_least(0, 0)  # always on, synchronised as dense
-    rope_theta: float = at_least(10_000.0, 1.0)
-    norm_eps: float = at_least(1e-5, 0.0)
+    rope_theta: float = at_least(10_000.0, 1.0)  # base of the rotary position embedding
+    norm_eps: float = at_least(1e-5, 0.0)  # added to a variance before its root
     init_std: float = at_least(0.02, 0.0)  # of the embedding; the other weights are scaled by fan-in
-    base_d_model: int = at_least(256, 1)
-    base_num_layers: int = at_least(4, 1)
-    base_d_expert: int = at_least(128, 1)
-    base_top_k: int = at_least(2, 1)
+    base_d_model: int = at_least(256, 1)  # of the model whose learning rate was tuned
+    base_num_layers: int = at_least(4, 1)  # the same
+    base_d_expert: int = at_least(128, 1)  # the same
+    base_top_k: int = at_least(2, 1)  # the same
     # orthogonal: cosines with orthonormal rows; grap: means of slices of the token, no parameters. Skip mode only.
     router: str = choice("linear", "linear", "orthogonal", "grap")
     load_balance: float = at_least(0.01, 0.0)  # coefficient of the load-balancing loss
@@ -91,10 +91,10 @@ class ModelConfig:
     # chosen, such that they get a share locality_target of the assignments. loss: locality_coefficient times
     # the divergence of the mean gate shares from 1 - locality_epsilon on the residents.
     locality: str = choice("off", "off", "bias", "loss")
-    locality_target: float | None = above(None, 0.0)
-    locality_coefficient: float = at_least(0.01, 0.0)
-    locality_epsilon: float = above(0.1, 0.0)
-    experts_impl: str = choice("grouped", "grouped", "loop")
+    locality_target: float | None = above(None, 0.0)  # with locality=bias: the share to reach
+    locality_coefficient: float = at_least(0.01, 0.0)  # with locality=loss: of that loss
+    locality_epsilon: float = above(0.1, 0.0)  # with locality=loss: the share that ghosts may keep
+    experts_impl: str = choice("grouped", "grouped", "loop")  # loop: one expert at a time, the slow reference
 
 
 @dataclass(
@@ -103,13 +103,13 @@ class ModelConfig:
 class SiteConfig:
     """One site, or `count` equal ones. What is null is unknown and not used."""
 
-    name: str = a_name("site")
-    count: int = at_least(1, 1)
+    name: str = a_name("site")  # of the site: fomoe site --name
+    count: int = at_least(1, 1)  # so many sites NAME-0, NAME-1, ...
     memory_gib: float | None = above(None, 0.0)  # accelerator memory, GiB
     device: str | None = None  # overrides train.device: auto, cpu, cuda, cuda:1
     up_mbps: float | None = above(None, 0.0)  # link to the server, Mbit/s
-    down_mbps: float | None = above(None, 0.0)
-    latency_ms: float | None = at_least(None, 0.0)
+    down_mbps: float | None = above(None, 0.0)  # from the server, Mbit/s
+    latency_ms: float | None = at_least(None, 0.0)  # of a message, one way
     speed: float = above(1.0, 0.0)  # relative to the others
     batch_size: int | None = at_least(None, 1)  # overrides train.batch_size
     domain: str | None = None  # data domain, for data.partition=domain
@@ -122,7 +122,7 @@ class SiteConfig:
 class FederationConfig:
     """Who takes part: `num_sites` equal sites, or `sites` one by one."""
 
-    name: str = "uniform"
+    name: str = "uniform"  # as it is called in tables
     path: str | None = a_path()  # YAML file with the keys of this section, for federation=FILE
     num_sites: int | None = at_least(None, 1)  # M
     sites: list[SiteConfig] = field(default_factory=list)
@@ -132,8 +132,9 @@ class FederationConfig:
 class StrategyConfig:
     """Who holds what, what is averaged, and how the average is applied."""
 
-    name: str = "fomoe"
+    name: str = "fomoe"  # as it is called in tables; strategy=NAME chooses all of this
     overlap: int | None = at_least(None, 1)  # O_e, sites holding each expert; null: all of them
+    # skip: choose among all experts and skip those that are not held; partitioned: choose among those held.
     routing: str = choice("skip", "skip", "partitioned")
     # Who holds how many experts, and which. fixed: equal shares, drawn once; random: drawn anew every T rounds;
     # planned: how many experts and local steps suit each site; memory: shares by memory; affine: equal shares, of
@@ -141,9 +142,11 @@ class StrategyConfig:
     # anew when sites leave or return. overlap says how many copies there are (planned: how much work a round does).
     placement: str = choice("fixed", "fixed", "random", *PLANNED)
     reshuffle_every: int = at_least(1, 1)  # T, rounds between two random placements
-    wire_dtype: str = choice("bf16", "bf16", "fp32")
+    wire_dtype: str = choice("bf16", "bf16", "fp32")  # of what travels, both ways
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round
+    # The outer step. nesterov: DiLoCo; local_adamw: means of parameters and AdamW's moments, three times the bytes;
+    # average: FedAvg; adamw: FedAdam, or with inner=gradient the only optimizer (data parallel).
     outer: str = choice("nesterov", "nesterov", "local_adamw", "average", "adamw")
     # Null: as in OUTER_LR, by outer. With outer=adamw and inner=adamw how far a weight of the base model goes in a
     # round; with inner=gradient train.lr says it. The others have none.
@@ -153,23 +156,25 @@ class StrategyConfig:
     # An expert that got too few tokens in a round, over all sites, is held back. Enough are so many that with this
     # confidence one of them has a cosine above capacity_delta with its router row (LocMoE). 0: off.
     capacity_floor: float = at_least(0.0, 0.0)
-    capacity_delta: float = above(0.03, 0.0)
+    capacity_delta: float = above(0.03, 0.0)  # see capacity_floor
     fraction_train: float = at_least(1.0, 0.0)  # share of the sites asked to train in a round
     fraction_evaluate: float = at_least(0.0, 0.0)  # share of the sites asked to evaluate their shard
-    min_train_nodes: int = at_least(1, 1)
-    min_evaluate_nodes: int = at_least(1, 0)
+    min_train_nodes: int = at_least(1, 1)  # asked to train, at least
+    min_evaluate_nodes: int = at_least(
+        1, 0
+    )  # asked to evaluate, at least, where fraction_evaluate is above 0
     min_available_nodes: int | None = at_least(None, 1)  # nodes to wait for; null: all sites
     # A round is committed if this share of the sites gave a good reply, an expert if this share of its holders
     # did (at least one of each); below the first the round is discarded whole.
     quorum: float = at_least(0.5, 0.0)
-    expert_quorum: float = at_least(0.5, 0.0)
+    expert_quorum: float = at_least(0.5, 0.0)  # see quorum
     max_discarded: int = at_least(3, 1)  # so many discarded rounds in a row end the run
     connect_s: float = at_least(3600.0, 0.0)  # longest wait for enough sites to be connected
     # A round's replies are waited for timeout_factor times as long as rounds usually take (and their spread), at
     # least timeout_floor_s, at most timeout_s.
     timeout_s: float = at_least(3600.0, 0.0)
-    timeout_floor_s: float = at_least(60.0, 0.0)
-    timeout_factor: float = at_least(3.0, 1.0)
+    timeout_floor_s: float = at_least(60.0, 0.0)  # see timeout_s
+    timeout_factor: float = at_least(3.0, 1.0)  # see timeout_s
     norm_bound: float = at_least(10.0, 0.0)  # refuse updates so many times the others' median; 0: off
     # Scale a tensor that is so many times as large as its holders' median down to that median; 0: off.
     clip: float = at_least(3.0, 0.0)
@@ -182,21 +187,21 @@ class StrategyConfig:
 class TrainConfig:
     """The local loop (FoMoE, algorithm 2) and the evaluation on the server."""
 
-    rounds: int = at_least(10, 0)
+    rounds: int = at_least(10, 0)  # of the run, those before a resume included
     local_steps: int = at_least(20, 1)  # K
     batch_size: int = at_least(8, 1)  # sequences a step and site
-    seq_len: int = at_least(256, 2)
+    seq_len: int = at_least(256, 2)  # tokens of a sequence
     # Of the base model (CompleteP). The paper's 0.01 is for 2 M tokens a batch; this suits thousands.
     lr: float = at_least(0.003, 0.0)
-    beta1: float = at_least(0.9, 0.0)
-    beta2: float = at_least(0.95, 0.0)
-    eps: float = at_least(1e-8, 0.0)
-    weight_decay: float = at_least(0.0, 0.0)
+    beta1: float = at_least(0.9, 0.0)  # of AdamW, first moment
+    beta2: float = at_least(0.95, 0.0)  # of AdamW, second moment
+    eps: float = at_least(1e-8, 0.0)  # of AdamW
+    weight_decay: float = at_least(0.0, 0.0)  # of the base model; norms have none
     grad_clip: float = at_least(1.0, 0.0)  # global norm; 0: off
     # Warm-up is counted in steps and not as a share of the run (the paper: 25 %), so that a run that is
     # prolonged or resumed begins exactly as the shorter one did. warmup_fraction, if set, takes its place.
     warmup_steps: int = at_least(50, 0)
-    warmup_fraction: float | None = at_least(None, 0.0)
+    warmup_fraction: float | None = at_least(None, 0.0)  # share of the run; in place of warmup_steps
     expert_warmup_steps: int = at_least(20, 0)  # for an expert new to a site
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
@@ -213,17 +218,18 @@ class DataConfig:
     """The corpus, its tokens, and how documents are dealt to sites."""
 
     name: str | None = None  # data=huggingface: name of the data set
+    # stdlib: the source text of Python's standard library, for trying out.
     source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "huggingface")
     path: str | None = a_path()  # file or folder
     config_name: str | None = None  # data=huggingface: configuration of the data set
     split: str = "train"  # data=huggingface: which split to read
     text_key: str = "text"  # field with the text (jsonl, parquet, huggingface)
     domain_key: str | None = None  # field with the domain; where it is null, the domain is that of the file
-    max_documents: int | None = at_least(None, 1)
+    max_documents: int | None = at_least(None, 1)  # the first so many
     tokenizer: str = a_path("bytes")  # or the path of a tokenizer.json
     # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
     partition: str = choice("iid", "iid", "domain", "dirichlet", "own")
-    dirichlet_alpha: float = at_least(0.5, 0.0)
+    dirichlet_alpha: float = at_least(0.5, 0.0)  # with partition=dirichlet: the smaller, the more uneven
     val_fraction: float = at_least(0.05, 0.0)  # share of each domain's bytes kept for validation
     cache_dir: str | None = a_path()  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 
@@ -248,7 +254,7 @@ class PlanConfig:
     mfu: float = above(0.4, 0.0)  # share of the peak that training reaches
     bytes_per_parameter: float = above(18.0, 0.0)  # weights, gradients, moments and the shard as sent
     assumed_mbps: float = above(1000.0, 0.0)  # of links that are not given
-    assumed_latency_ms: float = at_least(50.0, 0.0)
+    assumed_latency_ms: float = at_least(50.0, 0.0)  # of links that are not given
     server_mbps: float | None = above(None, 0.0)  # the server's own link each way, shared by the sites
 
 
@@ -256,10 +262,11 @@ class PlanConfig:
 class RuntimeConfig:
     """What carries the messages when `fomoe train` starts the run (`flwr run` brings its own)."""
 
+    # flower: Flower's simulation engine (Ray); local: this process.
     name: str = choice("flower", "flower", "local")
     workers: int | None = at_least(None, 1)  # local: sites at a time; null: one a core, one on a GPU
     cpus_per_site: int = at_least(1, 1)  # flower: resources of a simulated site
-    gpus_per_site: float = at_least(0.0, 0.0)
+    gpus_per_site: float = at_least(0.0, 0.0)  # flower: the same
 
 
 @dataclass
@@ -275,10 +282,10 @@ class CheckpointConfig:
 class WandbConfig:
     """Weights & Biases. Offline writes into the run directory and needs no account."""
 
-    mode: str = choice("offline", "offline", "online", "disabled")
-    project: str = "fomoe-flwr"
-    entity: str | None = None
-    group: str | None = None
+    mode: str = choice("offline", "offline", "online", "disabled")  # wandb; disabled: nothing
+    project: str = "fomoe-flwr"  # of wandb
+    entity: str | None = None  # of wandb: whose project
+    group: str | None = None  # of wandb: runs that belong together
 
 
 @dataclass
@@ -294,7 +301,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    seed: int = at_least(42, 0)
+    seed: int = at_least(42, 0)  # of weights, placement, deal of the text and order of batches
     resume: str | None = a_path()  # a run directory or one of its checkpoints
 
     @property
