@@ -35,7 +35,7 @@ def all_keys(config_type: type = RunConfig, prefix: str = "") -> Iterator[Key]:
         name = f"{prefix}{spec.name}"
         section: Any = spec.default_factory
         if dataclasses.is_dataclass(section):
-            yield from all_keys(section, f"{name}.")
+            yield from all_keys(section, f"{name}.")  # type: ignore[arg-type]
         elif section is list:
             yield from all_keys(SiteConfig, f"{name}[].")
         else:
