@@ -17,7 +17,7 @@ import numpy as np
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import write_atomically
-from fomoe_flwr.placement import Placement, draw_placement
+from fomoe_flwr.placement import Placement, draw_placement, equal_shares
 from fomoe_flwr.plan.record import NAME, Plan, SitePlan, read_content
 from fomoe_flwr.plan.solver import (
     Floats,
@@ -177,9 +177,12 @@ def useful_target(config: RunConfig, options: Options) -> float:
 
 
 def _equal(config: RunConfig, options: Options) -> Ints:
-    """The paper's: the same number of experts at every site, whatever it costs in memory there."""
+    """The paper's: the same number of experts at every site, or one more, whatever it costs in memory there."""
     num_sites, num_experts = len(options.step_tokens_M), config.model.num_experts
-    share = -(-num_experts * config.overlap // num_sites)  # where sites have left, it may not divide
+    if num_sites == len(config.federation.sites):
+        return np.array(equal_shares(num_sites, num_experts, config.overlap), dtype=np.int64)
+    # Where sites have left, one more at all: then fewer experts move from site to site.
+    share = -(-num_experts * config.overlap // num_sites)
     return np.full(num_sites, min(share, num_experts), dtype=np.int64)
 
 

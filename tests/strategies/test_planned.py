@@ -89,6 +89,24 @@ def test_a_planned_run_keeps_to_its_plan(planned: Path) -> None:
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
+def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_path: Path) -> None:
+    """8 experts x 2 at three sites: 6, 5 and 5."""
+    folder = finished(
+        small,
+        tmp_path,
+        "federation.num_sites=3",
+        "strategy.overlap=2",
+        "train.rounds=1",
+        "train.eval_batches=0",
+    )
+    plan, line = load_plan(folder), metrics(folder)[1]
+    assert plan is not None
+    assert [site.experts_per_layer for site in plan.sites] == [6, 5, 5]
+    payload = line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"]
+    assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
+    assert [site["memory_bytes"] for site in line["sites"]] == [site.memory_bytes for site in plan.sites]
+
+
 def test_the_virtual_clock_charges_speed_and_link(planned: Path) -> None:
     line = metrics(planned)[1]
     virtual, sites = line["virtual"], {site["site"]: site for site in line["sites"]}
