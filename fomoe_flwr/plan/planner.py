@@ -353,7 +353,7 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
     return plan
 
 
-def _renewed(request: dict[str, Any] | None) -> dict[str, Any] | None:
+def _renewed(request: Any) -> Any:
     """What an earlier version asked for, in the keys of this one."""
     if request is None or (policy := request["plan"].pop("policy", None)) is None:
         return request
