@@ -31,6 +31,14 @@ class SitePlan:
     resident_share: Amount  # of the router's choices, expected
 
 
+class CostSeconds(TypedDict):
+    """`TokenCost` as data."""
+
+    dense_s: Amount
+    experts_s: Amount
+    router_s: Amount
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a round of the whole federation is expected to be."""
@@ -41,6 +49,8 @@ class Plan:
     tokens: Annotated[int, positive]
     tokens_per_second: Amount
     useful_tokens_per_second: Amount  # each token by its worth (plan.skip_price)
+    # What it rests on, for a new plan in the middle of the run; None in those of earlier versions.
+    token_cost_s: CostSeconds | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -181,6 +181,14 @@ def token_cost(config: RunConfig) -> TokenCost:
     )
 
 
+def compute_source(config: RunConfig) -> str:
+    """What the plan's times come from, as the user gave it."""
+    plan = config.plan
+    if plan.measured is not None:
+        return f"plan.measured={plan.measured}"
+    return f"plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}"
+
+
 def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     """Least squares of `seconds a token · speed = dense + work · experts` over the sites of a run.
 

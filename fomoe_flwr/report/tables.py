@@ -21,8 +21,8 @@ from fomoe_flwr.errors import LONGEST, ConfigError, FomoeError, RunError
 from fomoe_flwr.inputs import differences
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.rivals import compare_strategies
-from fomoe_flwr.records import FAILURE
 from fomoe_flwr.reading import read_json, read_yaml
+from fomoe_flwr.records import FAILURE
 from fomoe_flwr.report.load import Run, load_run, read_config
 from fomoe_flwr.units import NONE, count, decimal, duration, in_bytes, percent, times
 

@@ -163,6 +163,29 @@ def test_a_resumed_run_keeps_its_plan_even_if_what_it_was_measured_by_is_gone(
     assert without_times(metrics(parts))[1:] == without_times(metrics(whole))[1:]
 
 
+def test_a_run_says_that_its_plan_is_off_and_plans_anew_when_it_is_asked_to(
+    small: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By itself it does not: shares that went by the clock would differ between two equal runs."""
+    settings = [item for item in PLANNED if not item.startswith("plan.tflops")]  # an H100
+    folder = run(composed_anew(small, tmp_path, *settings, "train.rounds=2"))
+    (said,) = [text for text in caplog.messages if "what was planned from" in text]
+    assert said.startswith("round 1: steps take ")
+    assert said.endswith(f"resume={folder} plan.measured={folder} plans the rest of the run anew")
+    before = load_plan(folder)
+    assert before is not None
+    run(compose_run([f"resume={folder}", f"plan.measured={folder}", "train.rounds=3"]))
+    after = load_plan(folder)
+    assert after is not None
+    assert before.token_cost_s is not None
+    assert after.token_cost_s is not None
+    assert after.token_cost_s["dense_s"] > 100 * before.token_cost_s["dense_s"]
+    shares = [[(site.experts_per_layer, site.local_steps) for site in plan.sites] for plan in (before, after)]
+    assert shares[0] != shares[1]
+    kept = read_checkpoint(checkpoint_path(folder, 3)).manifest["memory"]["plan"]["plan"]
+    assert kept["token_cost_s"] == after.token_cost_s
+
+
 def test_another_request_makes_another_plan(small: Compose, tmp_path: Path) -> None:
     config = small(*PLANNED).config
     before = plan_for_run(tmp_path, config)
