@@ -367,7 +367,7 @@ def test_a_new_plan_in_the_middle_goes_by_what_the_first_one_was_made_from(tmp_p
     plan = make_plan(run)
     shutil.rmtree(measured)
     kept = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))  # as in a checkpoint
-    new = replan(run, kept, plan_placement(run, kept), [0, 1, 2], 10)
+    new = replan(run, kept, plan_placement(run, kept), [0, 1, 3], 10)
     assert new is not None
     assert new.plan.token_cost_s == plan.token_cost_s
 
