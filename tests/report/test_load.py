@@ -164,9 +164,13 @@ def test_a_damaged_plan(tmp_path: Path, change: dict[str, Any], said: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "placements.jsonl", "plan.json", "evaluation.json"]
-)
-@pytest.mark.parametrize("damage", ["a folder", "not UTF-8", "deep"])
+    ("name", "damage"),
+    [
+        ("config.yaml", "not UTF-8"), ("config.yaml", "deep"), ("metrics.jsonl", "deep"), ("plan.json", "a folder"),
+        ("plan.json", "deep"), ("placements.jsonl", "a folder"), ("evaluation.json", "a folder"),
+        ("evaluation.json", "deep"),
+    ],
+)  # fmt: skip
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, damage: str) -> None:
     path = write_run(tmp_path) / name
     path.unlink(missing_ok=True)
@@ -174,9 +178,6 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, damag
         path.mkdir()
     else:
         path.write_bytes(b"\xff\xfe\n" if damage == "not UTF-8" else b"[" * 1_500 + b"\n")
-    if name == "placements.jsonl" and damage != "a folder":
-        assert load_run(tmp_path).placements == {}
-        return
     with pytest.raises(FomoeError, match=re.escape(str(path))) as error:
         report(tmp_path, Console(file=io.StringIO()))
     assert len(str(error.value)) < len(str(path)) + 450
@@ -264,14 +265,6 @@ def test_any_damage_is_read_or_said_in_one_line(
     # Reading the configuration takes longer than everything else.
     with patch.object(load, "read_config", lambda _: SMALL_CONFIG):
         damage(tmp_path, whole, name, data)
-
-
-@settings(max_examples=8, suppress_health_check=HERE)
-@given(data=st.data())
-def test_so_is_damage_of_the_configuration(
-    tmp_path: Path, whole: dict[str, bytes], data: st.DataObject
-) -> None:
-    damage(tmp_path, whole, "config.yaml", data)
 
 
 def damage(tmp_path: Path, whole: dict[str, bytes], name: str, data: st.DataObject) -> None:
