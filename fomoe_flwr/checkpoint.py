@@ -53,7 +53,7 @@ class Facts(TypedDict, total=False):
     memory: dict[str, Any]
     metrics: dict[str, Any]
     config: dict[str, Any]
-    overrides: list[str]
+    overrides: list[Any]
     placement: dict[str, list[list[int]]]
 
 
@@ -270,10 +270,10 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     if not isinstance(where, str) or not where.strip():
         return given
     run_dir, checkpoint = resume_from(where)
-    if missing := sorted(Facts.__annotations__.keys() - checkpoint.manifest):
-        raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json lacks {', '.join(missing)}")
-    saved, config = checkpoint.manifest["overrides"], checkpoint.manifest["config"]
-    items: list[str | Override] = [*saved]
+    saved, config = checkpoint.manifest.get("overrides"), checkpoint.manifest.get("config")
+    if not isinstance(saved, list) or not isinstance(config, dict):
+        raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json has no list of overrides")
+    items: list[str | Override] = [str(item) for item in saved]
     if (placement := earlier_placement(config)) is not None:
         items.append(setting("strategy.placement", placement))
     try:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from fomoe_flwr.checkpoint import (
     Checkpoint,
+    Facts,
     checkpoint_path,
     list_checkpoints,
     resume_from,
@@ -113,6 +114,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
     config, run_dir = composed.config, composed.run_dir
     origin, checkpoint = resume_from(config.resume) if config.resume else (None, None)
     if checkpoint is not None:
+        if missing := sorted(Facts.__annotations__.keys() - checkpoint.manifest):
+            raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json lacks {', '.join(missing)}")
         check_resumable(checkpoint, config)
         config.federation.sites = in_saved_order(checkpoint, config)
     if origin is None or origin.resolve() != run_dir.resolve():
