@@ -159,7 +159,7 @@ def load(where: str, asked: str) -> Saved:
     try:
         copied = (folder / "manifest.json").exists()
     except OSError as error:
-        raise CheckpointError(f"{asked:.200}: cannot be read ({reason(error)})") from error
+        raise ConfigError(f"{asked:.200}: cannot be read ({reason(error)})") from error
     checkpoint = read_checkpoint(folder) if copied else find_checkpoint(where, asked)[1]
     try:
         config, placement = checkpoint.manifest["config"], checkpoint.manifest["placement"]
