@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from hydra.core.override_parser.types import Override
 from safetensors import SafetensorError
@@ -37,11 +37,37 @@ from fomoe_flwr.overrides import (
     setting,
     spelled,
 )
+from fomoe_flwr.reading import load_json, reason
 
 log = logging.getLogger("fomoe")
 
 FORMAT = 2
 _PATTERN = re.compile(r"round_(\d{5,})")
+
+
+class Facts(TypedDict, total=False):
+    """What a run says of itself in a manifest; only a resumed run needs it."""
+
+    run: str
+    tokens: int
+    memory: dict[str, Any]
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    overrides: list[Any]
+    placement: dict[str, list[list[int]]]
+
+
+class _Version(TypedDict):
+    format: int
+
+
+class _Head(_Version):
+    round: int
+    sha256: dict[str, str]
+
+
+class Manifest(_Head, Facts):
+    """`manifest.json`."""
 
 
 @dataclass(frozen=True)
@@ -140,16 +166,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors = {}
     for name in ("parameters", "outer"):
         file = path / f"{name}.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {path}: {file.name} is missing")
-        if _digest(file) != manifest["sha256"].get(file.name):
-            raise CheckpointError(
-                f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)"
-            )
         try:
+            if not file.exists():
+                raise CheckpointError(f"checkpoint {path}: {file.name} is missing")
+            if _digest(file) != manifest["sha256"].get(file.name):
+                raise CheckpointError(
+                    f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)"
+                )
             tensors[name] = load_file(file)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {path}: {file.name} cannot be read ({reason(error)})"
+            ) from error
         except SafetensorError as error:  # as it was written, but not by this program
-            raise CheckpointError(f"checkpoint {path}: {file.name} holds no tensors ({error})") from error
+            raise CheckpointError(
+                f"checkpoint {path}: {file.name} holds no tensors ({reason(error)})"
+            ) from error
     return Checkpoint(path, manifest, tensors["parameters"], tensors["outer"])
 
 
@@ -160,21 +192,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or of another format.
     """
     file = path / "manifest.json"
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint {path}: manifest.json is missing")
     try:
-        manifest = json.loads(file.read_text())
-        ours = manifest["format"] == FORMAT
-        whole = not ours or manifest["sha256"]["manifest.json"] == _manifest_digest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path}: manifest.json is damaged ({error!r})") from error
-    if not ours:
-        raise CheckpointError(f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}")
-    if not whole:
+        if not file.exists():
+            raise CheckpointError(f"checkpoint {path}: manifest.json is missing")
+        version: int = load_json(file, _Version)["format"]
+        if version != FORMAT:
+            raise CheckpointError(f"checkpoint {path}: format {version}, this version reads {FORMAT}")
+        manifest: dict[str, Any] = load_json(file, Manifest)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: manifest.json is damaged ({reason(error)})") from error
+    if manifest["sha256"].get("manifest.json") != _manifest_digest(manifest):
         raise CheckpointError(
             f"checkpoint {path}: manifest.json is damaged (it differs from its own SHA-256)"
         )
-    assert isinstance(manifest, dict)
     return manifest
 
 
@@ -197,20 +227,22 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
     """
     path = Path(where).expanduser().absolute()
     try:
-        is_file = path.is_file()
-    except OSError as error:  # a name too long for any
-        raise CheckpointError(f"{asked}: {error.strerror}") from error
-    if is_file:
-        raise CheckpointError(f"{asked}: is a file; give a run directory or one of its checkpoints")
-    if not path.is_dir():
-        raise CheckpointError(f"{asked}: no such directory")
-    if path.name == "checkpoints" and not (path / "checkpoints").is_dir():
-        path = path.parent
-    if _PATTERN.fullmatch(path.name):
-        return path.parent.parent, read_checkpoint(path)
-    candidates = list_checkpoints(path)
+        if path.is_file():
+            raise CheckpointError(f"{asked}: is a file; give a run directory or one of its checkpoints")
+        if not path.is_dir():
+            raise CheckpointError(f"{asked}: no such directory")
+        if path.name == "checkpoints" and not (path / "checkpoints").is_dir():
+            path = path.parent
+        if _PATTERN.fullmatch(path.name):
+            return path.parent.parent, read_checkpoint(path)
+        candidates = list_checkpoints(path)
+    except OSError as error:
+        raise CheckpointError(f"{asked}: cannot be read ({reason(error)})") from error
     if not candidates:
-        raise CheckpointError(f"{asked}: no checkpoint in {path / 'checkpoints'}")
+        raise CheckpointError(
+            f"{asked}: no checkpoint in {path / 'checkpoints'}; a run that ended before its first can only be begun "
+            "again, also in the same directory, without resume="
+        )
     problems = []
     for candidate in reversed(candidates):
         try:

@@ -38,6 +38,7 @@ from fomoe_flwr.evaluation import (
 from fomoe_flwr.inputs import Inputs, differences, inputs_of, short
 from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.overrides import read_overrides
+from fomoe_flwr.reading import reason
 from fomoe_flwr.report.tables import show_evaluation
 from fomoe_flwr.units import finite
 
@@ -155,10 +156,11 @@ def load(where: str, asked: str) -> Saved:
     """
     folder = Path(where).expanduser().absolute()
     # The folder of one checkpoint may have been copied and may have any name.
-    if (folder / "manifest.json").is_file():
-        checkpoint = read_checkpoint(folder)
-    else:
-        _, checkpoint = find_checkpoint(where, asked)
+    try:
+        copied = (folder / "manifest.json").exists()
+    except OSError as error:
+        raise ConfigError(f"{asked:.200}: cannot be read ({reason(error)})") from error
+    checkpoint = read_checkpoint(folder) if copied else find_checkpoint(where, asked)[1]
     try:
         config, placement = checkpoint.manifest["config"], checkpoint.manifest["placement"]
         routing = config["strategy"]["routing"]

@@ -1,15 +1,16 @@
 """Which site holds which expert (FoMoE, algorithm 1): pure functions of the seed.
 
 The paper leaves the fixed map open. Ours lays O_e copies of a shuffled circle of experts end to end and cuts the
-line into M equal pieces, one for each site. A piece is never longer than the circle, so a site's experts are
-distinct by construction; and there are only M / gcd(M, O_e) different sets of holders, however many experts
-there are, which keeps the number of bundles on the wire small. Experts are shuffled anew for every layer, sites
-once for all layers, so that the sets of holders are the same in every layer.
+line into M pieces, one for each site. Where N_e·O_e does not divide by M, the first sites of the federation's list
+hold one expert more than the others, in every draw: so what a site needs is known before. A piece is never longer
+than the circle, so a site's experts are distinct by construction; and there are at most M different sets of
+holders, M / gcd(M, O_e) with equal pieces, however many experts there are, which keeps the number of bundles on the
+wire small. Experts are shuffled anew for every layer, sites once for all layers, so that the sets of holders are the
+same in every layer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,7 +49,7 @@ class Move(NamedTuple):
 
 
 def check_overlap(num_sites: int, num_experts: int, overlap: int) -> None:
-    """Raise unless every expert can be on exactly `overlap` of `num_sites` sites with equal shares.
+    """Raise unless every expert can be on exactly `overlap` of `num_sites` sites, and every site has one.
 
     Raises:
         ConfigError: naming what is allowed.
@@ -57,18 +58,29 @@ def check_overlap(num_sites: int, num_experts: int, overlap: int) -> None:
         raise ConfigError(
             f"strategy.overlap={overlap}: between 1 and the number of sites, {num_sites} (federation.num_sites)"
         )
-    if num_experts * overlap % num_sites:
-        step = num_sites // math.gcd(num_experts, num_sites)
+    if num_experts * overlap < num_sites:
         raise ConfigError(
-            f"strategy.overlap={overlap}: {num_experts} experts x {overlap} holders do not divide among "
-            f"{num_sites} sites; overlap must be a multiple of {step}"
+            f"strategy.overlap={overlap}: {num_experts} experts (model.num_experts) x {overlap} holders are fewer "
+            f"than {num_sites} sites (federation.num_sites), and each needs one; overlap must be at least "
+            f"{least_overlap(num_sites, num_experts)}"
         )
+
+
+def least_overlap(num_sites: int, num_experts: int) -> int:
+    """The smallest overlap with which every site has an expert."""
+    return -(-num_sites // num_experts)
+
+
+def equal_shares(num_sites: int, num_experts: int, overlap: int) -> list[int]:
+    """How many experts of a layer each site holds: N_e·O_e/M, or one more at the first sites where it has a rest."""
+    share, rest = divmod(num_experts * overlap, num_sites)
+    return [share + (site < rest) for site in range(num_sites)]
 
 
 def draw_placement(
     num_sites: int, num_experts: int, overlap: int, num_layers: int, seed: int, draw: int = 0
 ) -> Placement:
-    """One placement: every expert on exactly `overlap` sites, every site with N_e·O_e/M experts a layer.
+    """One placement: every expert on exactly `overlap` sites, every site with its `equal_shares`.
 
     Args:
         draw: counts the redraws of random placement; fixed placement is draw 0.
@@ -77,14 +89,16 @@ def draw_placement(
         ConfigError: sizes for which there is no such placement.
     """
     check_overlap(num_sites, num_experts, overlap)
-    num_local = num_experts * overlap // num_sites
+    shares = equal_shares(num_sites, num_experts, overlap)
     rng = np.random.default_rng([seed, draw])
     site_order_M = rng.permutation(num_sites)
     holds_LEM = np.zeros((num_layers, num_experts, num_sites), dtype=bool)
     for layer in range(num_layers):
         line = np.tile(rng.permutation(num_experts), overlap)
-        for piece, site in enumerate(site_order_M):
-            holds_LEM[layer, line[piece * num_local : (piece + 1) * num_local], site] = True
+        begin = 0
+        for site in site_order_M:
+            holds_LEM[layer, line[begin : begin + shares[site]], site] = True
+            begin += shares[site]
     return Placement(holds_LEM)
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from fomoe_flwr.errors import RunError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.placement import Placement, from_residents
+from fomoe_flwr.reading import as_type, read_lines
 
 NAME = "placements.jsonl"
 FAILURE = "failure.txt"  # why a run ended that could not go on
@@ -49,50 +48,42 @@ def append_placement(run_dir: Path, round_: int, residents: Residents) -> None:
 
 def cut_placements(run_dir: Path, last_round: int) -> None:
     """Forget what is recorded of rounds after this one: a resumed run plays them again."""
-    if (run_dir / NAME).exists():
-        kept = [line for line in _lines(run_dir) if line["round"] <= last_round]
+    path = run_dir / NAME
+    if path.exists():
+        kept = [line for line in read_lines(path, _taken) if line["round"] <= last_round]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(run_dir / NAME, lambda path: path.write_text(text))
+        write_atomically(path, lambda aside: aside.write_text(text))
 
 
 def read_placements(run_dir: Path, site_names: Sequence[str], num_experts: int) -> dict[int, Placement]:
     """The recorded placements by the round from which they held, over the federation's sites in their order.
 
-    A site that a line does not name holds nothing. Empty for a run from before the record existed.
+    A site that a line does not name holds nothing. Empty for a run from before the record existed. A damaged line is
+    left out with a warning; what the line before it says is then taken for its rounds, too.
 
     Raises:
-        RunError: a line is not a placement of this model.
+        RunError: the record cannot be read.
     """
-    placements = {}
-    for line in _lines(run_dir):
+
+    def take(value: Any) -> tuple[int, Placement]:
+        line = _taken(value)
         residents = line["residents"]
         experts = {expert for layers in residents.values() for layer in layers for expert in layer}
         sizes = {len(layers) for layers in residents.values()}
-        if len(sizes) != 1 or not experts <= set(range(num_experts)):
-            raise RunError(f"{run_dir / NAME}, round {line['round']}: not a placement of this run's model")
+        if len(sizes) != 1 or not all(expert < num_experts for expert in experts):
+            raise ValueError("not a placement of this run's model")
         nothing: list[list[int]] = [[]] * sizes.pop()
-        placements[line["round"]] = from_residents(
-            [residents.get(name, nothing) for name in site_names], num_experts
-        )
-    return placements
+        rows = [residents.get(name, nothing) for name in site_names]
+        return line["round"], from_residents(rows, num_experts)
+
+    return dict(read_lines(run_dir / NAME, take))
 
 
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines; a half-written last one is what a crash leaves and does not count."""
-    path, found = run_dir / NAME, []
-    if not path.exists():
-        return []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            residents = {
-                site: [[operator.index(expert) for expert in layer] for layer in layers]
-                for site, layers in line["residents"].items()
-            }
-            found.append({"round": operator.index(line["round"]), "residents": residents})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if number == len(texts):
-                break
-            raise RunError(f"{path}, line {number}: not a round's placement ({error})") from error
-    return found
+class _Line(TypedDict):
+    round: int
+    residents: dict[str, list[list[int]]]
+
+
+def _taken(value: Any) -> _Line:
+    line: _Line = as_type(_Line, value)
+    return line

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from tqdm import tqdm
 
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.files import write_atomically
+from fomoe_flwr.reading import as_type, read_lines
 from fomoe_flwr.units import duration, in_bytes
 
 log = logging.getLogger("fomoe")
@@ -27,6 +28,10 @@ log = logging.getLogger("fomoe")
 T = TypeVar("T")
 
 CURVES = 64  # a figure has a curve for each layer in wandb, but not for more layers than this
+
+
+class _Line(TypedDict):
+    round: int
 
 
 class OptionalOutput:
@@ -75,16 +80,10 @@ class Telemetry:
 
     def _keep_lines(self, last: Mapping[str, Any]) -> None:
         """Cut the lines of rounds that are played again, when the first of them is over."""
-        kept = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                kept[json.loads(line)["round"]] = line
-            except (ValueError, KeyError):
-                break  # half a line: the run was killed while it wrote
+        kept = {line["round"]: line for line in read_lines(self.path, lambda line: as_type(_Line, line))}
         # A line of this round that is there may be of before the run was resumed.
-        kept[last["round"]] = json.dumps(last)
-        kept = {number: line for number, line in kept.items() if number <= last["round"]}
-        text = "".join(f"{line}\n" for line in kept.values())
+        kept[last["round"]] = last
+        text = "".join(json.dumps(kept[number]) + "\n" for number in sorted(kept) if number <= last["round"])
         write_atomically(self.path, lambda path: path.write_text(text))
 
     def begin_round(self, number: int, sites: int) -> None:

@@ -66,6 +66,8 @@ def decimal(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """5025 -> `1 h 23 min`; below a minute, seconds with one decimal."""
+    if not math.isfinite(seconds):
+        return NONE
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -201,6 +201,17 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def signed(**changes: Any) -> Callable[[Path], None]:
+    """Changed by a program that renews the digest."""
+
+    def apply(file: Path) -> None:
+        manifest = json.loads(file.read_text()) | changes
+        manifest["sha256"]["manifest.json"] = checkpoint._manifest_digest(manifest)
+        file.write_text(json.dumps(manifest))
+
+    return apply
+
+
 def write(content: bytes) -> Callable[[Path], None]:
     def apply(file: Path) -> None:
         file.write_bytes(content)
@@ -226,6 +237,8 @@ DAMAGE = [
         ("without digests", edit(sha256={}), "manifest.json is damaged"),
         ("with a list of digests", edit(sha256=[]), "manifest.json is damaged"),
         ("of another format", edit(format=99), "format 99, this version reads 2"),
+        ("of wrong types", signed(overrides=5), "overrides is 5, must be a list"),
+        ("of a round that is none", signed(round=-1), "round is -1, must be a whole number from 0"),
     ]
 ]
 
@@ -252,6 +265,47 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
     (record,) = caplog.records
     assert said in record.getMessage()
     assert "trying the one before it" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "parameters.safetensors", "outer.safetensors"])
+@pytest.mark.parametrize(
+    "problem", [PermissionError(13, "Permission denied"), IsADirectoryError(21, "Is a directory")]
+)
+def test_a_file_that_may_not_be_read_is_named_and_the_checkpoint_before_is_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    problem: OSError,
+) -> None:
+    save(tmp_path, 1)
+    closed, opened = save(tmp_path, 2) / name, Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == closed:
+            raise problem
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert_is_round(resume_from(str(tmp_path))[1], 1)
+    (record,) = caplog.records
+    assert name in record.getMessage()
+    assert problem.strerror in record.getMessage()
+
+
+@pytest.mark.parametrize("where", ["x" * 300, "{run}/" + "x" * 300])
+def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path: Path, where: str) -> None:
+    with pytest.raises(CheckpointError, match="File name too long") as error:
+        resume_from(where.format(run=tmp_path))
+    assert len(str(error.value)) < 500
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* begun again, also in the same directory, without"
+    ):
+        resume_from(str(tmp_path))
 
 
 def test_a_file_that_its_digest_calls_whole_but_holds_no_tensors(

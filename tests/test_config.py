@@ -497,8 +497,9 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             "model.locality_target=0.6: a share, here at most 0.5",
         ),
         (
-            ["strategy.overlap=1", "federation.num_sites=3"],
-            "strategy.overlap=1: 16 experts x 1 holders do not divide among 3 sites; overlap must be a multiple of 3",
+            ["strategy.overlap=1", "federation.num_sites=17"],
+            "strategy.overlap=1: 16 experts (model.num_experts) x 1 holders are fewer than 17 sites "
+            "(federation.num_sites), and each needs one; overlap must be at least 2",
         ),
         (["model.num_heads=3"], "model.num_heads=3: must divide d_model=128"),
         (["model.num_heads=128"], "model.num_heads=128: must divide d_model=128 into heads of even width"),

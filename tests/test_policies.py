@@ -73,6 +73,21 @@ def test_a_drawn_round_is_the_draw_in_force_and_equal_steps(
         assert same(policy.intended(round_).placement, expected)
     assert same(policy.intended(0).placement, policy.intended(1).placement)  # before the first round
     assert policy.memory() is None
+
+
+@pytest.mark.parametrize("kind", ["fixed", "random", "equal", "affine"])
+def test_three_sites_share_what_does_not_divide_as_their_plan_says(small: Compose, kind: str) -> None:
+    """As with the README's command and three sites. A site's memory and bytes are as planned in every round."""
+    composed = small(
+        "federation.num_sites=3", "strategy.overlap=2", f"strategy.placement={kind}", "model.num_experts=16"
+    )
+    shares = [site.experts_per_layer for site in make_plan(composed.config).sites]
+    assert shares == [11, 11, 10]
+    policy = policy_of(composed)
+    for round_ in (1, 2, 3):
+        placement = policy.for_round(round_, [0, 1, 2]).placement
+        assert (placement.holds_LEM.sum(axis=2) == 2).all()
+        assert (placement.holds_LEM.sum(axis=1) == shares).all()
     assert policy.model(2) == composed.config.model
 
 

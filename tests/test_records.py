@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
-from fomoe_flwr.errors import RunError
 from fomoe_flwr.placement import Placement, from_residents
 from fomoe_flwr.records import NAME, append_placement, cut_placements, read_placements
 from fomoe_flwr.report import picture
@@ -60,10 +60,15 @@ def test_a_resumed_run_forgets_what_it_plays_again(tmp_path: Path) -> None:
     ],
     ids=lambda bad: bad[:40],
 )
-def test_a_damaged_record_is_named(tmp_path: Path, bad: str) -> None:
+def test_a_damaged_line_is_named_and_the_others_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
     (tmp_path / NAME).write_text(bad + '\n{"round": 2, "residents": {"a": [[1]]}}\n')
-    with pytest.raises(RunError, match=r"placements\.jsonl.*(line 1|round 1)"):
-        read_placements(tmp_path, ["a"], 3)
+    assert sorted(read_placements(tmp_path, ["a"], 3)) == [2]
+    (record,) = caplog.records
+    assert re.search(r"placements\.jsonl: left out 1 of 2 lines.*; line 1: ", record.getMessage())
+    cut_placements(tmp_path, 2)  # by a resume, which does not know the model's size
+    assert sorted(read_placements(tmp_path, ["a"], 3)) == [2]
 
 
 def drawn(run_of: Run, monkeypatch: pytest.MonkeyPatch) -> Placement:

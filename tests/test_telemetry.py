@@ -75,6 +75,22 @@ def test_a_resumed_run_drops_the_lines_of_a_future_it_does_not_have(small: Compo
     assert '"tokens": 7' in telemetry.path.read_text()
 
 
+def test_one_damaged_line_does_not_drop_the_later_ones(
+    small: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed = small()
+    telemetry = Telemetry(composed.config, composed.run_dir, "run")
+    for number in (0, 1, 2, 3):
+        telemetry.end_round(line(number))
+    whole = telemetry.path.read_bytes().splitlines(keepends=True)
+    telemetry.path.write_bytes(b"".join([whole[0], whole[1][:50] + b"\xff\n", b"null\n", *whole[2:]]))
+    caplog.clear()
+    Telemetry(composed.config, composed.run_dir, "run", last=line(3)).close()
+    assert written(composed.run_dir) == [0, 2, 3]
+    (record,) = caplog.records
+    assert "left out 2 of 5 lines, which cannot be read; line 2: " in record.getMessage()
+
+
 def test_a_line_that_only_the_checkpoint_has_is_written_down(small: Compose) -> None:
     """The run was killed between the two."""
     composed = small()

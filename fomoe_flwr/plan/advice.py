@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.placement import equal_shares
 from fomoe_flwr.plan.hybridep import break_even_hit_rate, exchange_bandwidth_threshold, exchanged_step_bytes
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.rivals import dividing_overlaps, some, too_small, with_strategy, with_train
+from fomoe_flwr.plan.rivals import possible_overlaps, some, too_small, with_strategy, with_train
 from fomoe_flwr.plan.system import PlanSite, TokenCost, exchange_s, one_way_bytes, state_bytes, token_cost
 from fomoe_flwr.units import count, in_bits, in_bytes, percent, time_span
 
@@ -85,8 +86,8 @@ def _fitting(config: RunConfig, sites: Sequence[PlanSite]) -> list[int]:
     num_experts, smallest = config.model.num_experts, min(site.memory_bytes for site in sites)
     return [
         overlap
-        for overlap in dividing_overlaps(len(sites), num_experts)
-        if state_bytes(config, num_experts * overlap // len(sites)) <= smallest
+        for overlap in possible_overlaps(len(sites), num_experts)
+        if state_bytes(config, max(equal_shares(len(sites), num_experts, overlap))) <= smallest
     ]
 
 
@@ -194,10 +195,6 @@ def _leaving_out(config: RunConfig, plan: Plan) -> Iterator[str]:
         return
     federation = dataclasses.replace(config.federation, sites=rest, num_sites=len(rest))
     without = dataclasses.replace(config, federation=federation)
-    if plan.placement == "equal" and without.overlap not in dividing_overlaps(
-        len(rest), config.model.num_experts
-    ):
-        return
     other = _try(without)
     if other is not None and _gain(plan, other) >= LEAST_GAIN:
         yield f"without {slowest} (and its data) the other {len(rest)} do {_faster(plan, other)}"

@@ -20,7 +20,7 @@ from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.rivals import dividing_overlaps, fomoe_overlap, some, with_strategy
+from fomoe_flwr.plan.rivals import fomoe_overlap, possible_overlaps, some, with_strategy
 from fomoe_flwr.plan.show import Outlook, assumptions_in_words
 from fomoe_flwr.plan.system import PlanSite
 from fomoe_flwr.report.picture import INK, dress, save_figure
@@ -104,8 +104,8 @@ def draw(path: Path, outlook: Outlook) -> None:
 
 
 def overlap_points(config: RunConfig, routing: str) -> list[Point]:
-    """Equal shares at every overlap that divides, or at some of them where they are many."""
-    overlaps = dividing_overlaps(len(config.federation.sites), config.model.num_experts)
+    """Equal shares at every overlap, or at some of them where they are many."""
+    overlaps = possible_overlaps(len(config.federation.sites), config.model.num_experts)
     every = math.ceil(len(overlaps) / MOST_OVERLAPS)
     chosen = overlaps[::-every][::-1]  # the full replica is always among them
     return _points((o, with_strategy(config, overlap=o, routing=routing, placement="fixed")) for o in chosen)
@@ -292,7 +292,7 @@ def _bandwidth_lines(outlook: Outlook) -> list[_Line]:
     )
     overlap = fomoe_overlap(config)
     lines = [replica]
-    if overlap in dividing_overlaps(len(outlook.sites), config.model.num_experts):
+    if overlap in possible_overlaps(len(outlook.sites), config.model.num_experts):
         partitioned, skip = (
             bandwidth_points(with_strategy(config, overlap=overlap, routing=routing, placement="fixed"))
             for routing in ("partitioned", "skip")

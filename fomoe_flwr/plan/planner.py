@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import numpy as np
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import write_atomically
-from fomoe_flwr.placement import Placement, draw_placement
-from fomoe_flwr.plan.record import NAME, Plan, SitePlan, read_content
+from fomoe_flwr.placement import Placement, draw_placement, equal_shares
+from fomoe_flwr.plan.record import NAME, CostSeconds, Plan, SitePlan, read_content
 from fomoe_flwr.plan.solver import (
     Floats,
     Ints,
@@ -34,12 +35,14 @@ from fomoe_flwr.plan.system import (
     BYTES_A_GIB,
     PlanSite,
     TokenCost,
+    compute_source,
     exchange_s,
     one_way_bytes,
     plan_sites,
     state_bytes,
     token_cost,
 )
+from fomoe_flwr.units import time_span
 
 
 def make_plan(config: RunConfig, cost: TokenCost | None = None) -> Plan:
@@ -52,8 +55,14 @@ def make_plan(config: RunConfig, cost: TokenCost | None = None) -> Plan:
         ConfigError: a site on which no expert fits, or which constraint cannot be met.
     """
     sites = plan_sites(config)
-    options = site_options(config, sites, cost or token_cost(config))
-    return describe(config, sites, options, *choose(config, options))
+    cost = cost or token_cost(config)
+    options = site_options(config, sites, cost)
+    plan = describe(config, sites, options, *choose(config, options))
+    return dataclasses.replace(plan, token_cost_s=_as_data(cost))
+
+
+def _as_data(cost: TokenCost) -> CostSeconds:
+    return CostSeconds(dense_s=cost.dense_s, experts_s=cost.experts_s, router_s=cost.router_s)
 
 
 def choose(config: RunConfig, options: Options) -> tuple[Ints, Ints]:
@@ -177,9 +186,12 @@ def useful_target(config: RunConfig, options: Options) -> float:
 
 
 def _equal(config: RunConfig, options: Options) -> Ints:
-    """The paper's: the same number of experts at every site, whatever it costs in memory there."""
+    """The paper's: the same number of experts at every site, or one more, whatever it costs in memory there."""
     num_sites, num_experts = len(options.step_tokens_M), config.model.num_experts
-    share = -(-num_experts * config.overlap // num_sites)  # where sites have left, it may not divide
+    if num_sites == len(config.federation.sites):
+        return np.array(equal_shares(num_sites, num_experts, config.overlap), dtype=np.int64)
+    # Where sites have left, one more at all: then fewer experts move from site to site.
+    share = -(-num_experts * config.overlap // num_sites)
     return np.full(num_sites, min(share, num_experts), dtype=np.int64)
 
 
@@ -234,7 +246,9 @@ def replan(
         ConfigError: the sites that are left cannot hold all experts.
     """
     sites = plan_sites(config)
-    options = _rows(site_options(config, sites, token_cost(config)), present)
+    # The cost that this run's plan was made from: what plan.measured names may be gone, or be this run, which goes on.
+    cost = token_cost(config) if plan.token_cost_s is None else TokenCost(**plan.token_cost_s)
+    options = _rows(site_options(config, sites, cost), present)
     held = Placement(placement.holds_LEM[:, :, list(present)])
     covered = held.holds_LEM.sum(axis=2).min() >= config.plan.holders
     before_M = np.array([plan.sites[site].experts_per_layer for site in present])
@@ -262,7 +276,8 @@ def replan(
     holds_LEM[:, :, list(present)] = new.holds_LEM
     by_index = dict(zip(present, described.sites, strict=True))
     everyone = tuple(by_index.get(index, _away(site)) for index, site in enumerate(plan.sites))
-    return Replanned(dataclasses.replace(described, sites=everyone), Placement(holds_LEM), int(moved_M.sum()))
+    made = dataclasses.replace(described, sites=everyone, token_cost_s=_as_data(cost))
+    return Replanned(made, Placement(holds_LEM), int(moved_M.sum()))
 
 
 def _rows(options: Options, present: Sequence[int]) -> Options:
@@ -326,6 +341,39 @@ def _away(site: SitePlan) -> SitePlan:
     )
 
 
+# ----- the clock of a plan
+
+FAR_OFF = 2.0  # times as long as planned, or as short
+
+
+def clock_note(config: RunConfig, plan: Plan, compute_s: Mapping[str, float], run_dir: Path) -> str | None:
+    """One line where a round's steps take another time than planned; None where the plan was near enough.
+
+    It changes nothing in the run: shares and steps that went by the clock would differ between two equal runs.
+
+    Args:
+        compute_s: of a round's steps at each site that took part.
+    """
+    planned = {site.site: site for site in plan.sites}
+    ratios = {
+        name: measured / planned[name].compute_s for name, measured in compute_s.items() if measured > 0
+    }
+    if not ratios or 1 / FAR_OFF <= (ratio := median(ratios.values())) <= FAR_OFF:
+        return None
+    round_s = max(compute_s[name] + planned[name].communication_s for name in ratios)
+    off = f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
+    measured = f"plan.measured={run_dir}"
+    remedy = f"{measured} plans by what this run measured"
+    if plan.placement == "planned":
+        remedy = (
+            f"shares and steps stay as planned; resume={run_dir} {measured} plans the rest of the run anew"
+        )
+    return (
+        f"steps take {off} what was planned from {compute_source(config)}, so a round takes about "
+        f"{time_span(round_s)} instead of {time_span(plan.round_s)}; {remedy}"
+    )
+
+
 # ----- plan.json
 
 
@@ -350,7 +398,7 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
     return plan
 
 
-def _renewed(request: dict[str, Any] | None) -> dict[str, Any] | None:
+def _renewed(request: Any) -> Any:
     """What an earlier version asked for, in the keys of this one."""
     if request is None or (policy := request["plan"].pop("policy", None)) is None:
         return request

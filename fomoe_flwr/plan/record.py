@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.reading import Amount, as_type, load_json, not_empty, positive, reason
 
 NAME = "plan.json"  # in the run directory
 
@@ -19,16 +19,24 @@ class SitePlan:
 
     site: str
     experts_per_layer: int
-    local_steps: int
+    local_steps: Annotated[int, positive]
     batch_size: int
     tokens: int
-    memory_bytes: float
+    memory_bytes: Amount
     bytes_down: int
     bytes_up: int
-    compute_s: float
-    communication_s: float
-    round_s: float  # compute + communication; the round of all is the longest
-    resident_share: float  # of the router's choices, expected
+    compute_s: Amount
+    communication_s: Amount
+    round_s: Amount  # compute + communication; the round of all is the longest
+    resident_share: Amount  # of the router's choices, expected
+
+
+class CostSeconds(TypedDict):
+    """`TokenCost` as data."""
+
+    dense_s: Amount
+    experts_s: Amount
+    router_s: Amount
 
 
 @dataclass(frozen=True)
@@ -36,22 +44,28 @@ class Plan:
     """What a round of the whole federation is expected to be."""
 
     placement: str  # strategy.placement; equal for those that go by no plan
-    sites: tuple[SitePlan, ...]
-    round_s: float
-    tokens: int
-    tokens_per_second: float
-    useful_tokens_per_second: float  # each token by its worth (plan.skip_price)
+    sites: Annotated[tuple[SitePlan, ...], not_empty]
+    round_s: Amount
+    tokens: Annotated[int, positive]
+    tokens_per_second: Amount
+    useful_tokens_per_second: Amount  # each token by its worth (plan.skip_price)
+    # What it rests on, for a new plan in the middle of the run; None in those of earlier versions.
+    token_cost_s: CostSeconds | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
-        sites = tuple(SitePlan(**site) for site in values["sites"])
-        rest = {key: value for key, value in values.items() if key not in ("policy", "sites")}
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: it is not a plan.
+        """
         if (policy := values.get("policy")) is not None:  # of an earlier version
-            rest["placement"] = "planned" if policy == "solver" else policy
-        return cls(sites=sites, **rest)
+            values = {**values, "placement": "planned" if policy == "solver" else policy}
+        plan: Plan = as_type(cls, values)
+        return plan
 
     @property
     def mean_residents(self) -> float:
@@ -69,15 +83,27 @@ def load_plan(run_dir: Path) -> Plan | None:
     return Plan.from_dict(read_content(path)["plan"]) if path.exists() else None
 
 
-def read_content(path: Path) -> dict[str, Any]:
+class Content(TypedDict):
+    """What `plan.json` holds."""
+
+    plan: dict[str, Any]
+    request: _Request | None
+
+
+class _Request(TypedDict):
+    plan: dict[str, Any]
+    strategy: Annotated[list[Any], not_empty]
+
+
+def read_content(path: Path) -> Content:
     """What `plan.json` holds.
 
     Raises:
         RunError: it is damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: Content = as_type(Content, {"request": None, **load_json(path, dict[str, Any])})
         Plan.from_dict(content["plan"])
-        return {"request": None, **content}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error!r}); delete it to have a new plan made") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({reason(error)}); delete it to have a new plan made") from error
+    return content

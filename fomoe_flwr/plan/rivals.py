@@ -7,14 +7,13 @@ and batch. DDP exchanges the whole gradient through the server at every one of t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.placement import check_overlap
+from fomoe_flwr.placement import check_overlap, least_overlap
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.system import PlanSite, held_parameters, one_way_bytes
@@ -109,22 +108,21 @@ def compare_strategies(
     return rows
 
 
-def dividing_overlaps(num_sites: int, num_experts: int) -> list[int]:
-    """Every overlap with which equal shares are whole numbers of experts, ascending; the last is a full replica."""
-    step = num_sites // math.gcd(num_experts, num_sites)
-    return list(range(step, num_sites + 1, step))
+def possible_overlaps(num_sites: int, num_experts: int) -> list[int]:
+    """Every overlap with which each site has an expert, ascending; the last is a full replica."""
+    return list(range(least_overlap(num_sites, num_experts), num_sites + 1))
 
 
 def fomoe_overlap(config: RunConfig) -> int:
     """The overlap of FoMoE with equal shares: this run's, or half of the sites where it is a full replica.
 
-    If that does not divide, the next smaller that does, else the smallest. Where full replicas alone divide it is what
-    was wanted, and cannot be.
+    If some site would have no expert, the smallest with which each has one. Where that is a full replica it is what was
+    wanted, and cannot be.
     """
     num_sites = len(config.federation.sites)
     wanted = config.overlap if config.overlap < num_sites else max(1, num_sites // 2)
-    shared = dividing_overlaps(num_sites, config.model.num_experts)[:-1]
-    return max((overlap for overlap in shared if overlap <= wanted), default=min(shared, default=wanted))
+    shared = possible_overlaps(num_sites, config.model.num_experts)[:-1]
+    return wanted if wanted in shared else min(shared, default=wanted)
 
 
 def too_small(plan: Plan, sites: list[PlanSite]) -> tuple[str, ...]:

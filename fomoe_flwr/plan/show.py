@@ -69,6 +69,12 @@ def facts_table(outlook: Outlook) -> Table:
         f"{time_span(plan.round_s)}, {count(plan.tokens)} tokens, {count(plan.tokens_per_second)} tokens/s, "
         f"of which useful {count(plan.useful_tokens_per_second)}",
     )
+    if config.plan.measured is None:
+        table.add_row(
+            "times",
+            f"as if a site of speed 1 had {config.plan.tflops:g} Tflop/s (plan.tflops; an H100 has 989, a laptop well "
+            "below 1); after a run of two rounds plan.measured=RUN_DIR goes by what it took",
+        )
     table.add_row(
         "the run",
         f"{rounds} rounds: {time_span(rounds * plan.round_s)}, {count(rounds * plan.tokens)} tokens, "

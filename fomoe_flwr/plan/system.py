@@ -21,6 +21,7 @@ from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.model.spec import expert_parameters, parameter_counts, token_flops
+from fomoe_flwr.reading import reason
 
 if TYPE_CHECKING:
     from fomoe_flwr.report.load import Run
@@ -180,6 +181,14 @@ def token_cost(config: RunConfig) -> TokenCost:
     )
 
 
+def compute_source(config: RunConfig) -> str:
+    """What the plan's times come from, as the user gave it."""
+    plan = config.plan
+    if plan.measured is not None:
+        return f"plan.measured={plan.measured}"
+    return f"plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}"
+
+
 def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     """Least squares of `seconds a token · speed = dense + work · experts` over the sites of a run.
 
@@ -193,8 +202,8 @@ def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     metrics = path / "metrics.jsonl"
     try:
         run = _load(path, metrics.stat().st_mtime_ns if metrics.exists() else 0)
-    except FomoeError as error:
-        raise ConfigError(f"plan.measured={directory}: {error}") from error
+    except (FomoeError, OSError) as error:
+        raise ConfigError(f"plan.measured={directory:.200}: {reason(error)}") from error
     for key in ("d_model", "num_layers", "num_experts", "d_expert", "top_k", "vocab_size"):
         if (there := getattr(run.config.model, key)) != (here := getattr(config.model, key)):
             raise ConfigError(f"plan.measured={directory}: its model.{key} is {there}, here it is {here}")
@@ -204,9 +213,13 @@ def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     trained = [record for record in run.rounds if record.sites]
     for record in trained[1:] or trained:
         for site in record.sites:
-            if site.tokens_per_second and site.resident_share is not None:
-                seconds[site.site].append(speed[site.site] / site.tokens_per_second)
-                share[site.site].append(site.resident_share)
+            tokens_per_second, resident_share = site.tokens_per_second, site.resident_share
+            if tokens_per_second is None or resident_share is None:
+                continue
+            # A site may report what it likes.
+            if tokens_per_second > 0 and 0 <= resident_share <= 1:
+                seconds[site.site].append(speed[site.site] / tokens_per_second)
+                share[site.site].append(resident_share)
     if not any(seconds.values()):
         raise ConfigError(f"plan.measured={directory}: no site has trained in this run")
     model, routing = run.config.model, run.config.strategy.routing

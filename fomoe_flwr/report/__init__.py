@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fomoe_flwr.console import print_whole
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.reading import reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +24,14 @@ def report(directory: Path, console: Console) -> None:
     from fomoe_flwr.report import picture, reality, routing, tables
     from fomoe_flwr.report.load import load_run
 
-    if not directory.is_dir():
-        raise RunError(f"{directory}: no such directory")
-    if (directory / "config.yaml").is_file() or (directory / "metrics.jsonl").is_file():
+    try:
+        if not directory.is_dir():
+            raise RunError(f"{directory}: no such directory")
+        is_run = (directory / "config.yaml").exists() or (directory / "metrics.jsonl").exists()
+        is_sweep = not is_run and bool(tables.job_dirs(directory))
+    except OSError as error:
+        raise RunError(f"{directory!s:.200}: {reason(error)}") from error
+    if is_run:
         run = load_run(directory)
         console.print(tables.run_table(run))
         print_whole(tables.comparison_table(run), console)
@@ -37,7 +43,7 @@ def report(directory: Path, console: Console) -> None:
         console.print(f"picture: {picture.draw(run)}", soft_wrap=True, markup=False)
         if drawn := routing.draw_routing(run):
             console.print(f"routing: {drawn}", soft_wrap=True, markup=False)
-    elif tables.job_dirs(directory):
+    elif is_sweep:
         print_whole(tables.sweep_table(directory), console)
     else:
         raise RunError(f"{directory}: neither a run (config.yaml, metrics.jsonl) nor a sweep (0/, 1/, …)")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import yaml  # type: ignore[import-untyped]
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from fomoe_flwr.compose import from_tree, one_line
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.placement import Placement
+from fomoe_flwr.plan.record import NAME as PLAN
 from fomoe_flwr.plan.record import Plan, load_plan
+from fomoe_flwr.reading import Amount, Number, as_type, read_lines, read_yaml
 from fomoe_flwr.records import read_placements
 
 CLASSES = ("dense", "expert", "other")  # of bytes; "other" is everything that is not a tensor
@@ -39,6 +39,44 @@ class SiteRound:
     memory_bytes: float | None = None  # most memory that the round needed
 
 
+class SiteClock(TypedDict):
+    compute_s: Amount
+    communication_s: Amount
+
+
+class Virtual(TypedDict):
+    """Times of simulated sites, computed for their own devices and links."""
+
+    round_s: Amount
+    sites: dict[str, SiteClock]
+
+
+class _Routing(TypedDict):
+    by_layer: dict[str, list[Number | None]]
+
+
+class Routing(_Routing, total=False):
+    """See docs/routing.md; a figure that is not defined is None."""
+
+    load_entropy: Number | None
+    dead_experts: Number | None
+    agreement: Number | None
+    js_distance: Number | None
+    drift: Number | None
+    expert_similarity: Number | None
+    spike: Number | None
+    load: list[list[Amount]] | None
+    residents: dict[str, list[Number | None]]
+
+
+class _Seconds(TypedDict):
+    round: Amount
+
+
+class _Line(TypedDict):
+    seconds: _Seconds
+
+
 @dataclass(frozen=True)
 class Round:
     """A line of `metrics.jsonl`. Round 0 is the evaluation before training."""
@@ -51,14 +89,14 @@ class Round:
     bytes_down: int  # of all sites, in this round
     bytes_up: int
     bytes_by_class: dict[str, int]  # by `CLASSES`; down + up
-    resident_share: float | None
-    seconds: float  # the whole round
+    resident_share: Number | None
+    seconds: Amount  # the whole round
     committed: bool  # False: too few sites answered, so the round was discarded
     failures: dict[str, str]  # site -> why its reply is not part of the model
     refused: dict[str, str]  # site -> what was wrong with its reply; other sites in `failures` sent none
     sites: tuple[SiteRound, ...]
-    virtual: dict[str, Any] | None = None  # simulated sites: times computed for their own devices and links
-    routing: dict[str, Any] | None = None  # see docs/routing.md; a figure that is not defined is None
+    virtual: Virtual | None = None
+    routing: Routing | None = None
     inputs: Inputs = UNKNOWN
 
     @property
@@ -110,13 +148,16 @@ def load_run(directory: Path) -> Run:
 
     Raises:
         ConfigError: `config.yaml` is missing, empty or not a run's configuration.
-        RunError: `metrics.jsonl` is missing, damaged or without a complete round; `plan.json` is damaged.
+        RunError: `metrics.jsonl` is missing or without a whole line; `placements.jsonl` or `plan.json` cannot be read.
     """
     config = read_config(directory / "config.yaml")
     rounds = read_rounds(directory / "metrics.jsonl", config)
     names = [site.name for site in config.federation.sites]
     placements = read_placements(directory, names, config.model.num_experts)
-    return Run(directory, config, rounds, load_plan(directory), placements)
+    plan = load_plan(directory)
+    if plan is not None and [site.site for site in plan.sites] != names:
+        raise RunError(f"{directory / PLAN}: is of other sites than config.yaml")
+    return Run(directory, config, rounds, plan, placements)
 
 
 def read_config(path: Path) -> RunConfig:
@@ -125,69 +166,77 @@ def read_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: see `load_run`.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; is this the directory of a run?")
     try:
-        tree = OmegaConf.load(path)
+        if not path.exists():
+            raise ConfigError("no such file; is this the directory of a run?")
+        values = read_yaml(path, Any)
         # from_tree would take an empty file as a run with all values at their defaults.
-        if not isinstance(tree, DictConfig) or not tree:
+        if not isinstance(values, dict) or not values:
             raise ConfigError("empty or not a mapping")
-        return from_tree(tree, saved=True)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    except (ConfigError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {one_line(error)}") from error
+        return from_tree(OmegaConf.create(values), saved=True)
+    except RunError as error:  # it names the file
+        raise ConfigError(str(error)) from error
+    # A value of another type gives all sorts of errors inside OmegaConf.
+    except Exception as error:
+        raise ConfigError(f"{path}: {one_line(error):.400}") from error
 
 
 def read_rounds(path: Path, config: RunConfig) -> tuple[Round, ...]:
-    """The rounds in the order written. A crash may leave half a line at the end, which is ignored.
+    """The rounds in ascending order, without damaged lines (`read_lines`). Of two lines of a round the later counts.
 
     Raises:
         RunError: see `load_run`.
     """
-    if not path.is_file():
+    if not path.exists():
         raise RunError(f"{path}: no such file; the run ended before its first evaluation")
-    # A crash may cut a character in two. With errors="replace" that line is not JSON, and so is ignored.
-    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    site_names = {site.name for site in config.federation.sites}
-    rounds = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}, line {number}: not JSON: {error}") from error
-        try:
-            rounds.append(_round(values, site_names))
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise RunError(f"{path}, line {number}: not the metrics of a round: {what}") from error
-    if not rounds:
-        raise RunError(f"{path}: no complete round in it")
-    return tuple(rounds)
-
-
-def _round(values: dict[str, Any], site_names: Collection[str]) -> Round:
-    sites = tuple(SiteRound(**_known(SiteRound, site)) for site in values["sites"])
-    for site in sites:
-        if site.site not in site_names:
-            raise ValueError(f"site {site.site!r} is not in config.yaml")
-    routing = values.get("routing")
-    parsed = {
-        "sites": sites,
-        "routing": None if routing is None else {**routing, "by_layer": routing["by_layer"]},
-        "seconds": float(values["seconds"]["round"]),
-        "inputs": inputs_of(values.get("inputs", {})),
-        "bytes_by_class": {name: int(values["bytes_by_class"][name]) for name in CLASSES},
+    rounds = {
+        found.round: found for found in read_lines(path, lambda line: _round(line, config), needed=True)
     }
-    return Round(**_known(Round, values) | parsed)
+    return tuple(rounds[number] for number in sorted(rounds))
 
 
-def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass. A line may have more keys, and may lack those that have a default."""
+def _round(line: Any, config: RunConfig) -> Round:
+    values = as_type(_Line, line)
+    found: Round = as_type(Round, {**values, "seconds": values["seconds"]["round"]})
+    if found.round > config.train.rounds:
+        raise ValueError(f"round {found.round} of {config.train.rounds}")
+    names = {site.name for site in config.federation.sites}
+    for site in found.sites:
+        if site.site not in names:
+            raise ValueError(f"site {site.site!r:.80} is not in config.yaml")
+        if found.virtual and site.site not in found.virtual["sites"]:
+            raise ValueError(f"virtual.sites.{site.site:.80} is missing")
+    for name in CLASSES:
+        if name not in found.bytes_by_class:
+            raise ValueError(f"bytes_by_class.{name} is missing")
+    _check_shapes(found.routing, config.model.num_layers, config.model.num_experts)
+    # What a site reports of itself need not be a number that can be drawn.
+    sites = tuple(dataclasses.replace(site, **_reported(site)) for site in found.sites)
+    return dataclasses.replace(found, sites=sites, inputs=inputs_of(values.get("inputs", {})))
+
+
+def _reported(site: SiteRound) -> dict[str, Any]:
+    values = {
+        spec.name: getattr(site, spec.name) for spec in dataclasses.fields(site) if spec.default is None
+    }
     return {
-        spec.name: values[spec.name]
-        for spec in dataclasses.fields(kind)
-        if spec.name in values or spec.default is dataclasses.MISSING
+        key: value if value is not None and math.isfinite(value) else None for key, value in values.items()
     }
+
+
+def _check_shapes(routing: Routing | None, num_layers: int, num_experts: int) -> None:
+    if routing is None:
+        return
+    for name in ("load_entropy", "dead_experts"):
+        if name not in routing["by_layer"]:
+            raise ValueError(f"routing.by_layer.{name} is missing")
+    load_LE = routing.get("load")
+    lengths = [
+        len(values) for values in (*routing["by_layer"].values(), *routing.get("residents", {}).values())
+    ]
+    if load_LE is not None:
+        lengths.append(len(load_LE))
+    if any(length != num_layers for length in lengths):
+        raise ValueError(f"routing has not {num_layers} layers everywhere")
+    if any(len(load_E) != num_experts for load_E in load_LE or []):
+        raise ValueError(f"routing.load has not {num_experts} experts everywhere")

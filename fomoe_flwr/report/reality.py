@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.plan.record import SitePlan
-from fomoe_flwr.plan.system import one_way_bytes
+from fomoe_flwr.plan.system import compute_source, one_way_bytes
 from fomoe_flwr.report.load import Round, Run, SiteRound
 from fomoe_flwr.report.tables import narrow_table
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
@@ -141,11 +141,8 @@ def notes(run: Run, reality: Reality) -> list[str]:
             "payload: more or less was sent than the shards that the sites held (evaluations at the sites?)"
         )
     if worst := _worst([site.step_s for site in sites]):
-        source = f"plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}"
-        if plan.measured:
-            source = f"plan.measured={plan.measured}"
         said.append(
-            f"step time: assumed from {source}, off by {worst}; "
+            f"step time: assumed from {compute_source(run.config)}, off by {worst}; "
             f"plan.measured={run.directory} uses what this run measured"
         )
     if worst := _worst([site.memory_bytes for site in sites]):

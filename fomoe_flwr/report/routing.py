@@ -79,7 +79,7 @@ def draw_routing(run: Run) -> Path | None:
 
 def measured(run: Run) -> dict[int, dict[str, Any]]:
     """The routing figures by round, from round 1 on."""
-    return {record.round: record.routing for record in run.rounds if record.routing and record.round}
+    return {record.round: {**record.routing} for record in run.rounds if record.routing and record.round}
 
 
 def headline(run: Run) -> str:
@@ -90,7 +90,8 @@ def headline(run: Run) -> str:
     last, entropy = entropies[-1]
     routing, total = measured(run)[last], run.config.model.num_layers * run.config.model.num_experts
     parts = [f"round {last}: load entropy {percent(entropy)} of its maximum"]
-    parts.append(f"{routing.get('dead_experts')} of {total:,} experts without any token")
+    if (dead := routing.get("dead_experts")) is not None:
+        parts.append(f"{dead:g} of {total:,} experts without any token")
     if (load_LE := relative_loads(run).get(last)) is not None:
         parts.append(f"{int(_dying(load_LE).sum())} dying")
     if (agreement := routing.get("agreement")) is not None:
@@ -225,7 +226,7 @@ def load_spread(axes: Axes, run: Run) -> None:
         return
     rounds = [round_ for round_, _ in entropies]
     by_layer = [measured(run)[round_]["by_layer"]["load_entropy"] for round_ in rounds]
-    known = [[value for value in values if value is not None] for values in by_layer]
+    known = [[value for value in values if value is not None] or [math.nan] for values in by_layer]
     low, high = [min(values) for values in known], [max(values) for values in known]
     axes.fill_between(rounds, low, high, color=TRAIN, alpha=0.4, label="least to most even layer")
     draw_line(axes, run, entropies, VALIDATION, "mean of the layers")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-import yaml  # type: ignore[import-untyped]
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -22,9 +21,12 @@ from fomoe_flwr.errors import LONGEST, ConfigError, FomoeError, RunError
 from fomoe_flwr.inputs import differences
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.rivals import compare_strategies
+from fomoe_flwr.reading import read_json, read_yaml
 from fomoe_flwr.records import FAILURE
 from fomoe_flwr.report.load import Run, load_run, read_config
 from fomoe_flwr.units import NONE, count, decimal, duration, in_bytes, percent, times
+
+log = logging.getLogger("fomoe")
 
 DOMAINS_SHOWN = 12  # the largest ones; the JSON has all
 
@@ -257,10 +259,13 @@ def _results(run: Run) -> tuple[str, ...]:
 
 def _overrides(job: Path) -> Settings:
     path = job / ".hydra" / "overrides.yaml"
-    if not path.is_file():
+    if not path.exists():
         return {}
-    # Not by OmegaConf, which would resolve what is in it.
-    pairs = (str(item).partition("=") for item in yaml.safe_load(path.read_text()) or [])
+    try:
+        pairs = [str(item).partition("=") for item in read_yaml(path, list[Any])]
+    except RunError as error:
+        log.warning("%s; the sweep's table shows no overrides of this job", error)
+        return {}
     return {key.lstrip("+~"): value for key, _, value in pairs}
 
 
@@ -285,24 +290,58 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Settings:
 # ----- an evaluation, from the JSON object that `fomoe eval --json` prints
 
 
+class _Text(TypedDict):
+    name: str
+    part: str
+    documents: int
+    tokens: int
+
+
+class _Figures(TypedDict):
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    tokens: int
+
+
+class _Whole(_Figures, total=False):
+    by_domain: dict[str, _Figures]
+
+
+class _Necessity(TypedDict):
+    tokens: int
+    necessity: float | None
+    necessity_by_layer: list[float | None]
+    necessity_by_draw: list[float | None]
+
+
+class _Evaluation(TypedDict):
+    checkpoint: str
+    text: _Text
+    all_experts: _Whole
+    residents: dict[str, _Whole | None]
+    routing: _Necessity
+
+
 def show_saved(file: Path, console: Console) -> None:
     """Print the evaluation that a run left, if it left one.
 
     Raises:
         RunError: it cannot be read.
     """
-    if not file.is_file():
+    if not file.exists():
         return
     try:
-        show_evaluation(json.loads(file.read_text()), console)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"{file}: cannot be read ({error!r}); fomoe eval makes the figures anew") from error
+        content = read_json(file, _Evaluation)
+    except RunError as error:
+        raise RunError(f"{error}; fomoe eval makes the figures anew") from error
+    show_evaluation(content, console)
 
 
 def show_evaluation(content: Mapping[str, Any], console: Console) -> None:
     """Print the figures of `fomoe eval`."""
     text, tokens, routing = content["text"], content["all_experts"]["tokens"], content["routing"]
-    part = {"validation": "validation part, ", "whole": ""}[text["part"]]
+    part = "validation part, " if text["part"] == "validation" else ""
     of = f"{tokens:,} of {text['tokens']:,}" if tokens < text["tokens"] else f"{tokens:,}"
     documents = "1 document" if text["documents"] == 1 else f"{text['documents']:,} documents"
     draws = len(routing["necessity_by_draw"])

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from fomoe_flwr.checkpoint import (
     Checkpoint,
+    Facts,
     checkpoint_path,
     list_checkpoints,
     resume_from,
@@ -56,7 +57,7 @@ from fomoe_flwr.messages import deals
 from fomoe_flwr.model.sigma_moe import build, initial_state
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
-from fomoe_flwr.plan.planner import plan_for_run
+from fomoe_flwr.plan.planner import clock_note, plan_for_run
 from fomoe_flwr.plan.record import NAME as PLAN
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
@@ -113,6 +114,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
     config, run_dir = composed.config, composed.run_dir
     origin, checkpoint = resume_from(config.resume) if config.resume else (None, None)
     if checkpoint is not None:
+        if missing := sorted(Facts.__annotations__.keys() - checkpoint.manifest):
+            raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json lacks {', '.join(missing)}")
         check_resumable(checkpoint, config)
         config.federation.sites = in_saved_order(checkpoint, config)
     if origin is None or origin.resolve() != run_dir.resolve():
@@ -138,7 +141,7 @@ def open_run(composed: Composed) -> Iterator[Run]:
     tokens = checkpoint.manifest["tokens"] if checkpoint else 0
     # Losses on other text, or of other tokens, cannot be compared.
     best = None if changed else (last or {}).get("best")
-    recorder = RunRecorder(composed, name, corpus, telemetry, tokens, best, inputs)
+    recorder = RunRecorder(composed, name, corpus, telemetry, tokens, best, inputs, plan)
     failed = True
     try:
         yield Run(name, plan, recorder, checkpoint, plan != before, inputs, changed)
@@ -152,6 +155,7 @@ class RunRecorder(RoundObserver):
 
     Args:
         best: round and val_loss of the best checkpoint so far, which is kept beside the newest ones.
+        plan: what the first round's times are held against.
     """
 
     def __init__(
@@ -163,13 +167,14 @@ class RunRecorder(RoundObserver):
         tokens: int,
         best: dict[str, Any] | None = None,
         inputs: Inputs = UNKNOWN,
+        plan: Plan | None = None,
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
         self._health = RoutingHealth(composed.config, probe_batch(corpus, composed.config.train.seq_len))
         self._collected_s = 0.0
         self._placement: Placement | None = None  # the last one that this process recorded
-        self._best = best
+        self._best, self._plan = best, plan
         self._inputs = dataclasses.asdict(inputs)
         self._repeating: set[str] = set()  # sites of which it is said that they read their text too often
         # Twice the loss of guessing every token with equal probability; nan is above it, too.
@@ -228,6 +233,8 @@ class RunRecorder(RoundObserver):
             seconds["round"] += seconds["checkpoint"]
         self._telemetry.end_round(line)
         self._warn_of_repetition(current)
+        if current.number == 1 and self._plan is not None:
+            self._compare_clock(current, self._plan)
         if ruined:
             raise RunError(
                 f"round {current.number}: the validation loss is {own_loss:.4g}, far above that of guessing; the model "
@@ -243,6 +250,19 @@ class RunRecorder(RoundObserver):
         if passes:
             self._repeating |= set(passes)
             log.warning("round %d: %s", current.number, repetition(passes, "have read"))
+
+    def _compare_clock(self, current: Round, plan: Plan) -> None:
+        """Say so if the plan's times are far from those of this round."""
+        config, run_dir = self._composed.config, self._composed.run_dir
+        compute_s = {}
+        for index, reply in current.replies.items():
+            site = config.federation.sites[index]
+            # Simulated sites all run on this device, which counts as speed 1.
+            compute_s[site.name] = reply.metrics.get("seconds", 0.0) / (
+                site.speed if current.simulated else 1.0
+            )
+        if note := clock_note(config, plan, compute_s, run_dir):
+            log.warning("round %d: %s", current.number, note)
 
     def _record_placement(self, current: Round) -> None:
         run_dir = self._composed.run_dir

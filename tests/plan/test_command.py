@@ -152,7 +152,7 @@ def test_a_thousand_sites_of_the_largest_model(capsys: pytest.CaptureFixture[str
         (),
         HETERO,
         (*HETERO, "strategy.placement=planned"),
-        ("federation.num_sites=7", "strategy=diloco"),  # nothing between overlap 1 and 7 divides
+        ("federation.num_sites=7", "strategy=diloco"),  # 16 experts do not divide among 7
         ("federation.num_sites=1", "strategy.overlap=1"),
         ("federation.num_sites=64", "strategy.overlap=8"),
     ],

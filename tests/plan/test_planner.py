@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.plan.planner import held_share, make_plan, plan_for_run, plan_placement, replan
+from fomoe_flwr.plan.planner import clock_note, held_share, make_plan, plan_for_run, plan_placement, replan
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.plan.rivals import with_strategy
 from fomoe_flwr.plan.system import BYTES_A_GIB, split_parameters
+from tests.report.runs import write_run
 
 SLOW = "plan.tflops=0.05"  # a laptop's, so that tiny models compute as long as they communicate
 
@@ -353,3 +355,45 @@ def test_the_affine_policy_gives_each_site_what_its_tokens_ask_for() -> None:
         assert new.plan.sites[site].resident_share == pytest.approx(1, abs=1e-4)
     # And once they have it, they keep it.
     assert replan(made, new.plan, new.placement, [0, 1, 2, 3], 100, demand) is None
+
+
+# ----- measured times
+
+
+def test_a_new_plan_in_the_middle_goes_by_what_the_first_one_was_made_from(tmp_path: Path) -> None:
+    """What was measured may be gone by then, or be the run itself, whose figures grow."""
+    measured = write_run(tmp_path / "run", "federation=hetero")
+    run = config(*PLANNED, "plan.holders=2", f"plan.measured={measured}")
+    plan = make_plan(run)
+    shutil.rmtree(measured)
+    kept = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))  # as in a checkpoint
+    new = replan(run, kept, plan_placement(run, kept), [0, 1, 3], 10)
+    assert new is not None
+    assert new.plan.token_cost_s == plan.token_cost_s
+
+
+@pytest.mark.parametrize("times", [0.6, 1.0, 1.9])
+def test_times_that_are_near_enough_are_not_mentioned(tmp_path: Path, times: float) -> None:
+    plan = make_plan(config())
+    assert (
+        clock_note(config(), plan, {site.site: times * site.compute_s for site in plan.sites}, tmp_path)
+        is None
+    )
+    assert clock_note(config(), plan, {}, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [((), "plan.measured={run} plans by"), (PLANNED, "resume={run} plan.measured={run} plans the rest")],
+)
+def test_times_that_are_far_off_are_said_with_what_to_do(
+    tmp_path: Path, overrides: tuple[str, ...], remedy: str
+) -> None:
+    run = config(*overrides)
+    plan = make_plan(run)
+    note = clock_note(run, plan, {site.site: 26_000 * site.compute_s for site in plan.sites}, tmp_path)
+    assert note is not None
+    assert note.startswith(
+        "steps take 26,000 times what was planned from plan.tflops=0.05, plan.mfu=0.4, so a round "
+    )
+    assert remedy.format(run=tmp_path) in note

@@ -16,8 +16,8 @@ from fomoe_flwr.plan.rivals import (
     Row,
     compare,
     compare_strategies,
-    dividing_overlaps,
     fomoe_overlap,
+    possible_overlaps,
     some,
     too_small,
 )
@@ -124,7 +124,7 @@ def test_the_planned_round_does_as_much_useful_work_in_less_time() -> None:
     assert useful[1] >= useful[0] * (1 - 1e-9)
 
 
-def test_overlaps_that_divide_are_those_that_placement_takes() -> None:
+def test_the_possible_overlaps_are_those_that_placement_takes() -> None:
     for num_sites in range(1, 13):
         for num_experts in (1, 4, 6, 16):
             possible = []
@@ -134,7 +134,7 @@ def test_overlaps_that_divide_are_those_that_placement_takes() -> None:
                 except ConfigError:
                     continue
                 possible.append(overlap)
-            assert dividing_overlaps(num_sites, num_experts) == possible
+            assert possible_overlaps(num_sites, num_experts) == possible
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,9 @@ def test_overlaps_that_divide_are_those_that_placement_takes() -> None:
         (("strategy=diloco",), 2),  # half of the sites
         (("strategy=diloco", "federation.num_sites=6"), 3),
         (("strategy=diloco", "federation.num_sites=12"), 6),
-        (
-            ("strategy.placement=planned", "strategy.overlap=5", "federation.num_sites=12"),
-            3,
-        ),  # 3, 6, 9 divide
-        (("strategy.placement=planned", "strategy.overlap=2", "federation.num_sites=12"), 3),  # none below
+        # 16 experts x 5 do not divide by 12
+        (("strategy.placement=planned", "strategy.overlap=5", "federation.num_sites=12"), 5),
+        (("strategy.placement=planned", "strategy.overlap=1", "federation.num_sites=20"), 2),  # one for each
         (("federation.num_sites=1", "strategy.overlap=1"), 1),
     ],
 )
@@ -157,19 +155,23 @@ def test_the_overlap_of_equal_shares(overrides: tuple[str, ...], overlap: int) -
 
 
 def test_what_cannot_be_keeps_its_row_and_says_why() -> None:
-    made = rows("strategy=diloco", "federation.num_sites=7")  # 16 experts and 7 sites
+    made = rows("strategy=diloco", "federation.num_sites=7", "model.num_experts=1", "model.top_k=1")
     impossible = [row for row in made if row.plan is None]
     assert [row.name for row in impossible] == ["FoMoE, equal, partitioned", "FoMoE, equal, skip"]
-    assert all("overlap must be a multiple of 7" in row.reason for row in impossible)
+    assert all("overlap must be at least 7" in row.reason for row in impossible)
     assert {(row.bytes_per_round, row.memory_bytes) for row in impossible} == {(None, None)}
     assert made[-1].plan is not None
 
 
 def test_a_planned_run_with_an_overlap_that_does_not_divide() -> None:
     overrides = ("strategy.placement=planned", "strategy.overlap=5", "federation.num_sites=12")
-    assert {row.name: row.overlap for row in rows(*overrides)} == dict(
-        zip(NAMES, (12, 12, 12, 3, 3, 5), strict=True)
+    made = {row.name: row for row in rows(*overrides)}
+    assert {name: row.overlap for name, row in made.items()} == dict(
+        zip(NAMES, (12, 12, 12, 5, 5, 5), strict=True)
     )
+    equal = made["FoMoE, equal, skip"].plan  # 80 copies: 7 at the first eight, 6 at the last four
+    assert equal is not None
+    assert [site.experts_per_layer for site in equal.sites] == [7] * 8 + [6] * 4
 
 
 def test_a_planned_run_fits_everywhere() -> None:

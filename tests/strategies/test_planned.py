@@ -89,6 +89,24 @@ def test_a_planned_run_keeps_to_its_plan(planned: Path) -> None:
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
+def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_path: Path) -> None:
+    """8 experts x 2 at three sites: 6, 5 and 5."""
+    folder = finished(
+        small,
+        tmp_path,
+        "federation.num_sites=3",
+        "strategy.overlap=2",
+        "train.rounds=1",
+        "train.eval_batches=0",
+    )
+    plan, line = load_plan(folder), metrics(folder)[1]
+    assert plan is not None
+    assert [site.experts_per_layer for site in plan.sites] == [6, 5, 5]
+    payload = line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"]
+    assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
+    assert [site["memory_bytes"] for site in line["sites"]] == [site.memory_bytes for site in plan.sites]
+
+
 def test_the_virtual_clock_charges_speed_and_link(planned: Path) -> None:
     line = metrics(planned)[1]
     virtual, sites = line["virtual"], {site["site"]: site for site in line["sites"]}
@@ -143,6 +161,29 @@ def test_a_resumed_run_keeps_its_plan_even_if_what_it_was_measured_by_is_gone(
         file.unlink()
     run(compose_run([f"resume={parts}", "train.rounds=2"]))
     assert without_times(metrics(parts))[1:] == without_times(metrics(whole))[1:]
+
+
+def test_a_run_says_that_its_plan_is_off_and_plans_anew_when_it_is_asked_to(
+    small: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By itself it does not: shares that went by the clock would differ between two equal runs."""
+    settings = [item for item in PLANNED if not item.startswith("plan.tflops")]  # an H100
+    folder = run(composed_anew(small, tmp_path, *settings, "train.rounds=2"))
+    (said,) = [text for text in caplog.messages if "what was planned from" in text]
+    assert said.startswith("round 1: steps take ")
+    assert said.endswith(f"resume={folder} plan.measured={folder} plans the rest of the run anew")
+    before = load_plan(folder)
+    assert before is not None
+    run(compose_run([f"resume={folder}", f"plan.measured={folder}", "train.rounds=3"]))
+    after = load_plan(folder)
+    assert after is not None
+    assert before.token_cost_s is not None
+    assert after.token_cost_s is not None
+    assert after.token_cost_s["dense_s"] > 100 * before.token_cost_s["dense_s"]
+    shares = [[(site.experts_per_layer, site.local_steps) for site in plan.sites] for plan in (before, after)]
+    assert shares[0] != shares[1]
+    kept = read_checkpoint(checkpoint_path(folder, 3)).manifest["memory"]["plan"]["plan"]
+    assert kept["token_cost_s"] == after.token_cost_s
 
 
 def test_another_request_makes_another_plan(small: Compose, tmp_path: Path) -> None:

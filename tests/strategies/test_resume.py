@@ -218,9 +218,10 @@ def test_the_kind_of_plan_of_an_earlier_version_is_kept(
 
 def test_a_resume_that_is_refused_deletes_nothing(small: Compose, tmp_path: Path) -> None:
     copy = copy_of(finished(small, tmp_path, ROUNDS))
-    (copy / "placements.jsonl").write_text("damaged\n{}\n")
+    (copy / "placements.jsonl").unlink()
+    (copy / "placements.jsonl").mkdir()
     before = sorted((copy / "checkpoints").iterdir())
-    with pytest.raises(RunError, match=r"placements\.jsonl, line 1"):
+    with pytest.raises(RunError, match=r"placements\.jsonl: cannot be read"):
         run(compose_run([f"resume={before[0]}"]))
     assert sorted((copy / "checkpoints").iterdir()) == before
 
