@@ -38,7 +38,8 @@ def clip(sizes: Sizes, usual: dict[str, float], bound: float, gradients: bool = 
         sizes: norm of each tensor as it goes into the mean.
         usual: of the rounds before, by name; brought up to date.
         bound: of what AdamW's steps come to, which is nearly the same at every site. Gradients differ more, and so do
-            moments, which are made of them: theirs is the square. 0: nothing is scaled.
+            first moments, which are made of them: theirs is the square, and that of second moments, which are made of
+            their squares, the fourth power. 0: nothing is scaled.
         gradients: updates are gradients, too.
     """
     factors: Factors = {}
@@ -69,7 +70,7 @@ def clip(sizes: Sizes, usual: dict[str, float], bound: float, gradients: bool = 
                 usual[name] = values[0]
                 continue
             ordinary = statistics.median_low(fellows)
-        most = bound if _kind(name) == "update" and not gradients else bound**2
+        most = bound ** _power(_kind(name), gradients)
         for site, value in holders.items():
             if value > most * ordinary:
                 factors.setdefault(site, {})[name] = ordinary / value
@@ -77,6 +78,12 @@ def clip(sizes: Sizes, usual: dict[str, float], bound: float, gradients: bool = 
         now = statistics.median(holders.values())
         usual[name] = usual.get(name, now) ** (1 - NEWEST) * now**NEWEST
     return factors
+
+
+def _power(kind: str, gradients: bool) -> int:
+    if kind == "update":
+        return 2 if gradients else 1
+    return 2 if kind == MOMENTS[0] else 4
 
 
 def _kind(name: str) -> str:
