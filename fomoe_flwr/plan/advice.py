@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from fomoe_flwr.config import RunConfig
+from fomoe_flwr.config import SKIP_PRICES, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import equal_shares
 from fomoe_flwr.plan.hybridep import break_even_hit_rate, exchange_bandwidth_threshold, exchanged_step_bytes
@@ -212,6 +212,7 @@ def communication_share(plan: Plan) -> float:
 def _placement_and_routing(config: RunConfig, plan: Plan, pairs: Pairs, cost: TokenCost) -> Iterator[str]:
     """Whether sites should hold more or fewer experts, and whether tokens should travel."""
     yield from _overlap(config, plan, [site for site, _ in pairs])
+    yield from _partitioned(config, plan)
     if config.strategy.routing == "skip" and config.strategy.inner != "gradient":
         yield from _replica(config, pairs, cost)
         yield from _exchange(config, pairs, cost)
@@ -232,6 +233,22 @@ def _overlap(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> Iterator[s
         yield (
             f"strategy.overlap={best} fits every site and does {_faster(plan, known[best])}, "
             f"if a skipped assignment costs plan.skip_price={config.skip_price:g} of its worth"
+        )
+
+
+def _partitioned(config: RunConfig, plan: Plan) -> Iterator[str]:
+    """Choosing among the experts that are held, where that teaches more than skipping the others."""
+    model = config.model
+    # These need the whole router at every site.
+    bound = model.router != "linear" or model.locality != "off" or model.balance != "local"
+    if config.strategy.routing != "skip" or config.strategy.inner == "gradient" or bound:
+        return
+    other = _try(with_strategy(config, routing="partitioned"))
+    if other is not None and _gain(plan, other) >= LEAST_GAIN:
+        yield (
+            f"strategy.routing=partitioned does {_faster(plan, other)}: a token counts up to "
+            f"{percent(SKIP_PRICES['partitioned'])} less where its experts are not held, and not "
+            f"{percent(config.skip_price)}"
         )
 
 

@@ -151,8 +151,8 @@ def strategy_table(rows: Sequence[Row], num_sites: int) -> Table:
     table = _table("strategies for this federation (▸ this run)")
     table.add_column("strategy", no_wrap=True)
     headers = (
-        "overlap", "bytes per site\nand round", "round", "tokens/s", "useful\ntokens/s", "greatest\nmemory",
-        "sites too small",
+        "overlap", "bytes per site\nand round", "round", "tokens/s", "worth of\na token", "useful\ntokens/s",
+        "greatest\nmemory", "sites too small",
     )  # fmt: skip
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
@@ -166,12 +166,13 @@ def strategy_table(rows: Sequence[Row], num_sites: int) -> Table:
 
 def _strategy_cells(row: Row, num_sites: int) -> tuple[str, ...]:
     if row.plan is None:
-        return (str(row.overlap), *(NONE for _ in range(5)), "not possible")
+        return (str(row.overlap), *(NONE for _ in range(6)), "not possible")
     return (
         str(row.overlap),
         in_bytes(row.bytes_per_round),
         time_span(row.plan.round_s),
         count(row.plan.tokens_per_second),
+        percent(row.plan.useful_tokens_per_second / row.plan.tokens_per_second),
         count(row.plan.useful_tokens_per_second),
         in_bytes(row.memory_bytes),
         escape(_which(row.too_small, num_sites)),

@@ -179,6 +179,15 @@ def test_tokens_stay_home_where_links_are_slow() -> None:
         assert silent("tokens stay home", *HETERO, other)
 
 
+def test_partitioned_routing_where_it_teaches_more() -> None:
+    """At the price that is measured for each; not where the router must be whole at every site."""
+    sentence = saying("strategy.routing=partitioned does")
+    assert sentence.endswith("counts up to 20.0 % less where its experts are not held, and not 90.0 %")
+    assert silent("strategy.routing=partitioned", "plan.skip_price=0.2")
+    for other in ("strategy.routing=partitioned", "strategy=diloco", "strategy=ddp", "model.balance=global"):
+        assert silent("strategy.routing=partitioned", other)
+
+
 def test_full_replicas_where_they_fit_and_skipping_teaches_nothing() -> None:
     sentence = saying("would learn faster", *HETERO)
     assert sentence.startswith("datacentre would learn faster with every expert")

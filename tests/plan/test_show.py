@@ -106,19 +106,21 @@ def test_names_of_sites_that_are_alike() -> None:
 
 def test_strategies_side_by_side() -> None:
     ahead = outlook(*HETERO)
-    lines = [line for line in printed(strategy_table(ahead.rows, 4)) if line and len(line) == 8]
+    lines = [line for line in printed(strategy_table(ahead.rows, 4)) if line and len(line) == 9]
     for row, line in zip(ahead.rows, lines[-6:], strict=True):
         assert row.plan is not None
         assert line[0] == f"▸ {row.name}" if row.this_run else row.name
-        assert line[1:7] == [
+        worth = row.plan.useful_tokens_per_second / row.plan.tokens_per_second
+        assert line[1:8] == [
             str(row.overlap),
             in_bytes(row.bytes_per_round),
             time_span(row.plan.round_s),
             count(row.plan.tokens_per_second),
+            percent(worth),
             count(row.plan.useful_tokens_per_second),
             in_bytes(row.memory_bytes),
         ]
-    assert [line[7] for line in lines[-6:]] == ["lab-0 and 2 more"] * 3 + ["none"] * 3
+    assert [line[8] for line in lines[-6:]] == ["lab-0 and 2 more"] * 3 + ["none"] * 3
 
 
 def test_a_strategy_that_cannot_be_and_the_reason() -> None:
