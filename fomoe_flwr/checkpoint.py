@@ -45,6 +45,24 @@ FORMAT = 2
 _PATTERN = re.compile(r"round_(\d{5,})")
 
 
+class _Site(TypedDict):
+    name: str
+
+
+class _Sites(TypedDict):
+    sites: list[_Site]
+
+
+class SavedConfig(TypedDict):
+    """What a resume holds against its own configuration."""
+
+    model: dict[str, Any]
+    strategy: dict[str, Any]
+    data: dict[str, Any]
+    federation: _Sites
+    seed: int
+
+
 class Facts(TypedDict, total=False):
     """What a run says of itself in a manifest; only a resumed run needs it."""
 
@@ -66,8 +84,10 @@ class _Head(_Version):
     sha256: dict[str, str]
 
 
-class Manifest(_Head, Facts):
+class Manifest(_Head, Facts, total=False):
     """`manifest.json`."""
+
+    inputs: dict[str, str]  # see inputs.py; not in those of an earlier version
 
 
 @dataclass(frozen=True)

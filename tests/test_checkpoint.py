@@ -238,6 +238,7 @@ DAMAGE = [
         ("with a list of digests", edit(sha256=[]), "manifest.json is damaged"),
         ("of another format", edit(format=99), "format 99, this version reads 2"),
         ("of wrong types", signed(overrides=5), "overrides is 5, must be a list"),
+        ("with inputs of wrong types", signed(inputs={"corpus": 5}), "inputs.corpus is 5, must be a string"),
         ("of a round that is none", signed(round=-1), "round is -1, must be a whole number from 0"),
     ]
 ]

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from fomoe_flwr.checkpoint import (
     Checkpoint,
     Facts,
+    SavedConfig,
     checkpoint_path,
     list_checkpoints,
     resume_from,
@@ -61,6 +62,7 @@ from fomoe_flwr.plan.planner import clock_note, plan_for_run
 from fomoe_flwr.plan.record import NAME as PLAN
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
+from fomoe_flwr.reading import WrongTypeError, as_type
 from fomoe_flwr.records import NAME as PLACEMENTS
 from fomoe_flwr.records import append_placement, cut_placements
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
@@ -530,7 +532,11 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     Raises:
         CheckpointError: naming the key and both values.
     """
-    saved, asked = checkpoint.manifest["config"], spelled("resume", config.resume)
+    asked = spelled("resume", config.resume)
+    try:
+        saved = as_type(SavedConfig, checkpoint.manifest["config"])
+    except WrongTypeError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json: config: {error}") from error
     current = dataclasses.asdict(config)
     default = {"model": ModelConfig(), "strategy": StrategyConfig()}
     fixed = [("model", key) for key in current["model"] if key not in FREE_MODEL_KEYS]
@@ -581,12 +587,12 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
     """
     before = checkpoint.manifest["config"]
     other_text = any(
-        value != getattr(config.data, key)
+        value != getattr(config.data, key, value)
         for key, value in before["data"].items()
         if key not in ("cache_dir", "partition", "dirichlet_alpha", "val_fraction")
     )
     asked = {
-        "tokenizer": before["data"]["tokenizer"] != config.data.tokenizer,
+        "tokenizer": before["data"].get("tokenizer") != config.data.tokenizer,
         "corpus": other_text,
         "split": other_text,
     }
@@ -597,7 +603,10 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
             config.resume,
         )
         return True
-    found = differences(inputs_of(checkpoint.manifest["inputs"]), now)
+    try:
+        found = differences(inputs_of(checkpoint.manifest["inputs"]), now)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json: {error}") from error
     for difference in found:
         if not asked.get(difference.part, True):
             raise CheckpointError(

@@ -268,6 +268,17 @@ def test_what_a_resume_asks_for_is_taken_with_a_warning(
     assert re.search(key, told[0])
 
 
+def test_a_manifest_of_another_make_is_one_line(again: Path, two_rounds: Path) -> None:
+    composed = on_text(two_rounds, resume=again / "run")
+    manifest = read_checkpoint(checkpoint_path(again / "run", 1)).manifest
+    other = Checkpoint(again, manifest | {"config": {"seed": 1}, "inputs": {"city": "a"}}, {}, {})
+    with pytest.raises(CheckpointError, match=r"checkpoint .*: config: model is missing"):
+        check_resumable(other, composed.config)
+    other.manifest["config"] = manifest["config"]
+    with pytest.raises(CheckpointError, match=r"checkpoint .*: inputs 'city': 'a'"):
+        check_inputs(other, composed.config, inputs_of_run(composed.config, None))
+
+
 def test_a_checkpoint_that_does_not_know_its_inputs_says_so(
     again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
