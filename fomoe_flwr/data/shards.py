@@ -110,7 +110,7 @@ def prepare(config: DataConfig) -> TokenCorpus:
     root = _cache_root(config)
     folder = root / _key(config, tokenizer)
     for _ in range(ATTEMPTS):
-        corpus = _open(folder)
+        corpus = _open(folder, tokenizer)
         if corpus is not None:
             for warning in corpus.warnings:
                 _warn_once(warning)
@@ -154,7 +154,7 @@ def _key(config: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def _open(folder: Path) -> TokenCorpus | None:
+def _open(folder: Path, tokenizer: Tokenizer) -> TokenCorpus | None:
     """The corpus in `folder`, or None if there is none or it is damaged.
 
     The first time in a process all of it is read and held against its digest. That takes about as long as
@@ -173,9 +173,11 @@ def _open(folder: Path) -> TokenCorpus | None:
         )
         if any(len(shard) != meta["shard_tokens"] for shard in shards[:-1]):
             return None
+        if meta["tokenizer"] != tokenizer.fingerprint or meta["split"] != _digest_of(index["is_val"]):
+            return None
         if (folder, meta["digest"]) not in _whole:
             digest = hashlib.sha256()
-            for values in (*shards, *(index[name] for name in INDEX)):
+            for values in (*shards, *(index[name] for name in INDEX if name != "is_val")):
                 digest.update(values.data)
             digest.update(_digested_facts(meta["domains"], meta["vocab_size"], meta["eos_id"]))
             if digest.hexdigest() != meta["digest"]:
@@ -206,15 +208,15 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         _write(unfinished, config, tokenizer)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
-        _publish(unfinished, folder)
+        _publish(unfinished, folder, tokenizer)
         flush(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was published
 
 
-def _publish(unfinished: Path, folder: Path) -> None:
+def _publish(unfinished: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Rename into place; a whole cache that another process put there first stays."""
-    if folder.exists() and _open(folder) is None:
+    if folder.exists() and _open(folder, tokenizer) is None:
         damaged = unfinished.with_name(f"{unfinished.name}.damaged")
         with suppress(FileNotFoundError):  # another process has just moved it away
             folder.rename(damaged)
@@ -340,10 +342,14 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         "num_bytes": sum(index.bytes),
         "warnings": warnings,
         "digest": digest.hexdigest(),
-        "split": hashlib.sha256(is_val.tobytes()).hexdigest(),
+        "split": _digest_of(is_val),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _digest_of(is_val: NDArray[np.bool_]) -> str:
+    return hashlib.sha256(is_val.tobytes()).hexdigest()
 
 
 def _digested_facts(domains: list[str], vocab_size: int, eos_id: int) -> bytes:
