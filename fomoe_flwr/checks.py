@@ -14,8 +14,8 @@ from fomoe_flwr.config import (
     FederationConfig,
     RunConfig,
     SiteConfig,
-    is_device,
     StrategyConfig,
+    is_device,
     is_name,
 )
 from fomoe_flwr.errors import ConfigError
