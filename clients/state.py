@@ -183,7 +183,7 @@ def _opened(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of a whole state; about a second for each 1 to 2 GB."""
+    """SHA-256 (hex) of a whole state; about a second for each GB."""
     digest = hashlib.sha256(facts.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

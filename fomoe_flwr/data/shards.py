@@ -34,7 +34,7 @@ from fomoe_flwr.files import expanded, flush
 
 log = logging.getLogger("fomoe")
 
-FORMAT = 3  # raise it when the same source would give other tokens, another split or other files
+FORMAT = 4  # raise it when the same source would give other tokens, another split or other files
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at a time
 ATTEMPTS = 3  # another process may take away a cache between our writing and our opening it
@@ -110,7 +110,7 @@ def prepare(config: DataConfig) -> TokenCorpus:
     root = _cache_root(config)
     folder = root / _key(config, tokenizer)
     for _ in range(ATTEMPTS):
-        corpus = _open(folder, tokenizer)
+        corpus = _open(folder)
         if corpus is not None:
             for warning in corpus.warnings:
                 _warn_once(warning)
@@ -154,16 +154,22 @@ def _key(config: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def _open(folder: Path, tokenizer: Tokenizer) -> TokenCorpus | None:
+def _open(folder: Path) -> TokenCorpus | None:
     """The corpus in `folder`, or None if there is none or it is damaged.
 
-    The first time in a process all of it is read and held against its digest. That takes about as long as
-    `source_digest` takes to find the cache, once more: a second for each 1 to 2 GB.
+    The first time in a process all of it is read and held against its digests. That takes about as long as
+    `source_digest` takes to find the cache, once more: about a second for each GB.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
+        if meta.pop("sha256") != _digest_of_facts(meta):
             return None
+        if any((folder / name).stat().st_size != size for name, (size, _) in meta["files"].items()):
+            return None
+        if (folder, meta["digest"]) not in _whole:
+            if any(_digest_of_file(folder / name) != digest for name, (_, digest) in meta["files"].items()):
+                return None
+            _whole.add((folder, meta["digest"]))
         index = {
             name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
             for name in INDEX
@@ -171,18 +177,6 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCorpus | None:
         shards = tuple(
             np.asarray(np.memmap(folder / name, dtype=meta["dtype"], mode="r")) for name in meta["shards"]
         )
-        if any(len(shard) != meta["shard_tokens"] for shard in shards[:-1]):
-            return None
-        if meta["tokenizer"] != tokenizer.fingerprint or meta["split"] != _digest_of(index["is_val"]):
-            return None
-        if (folder, meta["digest"]) not in _whole:
-            digest = hashlib.sha256()
-            for values in (*shards, *(index[name] for name in INDEX if name != "is_val")):
-                digest.update(values.data)
-            digest.update(_digested_facts(meta["domains"], meta["vocab_size"], meta["eos_id"]))
-            if digest.hexdigest() != meta["digest"]:
-                return None
-            _whole.add((folder, meta["digest"]))
         return TokenCorpus(
             domains=meta["domains"],
             vocab_size=meta["vocab_size"],
@@ -195,7 +189,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCorpus | None:
             warnings=tuple(meta["warnings"]),
             **index,
         )
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -208,15 +202,15 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         _write(unfinished, config, tokenizer)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
-        _publish(unfinished, folder, tokenizer)
+        _publish(unfinished, folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was published
 
 
-def _publish(unfinished: Path, folder: Path, tokenizer: Tokenizer) -> None:
+def _publish(unfinished: Path, folder: Path) -> None:
     """Rename into place; a whole cache that another process put there first stays."""
-    if folder.exists() and _open(folder, tokenizer) is None:
+    if folder.exists() and _open(folder) is None:
         damaged = unfinished.with_name(f"{unfinished.name}.damaged")
         with suppress(FileNotFoundError):  # another process has just moved it away
             folder.rename(damaged)
@@ -327,7 +321,7 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         if name not in ("is_val", "token_bytes"):
             digest.update(values.tobytes())
     domains = list(index.domains)
-    digest.update(_digested_facts(domains, tokenizer.vocab_size, tokenizer.eos_id))
+    digest.update(json.dumps([domains, tokenizer.vocab_size, tokenizer.eos_id]).encode())
     meta = {
         "format": FORMAT,
         "domains": domains,
@@ -342,18 +336,22 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         "num_bytes": sum(index.bytes),
         "warnings": warnings,
         "digest": digest.hexdigest(),
-        "split": _digest_of(is_val),
-        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "split": hashlib.sha256(is_val.tobytes()).hexdigest(),
+        "files": {
+            file.name: [file.stat().st_size, _digest_of_file(file)] for file in sorted(folder.iterdir())
+        },
     }
+    meta["sha256"] = _digest_of_facts(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _digest_of(is_val: NDArray[np.bool_]) -> str:
-    return hashlib.sha256(is_val.tobytes()).hexdigest()
+def _digest_of_facts(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
-def _digested_facts(domains: list[str], vocab_size: int, eos_id: int) -> bytes:
-    return json.dumps([domains, vocab_size, eos_id]).encode()
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tokenise(
