@@ -24,12 +24,13 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which site this node is."""
+    """Say which site this node is, and whether it has text of its own."""
     settings = node_settings(context.node_config)
     answer = ConfigRecord(
         {
             "site": settings.site or "",
             "partition-id": -1 if settings.partition is None else settings.partition,
+            "own-text": settings.data_path is not None,
         }
     )
     return Message(RecordDict({"config": answer}), reply_to=message)

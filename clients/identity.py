@@ -11,7 +11,7 @@ from typing import Any
 from fomoe_flwr.checks import check_own_source
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.files import state_home
+from fomoe_flwr.files import expanded, state_home
 from fomoe_flwr.messages import Task
 
 KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s")
@@ -70,9 +70,13 @@ def own_task(text: str, settings: NodeSettings) -> Task:
     return task
 
 
-def device_of(task: Task, settings: NodeSettings) -> str:
-    """The node's own setting first, then the federation file's, then train.device."""
-    return settings.device or task.site.device or task.train.device
+def device_of(task: Task, settings: NodeSettings) -> tuple[str, str]:
+    """The node's own setting first, then the federation file's, then train.device; and which of them it is."""
+    if settings.device:
+        return settings.device, "fomoe site --device"
+    if task.site.device:
+        return task.site.device, f"federation.sites: device of {task.name}"
+    return task.train.device, "train.device"
 
 
 def data_of(task: Task, settings: NodeSettings) -> DataConfig:
@@ -99,7 +103,7 @@ def data_of(task: Task, settings: NodeSettings) -> DataConfig:
 
 def state_root(settings: NodeSettings) -> Path:
     """What a real site keeps its state below: `state-dir`, by default in $XDG_STATE_HOME."""
-    return state_home() if settings.state_dir is None else Path(settings.state_dir).expanduser()
+    return state_home() if settings.state_dir is None else expanded(settings.state_dir)
 
 
 def state_folder(task: Task, settings: NodeSettings) -> Path:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder
-from clients.state import SiteState, discard_later, load_state, save_state
+from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
+from clients.state import SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import CODECS
@@ -35,7 +35,7 @@ from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.evaluation import evaluate
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
-from fomoe_flwr.messages import OWN, Deal, Reply, Task
+from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.sigma_moe import load_shard, read_shard
 
 log = logging.getLogger("fomoe.site")
@@ -147,12 +147,14 @@ def train_round(
         FloatingPointError: the loss is not finite.
     """
     use_cpu(task.train.threads)
-    device = resolve_device(device_of(task, settings))
+    device = resolve_device(*device_of(task, settings))
     beat(DATA)
     stream = site_stream(task, settings, memory)
     inputs = own_inputs(task, stream.corpus, settings)
     beat(WORK)
     folder, batch, steps = state_folder(task, settings), task.train.batch_size, task.train.local_steps
+    if task.round == 1 and folder.parent.parent == state_root(settings):
+        forget_old_runs(state_root(settings), task.name, folder)
     discard_later(folder, task.counted_round)
     state = memory.take_state(folder, task.counted_round) or load_state(
         folder, task.counted_round, task.counted_round * steps * batch
@@ -166,6 +168,7 @@ def train_round(
         beat(WORK)
 
     engine = memory.engine(task, device)
+    metrics = {STATE_LOST: 1.0} if state.lost else {}
     engine.load(task, shard, state.engine)
     shard.clear()
     # The engine holds the moments now, and changes them in place.
@@ -186,7 +189,7 @@ def train_round(
         task.round,
         task.name,
         report.tokens,
-        {**report.metrics, "passes": stream.passes(new_state.position)},
+        {**report.metrics, "passes": stream.passes(new_state.position), **metrics},
         start,
         report.load_LE,
         bundle_digests(blobs),
@@ -200,7 +203,7 @@ def evaluate_shard(
 ) -> Reply:
     """Validation loss of the shard, nats a token, with this site's residents only."""
     use_cpu(task.train.threads)
-    device = resolve_device(device_of(task, settings))
+    device = resolve_device(*device_of(task, settings))
     beat(DATA)
     corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
     inputs = own_inputs(task, corpus, settings)

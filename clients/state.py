@@ -11,18 +11,19 @@ newest state up to c.
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import logging
 import mmap
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe_flwr import wire
@@ -32,6 +33,8 @@ from fomoe_flwr.errors import CheckpointError, WireError
 from fomoe_flwr.files import write_atomically
 
 log = logging.getLogger("fomoe.site")
+
+RUNS = 10  # finished or not, whose states a site keeps beside that of the run it works for
 
 _PATTERN = re.compile(r"round_(\d{5,})\.safetensors")
 
@@ -45,6 +48,7 @@ class SiteState:
     last_round: int = 0  # the last round of its run as it was planned then
     engine: EngineState = field(default_factory=EngineState)
     encoder: CodecState = field(default_factory=dict)
+    lost: bool = False  # what the site had kept of this round was missing or damaged, so it begins without
 
 
 def _files(folder: Path) -> dict[int, Path]:
@@ -63,22 +67,54 @@ def discard_later(folder: Path, counted_round: int) -> None:
         path.unlink()
 
 
+def forget_old_runs(root: Path, site: str, current: Path) -> None:
+    """Remove this site's states of all but the RUNS newest runs; a run of them that is resumed begins without moments.
+
+    By their order and not by their age, for a clock may be wrong.
+
+    Args:
+        root: the states of a run are in `root / run / site`.
+        current: the folder of the run that begins, which is not counted.
+    """
+    others = {
+        folder: max(path.stat().st_mtime for path in files.values())
+        for folder in root.glob(f"*/{glob.escape(site)}")
+        if folder != current and (files := _files(folder))
+    }
+    for folder in sorted(others, key=lambda folder: others[folder], reverse=True)[RUNS:]:
+        log.warning(
+            "removing the state of an old run, %s: only those of the newest %d are kept", folder, RUNS
+        )
+        shutil.rmtree(folder)
+        with suppress(OSError):
+            # Another site's state of that run may be beside it.
+            folder.parent.rmdir()
+
+
 def load_state(folder: Path, counted_round: int, position: int) -> SiteState:
     """The state after round `counted_round`; the very first for 0.
 
-    If it is missing (the disk was lost), the site goes on without moments, from `position` (sequences) on.
-
-    Raises:
-        CheckpointError: the file is damaged.
+    If it is missing (the disk was lost) or damaged, the site goes on without moments, from `position` (sequences) on,
+    and the server is told (`SiteState.lost`): a site without moments is worth more than none.
     """
     if counted_round == 0:
         return SiteState()
     path = _files(folder).get(counted_round)
-    if path is None:
-        log.warning("no state of round %d in %s: this site goes on with fresh moments", counted_round, folder)
-        return SiteState(counted_round, position)
-    with _opened(path) as (_, facts):
-        tensors = _tensors(path)
+    try:
+        if path is None:
+            raise CheckpointError(f"no state of round {counted_round} in {folder}")
+        return _read(path, counted_round)
+    except CheckpointError as error:
+        log.warning("%s: this site goes on with fresh moments", error)
+        return SiteState(counted_round, position, lost=True)
+
+
+def _read(path: Path, counted_round: int) -> SiteState:
+    with _opened(path) as metadata:
+        tensors, facts = _tensors(path), json.loads(metadata["state"])
+        # Those that an earlier version wrote have none.
+        if set(metadata) != {"state"} and metadata["digest"] != _digest(metadata["state"], tensors):
+            raise ValueError("it differs from its own SHA-256")
         moments = {
             name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
             for name, (step, reset_at) in facts["steps"].items()
@@ -114,9 +150,10 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
             "routers": {"bias": state.engine.bias, "load": state.engine.load},
         }
     )
+    metadata = {"state": facts, "digest": _digest(facts, tensors)}
     write_atomically(
         folder / f"round_{state.round:05d}.safetensors",
-        lambda path: save_file(tensors, path, {"state": facts}),
+        lambda path: wire.write_tensors(path, tensors, metadata),
     )
     files = _files(folder)
     kept = {state.round, counted_round, *_at_checkpoints(files, state.round, checkpoint_every, keep)}
@@ -136,15 +173,22 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A state's file and the facts in its header. What fails while it is read is a CheckpointError."""
+def _opened(path: Path) -> Iterator[dict[str, str]]:
+    """The metadata in the header of a state's file. What fails while it is read is a CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            yield file, json.loads(file.metadata()["state"])
-    except (SafetensorError, WireError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"site state {path} is damaged ({error}); remove it to go on without it"
-        ) from error
+            yield file.metadata()
+    except (SafetensorError, WireError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"site state {path} is damaged ({error!s:.200})") from error
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of a whole state; about a second for each GB."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(wire.raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _at_checkpoints(files: Mapping[int, Path], round_: int, every: int, keep: int) -> Iterator[int]:
@@ -156,7 +200,12 @@ def _at_checkpoints(files: Mapping[int, Path], round_: int, every: int, keep: in
         return
     # A run with one checkpoint, at its end, may get more rounds; until they end it can go back to that checkpoint.
     for earlier in sorted((r for r in files if r < round_), reverse=True):
-        with _opened(files[earlier]) as (_, facts):
-            if facts["last_round"] < round_:
-                yield earlier
-                return
+        try:
+            with _opened(files[earlier]) as metadata:
+                fits = json.loads(metadata["state"])["last_round"] < round_
+        except CheckpointError as error:
+            log.warning("%s", error)
+            continue
+        if fits:
+            yield earlier
+            return

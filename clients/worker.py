@@ -36,6 +36,7 @@ from fomoe_flwr.deploy.channel import (
     WORKER_LOCK,
     Answer,
     Channel,
+    WorkerError,
     check_private,
     locked,
     mapped_blobs,
@@ -43,6 +44,7 @@ from fomoe_flwr.deploy.channel import (
 )
 from fomoe_flwr.deploy.processes import is_alive
 from fomoe_flwr.errors import FomoeError
+from fomoe_flwr.files import machine_error
 
 log = logging.getLogger("fomoe.worker")
 
@@ -208,6 +210,9 @@ def serve(request: Request, memory: Memory, queue: RequestQueue) -> bool:
         log.info("no client waits for this message any more: its work is dropped")
         return True
     except Exception as error:
+        if isinstance(error, OSError | UnicodeError):
+            # The machine's fault, such as a full disk; what the site had in memory is forgotten.
+            error = WorkerError(f"site {settings.site}: {machine_error(error)}")
         usable = isinstance(error, FomoeError | FloatingPointError)
         log.error("%s: %s", type(error).__name__, error, exc_info=not usable)
         line = {"error": {"type": type(error).__name__, "text": str(error)}}

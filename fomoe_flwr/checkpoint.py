@@ -22,12 +22,12 @@ from typing import Any, TypedDict
 
 from hydra.core.override_parser.types import Override
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fomoe_flwr.compose import Composed, compose, earlier_placement
 from fomoe_flwr.errors import CheckpointError, ConfigError
-from fomoe_flwr.files import flush
+from fomoe_flwr.files import expanded, flush, naming
 from fomoe_flwr.overrides import (
     check_single,
     is_plain,
@@ -38,6 +38,7 @@ from fomoe_flwr.overrides import (
     spelled,
 )
 from fomoe_flwr.reading import load_json, reason
+from fomoe_flwr.wire import write_tensors
 
 log = logging.getLogger("fomoe")
 
@@ -137,22 +138,31 @@ def save_checkpoint(
     Args:
         best: a round whose checkpoint stays, too.
         facts: what else belongs to it, as JSON values (configuration, placement, RNG, tokens).
+
+    Raises:
+        OSError: it cannot be written, naming the file; nothing of it is left, and nothing was removed.
     """
     final = checkpoint_path(run_dir, round_)
     aside = final.with_name(f".partial-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     digests = {}
-    for name, tensors in (("parameters", parameters), ("outer", outer)):
-        file = aside / f"{name}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-        flush(file)
-        digests[file.name] = _digest(file)
-    manifest = {"format": FORMAT, "round": round_, "sha256": digests, **facts}
-    digests["manifest.json"] = _manifest_digest(manifest)
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    flush(aside / "manifest.json")
-    flush(aside)
+    try:
+        with naming(final):
+            aside.mkdir(parents=True)
+            for name, tensors in (("parameters", parameters), ("outer", outer)):
+                file = aside / f"{name}.safetensors"
+                write_tensors(file, tensors)
+                flush(file)
+                digests[file.name] = _digest(file)
+            manifest = {"format": FORMAT, "round": round_, "sha256": digests, **facts}
+            digests["manifest.json"] = _manifest_digest(manifest)
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            flush(aside / "manifest.json")
+            flush(aside)
+    except BaseException:
+        # The disk may be full.
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)  # a resumed run passes a round again
     aside.rename(final)
     flush(final.parent)
@@ -245,7 +255,7 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
     Raises:
         CheckpointError: there is none, or the one that was named is damaged.
     """
-    path = Path(where).expanduser().absolute()
+    path = expanded(where).absolute()
     try:
         if path.is_file():
             raise CheckpointError(f"{asked}: is a file; give a run directory or one of its checkpoints")

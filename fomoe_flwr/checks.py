@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 from fomoe_flwr.config import (
+    DEVICE_RULE,
     NAME_RULE,
     PLANNED,
     DataConfig,
@@ -15,6 +15,7 @@ from fomoe_flwr.config import (
     RunConfig,
     SiteConfig,
     StrategyConfig,
+    is_device,
     is_name,
 )
 from fomoe_flwr.errors import ConfigError
@@ -141,8 +142,8 @@ def check_combinations(config: RunConfig) -> None:
         ("train.device", train.device),
         *((f"{s.name}.device", s.device) for s in config.federation.sites),
     ):
-        if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ConfigError(f"{key}={device}: allowed are auto, cpu, cuda, cuda:N")
+        if device is not None and not is_device(device):
+            raise ConfigError(f"{key}={device:.80}: allowed are {DEVICE_RULE}")
     shared = data.partition != "own" and any(site.data_path is None for site in config.federation.sites)
     if data.source in FILE_SOURCES and data.path is None and (shared or train.eval_batches):
         raise ConfigError(

@@ -31,7 +31,9 @@ from fomoe_flwr.compose import (
     register_schema,
 )
 from fomoe_flwr.console import print_whole, setup_logging
+from fomoe_flwr.deploy.flower import past_the_proxy
 from fomoe_flwr.errors import ConfigError, FomoeError
+from fomoe_flwr.files import check_writable, expanded, machine_error
 from fomoe_flwr.keys import keys_table
 from fomoe_flwr.overrides import (
     last_value,
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 0: done; 1: the run failed; 2: the command cannot be right."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     setup_logging("hydra.verbose=true" in arguments)
+    os.environ.update(past_the_proxy(os.environ))
     try:
         match arguments:
             case ["train", *overrides]:
@@ -104,11 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {error.filename!s:.200} ...: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    except (OSError, UnicodeError) as error:
+        print(f"error: {machine_error(error)}", file=sys.stderr)
+        # A name too long for any is a wrong command.
+        sys.exit(2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr, flush=True)
         # Not sys.exit: it would wait for a thread of Flower's engine that may wait for a site that is gone.
@@ -138,7 +140,7 @@ def train(arguments: Sequence[str]) -> None:
     overrides = read_overrides(given.overrides)
     if given.config_dir is not None:
         # As an override our own checks know it, too.
-        found = Path(given.config_dir).expanduser().absolute()
+        found = expanded(given.config_dir).absolute()
         if not found.is_dir():
             raise ConfigError(f"--config-dir {given.config_dir}: no such directory")
         overrides = merge_overrides([setting("hydra.searchpath", [f"file://{found}"])], overrides)
@@ -154,6 +156,8 @@ def train(arguments: Sequence[str]) -> None:
             check_job(job)
         if any(jobs[0].sweep_dir.glob("*/checkpoints")):
             raise ConfigError(f"hydra.sweep.dir={jobs[0].sweep_dir}: holds runs already; choose another")
+        if runs:
+            check_writable(jobs[0].sweep_dir)
         # Said to Hydra outright: its default holds the time, and the table at the end must find the folder.
         sweep_dir = jobs[0].sweep_dir
         overrides = merge_overrides(overrides, [setting("hydra.sweep.dir", str(sweep_dir))])
@@ -164,6 +168,7 @@ def train(arguments: Sequence[str]) -> None:
             if not composed.config.resume:
                 check_unused(composed)
             check_job(composed)
+            check_writable(composed.run_dir)
     register_schema()
     _failed.clear()
     try:
@@ -241,16 +246,20 @@ def check_job(composed: Composed) -> None:
     Raises:
         FomoeError: missing data, a tokenizer that does not fit, a GPU that is not there.
     """
-    from fomoe_flwr.engine.device import resolve_device
+    from fomoe_flwr.engine.device import gpus_of_a_site, resolve_device
     from fomoe_flwr.server.run import open_validation
 
     config = composed.config
     resolve_device(config.train.device)
+    if config.runtime.name == "flower":
+        gpus_of_a_site(config)
     for site in config.federation.sites:
+        if site.device is not None:
+            resolve_device(site.device, f"federation.sites: device of {site.name}")
         # Simulated sites have no operators who could give it.
         if site.data_path is None and config.data.partition == "own":
             raise ConfigError(f"data.partition=own: site {site.name} has no data_path in the federation file")
-        if site.data_path is not None and not Path(site.data_path).expanduser().exists():
+        if site.data_path is not None and not expanded(site.data_path).exists():
             raise ConfigError(
                 f"federation.sites: data_path={site.data_path} of site {site.name}: no such file or folder"
             )
@@ -272,8 +281,8 @@ def _job(tree: DictConfig) -> None:
     )
     try:
         launch(composed)
-    except FomoeError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FomoeError, OSError, UnicodeError) as error:
+        print(f"error: {error if isinstance(error, FomoeError) else machine_error(error)}", file=sys.stderr)
         _failed.append(composed.run_dir)
         # The other jobs of a sweep go on.
         if hydra_config.mode != RunMode.MULTIRUN:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fomoe_flwr.checks import check_combinations, check_fields, check_outer, expand_sites
 from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, absolute, path_keys, schema
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.files import expanded
 from fomoe_flwr.overrides import check_single, literal, read_overrides, task_overrides, texts
 
 
@@ -157,7 +158,7 @@ class _AsWritten(get_yaml_loader()):  # type: ignore[misc]
 
 
 def _read_federation(path: str) -> FederationConfig:
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise ConfigError(f"federation.path={path}: no such file")
     try:

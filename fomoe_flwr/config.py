@@ -56,6 +56,14 @@ def a_path(default: str | None = None) -> Any:
 NAME_RULE = "1 to 64 letters, digits, '_', '-' and '.', beginning with a letter, a digit or '_'"
 
 
+DEVICE_RULE = "auto, cpu, cuda, cuda:N"
+
+
+def is_device(text: str) -> bool:
+    """Whether this names a device of any machine; `engine.device` knows whether it is there."""
+    return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text, re.ASCII) is not None
+
+
 def is_name(text: str) -> bool:
     """Whether this may be the name of a site or a run, wherever it is given."""
     return re.fullmatch(r"\w[\w.-]{0,63}", text) is not None
@@ -266,7 +274,8 @@ class RuntimeConfig:
     name: str = choice("flower", "flower", "local")
     workers: int | None = at_least(None, 1)  # local: sites at a time; null: one a core, one on a GPU
     cpus_per_site: int = at_least(1, 1)  # flower: resources of a simulated site
-    gpus_per_site: float = at_least(0.0, 0.0)  # flower: the same
+    # flower: the same; null: one where sites compute on a GPU, else none
+    gpus_per_site: float | None = at_least(None, 0.0)
 
 
 @dataclass

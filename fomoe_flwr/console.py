@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,7 +31,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def setup_logging(verbose: bool = False) -> None:
-    """Send the program's own log to stderr; the sites' log of each step only if `verbose`."""
+    """Send the program's own log to stderr; the sites' log of each step only if `verbose`.
+
+    From here on, what the terminal's encoding does not have is printed as question marks instead of ending the work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logger = logging.getLogger("fomoe")
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)

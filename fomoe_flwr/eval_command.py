@@ -35,6 +35,7 @@ from fomoe_flwr.evaluation import (
     necessity,
     text_of,
 )
+from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import Inputs, differences, inputs_of, short
 from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.overrides import read_overrides
@@ -154,7 +155,7 @@ def load(where: str, asked: str) -> Saved:
     Raises:
         CheckpointError: it is missing, damaged or not of this program.
     """
-    folder = Path(where).expanduser().absolute()
+    folder = expanded(where).absolute()
     # The folder of one checkpoint may have been copied and may have any name.
     try:
         copied = (folder / "manifest.json").exists()

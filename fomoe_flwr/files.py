@@ -1,10 +1,14 @@
-"""Files that are whole or not there, also after a crash."""
+"""Files that are whole or not there, also after a crash; and what a machine may say no to, in one line."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fomoe_flwr.errors import ConfigError
 
 
 def flush(path: Path) -> None:
@@ -17,15 +21,73 @@ def flush(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)`, flush what it wrote, and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call `write(temporary_path)`, flush what it wrote, and rename it to `path`.
+
+    Raises:
+        OSError: naming the file; what was written of it is gone, for the disk may be full.
+    """
     aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    write(aside)
-    flush(aside)
-    aside.replace(path)
-    flush(path.parent)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(aside)
+            flush(aside)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        aside.replace(path)
+        flush(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be, and a file in it, before anything is begun that ends there.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            error.filename = str(folder)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the system the name of the file: a write to a full disk does not say where it failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def machine_error(error: OSError | UnicodeError) -> str:
+    """What the machine refused, as one line: a full disk, a missing permission, a name in another encoding."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename):.400}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with a leading `~` written out.
+
+    Raises:
+        ConfigError: this user has no home directory, as in a container with a random user number.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: this user has no home directory; set HOME, or give a path that does not begin with ~ "
+            "(data.cache_dir, fomoe site --state-dir; FOMOE_CACHE, XDG_STATE_HOME)"
+        ) from error
 
 
 def state_home() -> Path:
     """Where programs of this package keep what must outlive them: below $XDG_STATE_HOME."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "fomoe-flwr"
+    return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "fomoe-flwr"

@@ -31,6 +31,7 @@ from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.load import Shares
 from fomoe_flwr.untrusted import parse_json
 
+STATE_LOST = "state_lost"  # a metric of a site that begins without moments, for it has lost its state
 MAX_METRICS = 64  # in a reply, and characters in the name of one
 MAX_HEADER = 2**26  # characters of a reply's JSON
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fomoe_flwr.files import write_atomically
+from fomoe_flwr.files import naming, write_atomically
 from fomoe_flwr.placement import Placement, from_residents
 from fomoe_flwr.reading import as_type, read_lines
 
@@ -40,7 +40,7 @@ def noted_failure(run_dir: Path) -> Iterator[None]:
 
 def append_placement(run_dir: Path, round_: int, residents: Residents) -> None:
     """Record the placement that holds from a round on."""
-    with (run_dir / NAME).open("a") as file:
+    with naming(run_dir / NAME), (run_dir / NAME).open("a") as file:
         file.write(json.dumps({"round": round_, "residents": residents}) + "\n")
         file.flush()
         os.fsync(file.fileno())

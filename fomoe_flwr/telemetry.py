@@ -19,7 +19,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 from tqdm import tqdm
 
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.files import write_atomically
+from fomoe_flwr.files import naming, write_atomically
 from fomoe_flwr.reading import as_type, read_lines
 from fomoe_flwr.units import duration, in_bytes
 
@@ -104,7 +104,7 @@ class Telemetry:
         if self._last is not None:
             self._keep_lines(self._last)
             self._last = None
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -102,7 +102,7 @@ class FoMoE(Strategy):
         inbox = Path(self._temporary.name if self._temporary else run_dir) / "inbox"
         self.server = Server(config, run, run_dir, inbox, plan, header_bytes, inputs)
         self.first_round = 1
-        self._directory = SiteDirectory(site_names, os.environ.get(REGISTERED) == "1")
+        self._directory = SiteDirectory(site_names, os.environ.get(REGISTERED) == "1", config.data)
         self._deadline = Deadline(settings, settings.timeout_s)
         self._gathered = False  # whether the sites to begin with have been there
 
@@ -314,7 +314,7 @@ class FoMoE(Strategy):
     def _finish_training(self, replies: Iterable[SiteReply]) -> MetricRecord | None:
         """Collect, decide, then commit or discard: a round is never half applied."""
         current = self.round
-        last_good = self._collect(replies)
+        seconds = self._collect(replies)
         for site in missing(current):
             current.fail(site, f"no reply within {current.deadline_s:.3g} s")
             self._directory.lost(site)
@@ -322,15 +322,15 @@ class FoMoE(Strategy):
         if not self.server.close(self._needed(), expert_share, self.observer):
             log.warning("round %d is discarded: %s", current.number, self._below_quorum())
             return None
-        self._deadline.took(last_good)
+        self._deadline.took(seconds)
         return self._mean_metrics(self.train_metrics_aggr_fn, current.replies)
 
-    def _collect(self, replies: Iterable[SiteReply]) -> float:
-        """Have each reply checked as it comes, beside the pulling; returns seconds to the last good one.
+    def _collect(self, replies: Iterable[SiteReply]) -> list[float]:
+        """Have each reply checked as it comes, beside the pulling; returns seconds to each good one.
 
         Leaving waits for the checks that are under way.
         """
-        current, last_good = self.round, 0.0
+        current, taken_s = self.round, list[float]()
 
         def check(
             site: int, header: str, blobs: dict[str, bytes], arrived: float
@@ -344,12 +344,12 @@ class FoMoE(Strategy):
 
             def account(timeout: float | None, when: str) -> None:
                 """Take note of the checks that are done; what one raised is raised here."""
-                nonlocal checks, last_good
+                nonlocal checks
                 done, checks = wait(checks, timeout, when)
                 for good, arrived, seconds in (each.result() for each in done):
                     current.wire_s += seconds
                     if good:
-                        last_good = max(last_good, arrived - current.asked_at)
+                        taken_s.append(arrived - current.asked_at)
                         self.observer.answered(current)
 
             for site, reply in replies:
@@ -359,7 +359,7 @@ class FoMoE(Strategy):
                     del taken
                 account(None if len(checks) > WAITING else 0.0, FIRST_COMPLETED)
             account(None, ALL_COMPLETED)
-        return last_good
+        return taken_s
 
     def _unpack(self, site: int, reply: Message) -> tuple[str, dict[str, bytes]] | None:
         """Header and bundles of a training reply; None if there is nothing to check."""

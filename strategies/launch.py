@@ -15,7 +15,7 @@ from rich.console import Console
 from clients.app import app as client_app
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.engine.device import resolve_device
+from fomoe_flwr.engine.device import gpus_of_a_site, resolve_device
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.records import noted_failure
 from fomoe_flwr.report import report
@@ -99,6 +99,7 @@ def _run_in_simulation(composed: Composed) -> None:
             ended.set()
 
     config = composed.config
+    gpus = gpus_of_a_site(config)
     try:
         import ray  # noqa: F401 - Flower itself only says so after it has started
         from flwr.simulation import run_simulation
@@ -120,9 +121,14 @@ def _run_in_simulation(composed: Composed) -> None:
                 backend_config={
                     "client_resources": {
                         "num_cpus": config.runtime.cpus_per_site,
-                        "num_gpus": config.runtime.gpus_per_site,
+                        "num_gpus": gpus,
                     },
-                    "init_args": {"logging_level": logging.ERROR, "log_to_driver": False},
+                    "init_args": {
+                        # Not a cluster that RAY_ADDRESS names: what sites may use was checked on this machine.
+                        "address": "local",
+                        "logging_level": logging.ERROR,
+                        "log_to_driver": False,
+                    },
                 },
             )
     except KeyboardInterrupt:

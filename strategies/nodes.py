@@ -17,7 +17,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fomoe_flwr.bundles import record_in
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.checks import check_own_source
+from fomoe_flwr.config import DataConfig
+from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.server.replies import Refused, refusing
 from fomoe_flwr.untrusted import one_line
 
@@ -46,9 +48,13 @@ class SiteDirectory:
     Args:
         registered: whether the SuperLink takes registered keys only. Without that each SuperNode makes up a key of its
             own whenever it starts, which proves nothing.
+        data: the run's. A site with text of its own that this cannot read is none of this run's sites.
     """
 
-    def __init__(self, site_names: Sequence[str], registered: bool = False) -> None:
+    def __init__(
+        self, site_names: Sequence[str], registered: bool = False, data: DataConfig | None = None
+    ) -> None:
+        self._data = data
         self._names = list(site_names)
         self._index = {name: index for index, name in enumerate(site_names)}
         self.node_of_site: dict[int, int] = {}
@@ -61,13 +67,15 @@ class SiteDirectory:
             str, str
         ] = {}  # SHA-256 (hex) of each site's public key, by its name; a checkpoint keeps it
         self._online: dict[int, NodeInfo] = {}
+        self._hopeless: dict[int, str] = {}  # node -> why waiting for its site does not help
         self.simulated = False  # whether nodes said their partition number, which only simulated ones have
 
     def connected(self, grid: Grid, minimum: int, timeout: float) -> dict[int, int]:
         """Node ids by site, of the sites that are connected now; waits until there are `minimum` of them.
 
         Raises:
-            RunError: not enough within `timeout` seconds; it says which are missing.
+            RunError: not enough within `timeout` seconds; it says which are missing. At once if one of them is there
+                but cannot take part.
         """
         deadline, pause = time.monotonic() + timeout, FIRST_PAUSE_S
         next_word = time.monotonic() + 5
@@ -75,6 +83,8 @@ class SiteDirectory:
             self._look(grid)
             if len(self.node_of_site) >= minimum:
                 return dict(sorted(self.node_of_site.items()))
+            if self._hopeless:
+                raise RunError("; ".join([self._missing(minimum), *self._hopeless.values()]))
             now = time.monotonic()
             if now > deadline:
                 raise RunError(
@@ -107,6 +117,7 @@ class SiteDirectory:
                 del self.node_of_site[site]
                 self.lost(site)
         self._answered &= online  # a node that comes back under its old id may be another site now
+        self._hopeless = {node: why for node, why in self._hopeless.items() if node in online}
         now = time.monotonic()
         for node in [node for node, (_, asked) in self._asked.items() if now - asked > QUESTION_TTL_S]:
             del self._asked[node]
@@ -151,6 +162,13 @@ class SiteDirectory:
         if (problem := self._not_proven(node, self._names[site])) is not None:
             self._refuse(node, problem)
             return
+        if self._data is not None and answer.get("own-text") is True:
+            try:
+                check_own_source(self._data, f"fomoe site --data-path of site {self._names[site]}")
+            except ConfigError as error:
+                self._hopeless[node] = str(error)
+                self._refuse(node, str(error))
+                return
         self.problems.pop(node, None)
         now = self._online.get(self.node_of_site.get(site, 0))
         if now is None or (self._online[node].name and not now.name):

@@ -22,6 +22,7 @@ from typing import Any
 
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import DataError
+from fomoe_flwr.files import expanded
 
 log = logging.getLogger("fomoe")
 
@@ -125,7 +126,7 @@ def _stdlib_files() -> tuple[Path, list[Path]]:
 
 
 def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
-    root = Path(str(config.path)).expanduser()
+    root = expanded(str(config.path))
     if root.is_file():
         return root, [root]
     if not root.is_dir():
@@ -156,6 +157,11 @@ def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
         warn(
             f"data.path={config.path}: {len(unreadable)} folders cannot be opened: {name_some(unreadable, 1)}"
         )
+    for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"data.path: the name {os.fsencode(file)!r} is not UTF-8; rename it") from error
     return root, sorted(files, key=lambda file: _relative(file, root))
 
 
@@ -295,8 +301,8 @@ def _load_huggingface(config: DataConfig) -> Any:
         import datasets
     except ImportError as error:
         raise DataError("data.source=huggingface: needs datasets; pip install 'fomoe-flwr[data]'") from error
-    folder = str(Path(config.path).expanduser()) if config.path else None
-    saved = Path(str(config.name or folder)).expanduser()
+    folder = str(expanded(config.path)) if config.path else None
+    saved = expanded(str(config.name or folder))
     if config.name is None and not _is_saved_dataset(saved):
         raise DataError(
             f"data.path={config.path}: not a folder that save_to_disk wrote; give the data set by data.name=NAME"

@@ -30,16 +30,21 @@ from fomoe_flwr.data.corpus import Document, is_hidden, name_some, read_document
 from fomoe_flwr.data.split import alike, keep_for_validation, sketch
 from fomoe_flwr.data.tokenizer import Tokenizer, load_tokenizer
 from fomoe_flwr.errors import DataError
-from fomoe_flwr.files import flush
+from fomoe_flwr.files import expanded, flush
 
 log = logging.getLogger("fomoe")
 
-FORMAT = 3  # raise it when the same source would give other tokens, another split or other files
+FORMAT = 4  # raise it when the same source would give other tokens, another split or other files
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at a time
 ATTEMPTS = 3  # another process may take away a cache between our writing and our opening it
 INDEX = ("doc_starts", "doc_bytes", "doc_domain", "is_val", "token_bytes")
 SENSIBLE = 0.1  # of the text's bytes that a tokenizer must stand for, at least
+
+log = logging.getLogger("fomoe")
+
+# Caches that this process has read whole and found to be what was written.
+_whole: set[tuple[Path, str]] = set()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +115,8 @@ def prepare(config: DataConfig) -> TokenCorpus:
             for warning in corpus.warnings:
                 _warn_once(warning)
             return corpus
+        if folder.exists():
+            log.warning("the token cache %s is damaged: it is not used, and built anew", folder)
         try:
             _build(folder, config, tokenizer)
         except OSError as error:  # those of the source are DataErrors already
@@ -124,8 +131,8 @@ def _warn_once(warning: str) -> None:
 
 def _cache_root(config: DataConfig) -> Path:
     default = os.environ.get("FOMOE_CACHE") or "~/.cache/fomoe-flwr"
-    root = Path(config.cache_dir or default).expanduser().resolve()
-    source = Path(config.path or os.devnull).expanduser().resolve()
+    root = expanded(config.cache_dir or default).resolve()
+    source = expanded(config.path or os.devnull).resolve()
     if root.is_relative_to(source) and not is_hidden(root.relative_to(source)):
         raise DataError(
             f"data.cache_dir={root}: lies inside data.path={config.path}, where it would be read as text"
@@ -148,11 +155,21 @@ def _key(config: DataConfig, tokenizer: Tokenizer) -> str:
 
 
 def _open(folder: Path) -> TokenCorpus | None:
-    """The corpus in `folder`, or None if there is none or it is damaged."""
+    """The corpus in `folder`, or None if there is none or it is damaged.
+
+    The first time in a process all of it is read and held against its digests. That takes about as long as
+    `source_digest` takes to find the cache, once more: about a second for each GB.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
+        if meta.pop("sha256") != _digest_of_facts(meta):
             return None
+        if any((folder / name).stat().st_size != size for name, (size, _) in meta["files"].items()):
+            return None
+        if (folder, meta["digest"]) not in _whole:
+            if any(_digest_of_file(folder / name) != digest for name, (_, digest) in meta["files"].items()):
+                return None
+            _whole.add((folder, meta["digest"]))
         index = {
             name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
             for name in INDEX
@@ -172,7 +189,7 @@ def _open(folder: Path) -> TokenCorpus | None:
             warnings=tuple(meta["warnings"]),
             **index,
         )
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -320,9 +337,21 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         "warnings": warnings,
         "digest": digest.hexdigest(),
         "split": hashlib.sha256(is_val.tobytes()).hexdigest(),
-        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "files": {
+            file.name: [file.stat().st_size, _digest_of_file(file)] for file in sorted(folder.iterdir())
+        },
     }
+    meta["sha256"] = _digest_of_facts(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _digest_of_facts(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tokenise(

@@ -12,13 +12,13 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_flwr.errors import ConfigError, DataError
+from fomoe_flwr.files import expanded
 
 END_TOKENS = (
     "<|endoftext|>",
@@ -54,7 +54,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         fingerprint = hashlib.sha256(b"bytes").hexdigest()
         return Tokenizer("bytes", 257, 256, fingerprint, _to_bytes, _one_byte_each)
-    file = Path(spec).expanduser()
+    file = expanded(spec)
     if not file.is_file():
         raise DataError(
             f"data.tokenizer={spec}: no such file; allowed are bytes or the path of a tokenizer.json"

@@ -21,9 +21,29 @@ SWITCHES = {
 REGISTERED = "FOMOE_REGISTERED_KEYS"
 
 
-def flower_environment() -> dict[str, str]:
-    """Our environment with Flower's switches set, where the user did not, and this installation on the PATH."""
-    environment = SWITCHES | os.environ
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def past_the_proxy(environment: Mapping[str, str], *hosts: str) -> dict[str, str]:
+    """Variables that keep a proxy away from what runs on this machine, and from these hosts.
+
+    Flower's parts on a machine talk HTTP to each other and would look for 127.0.0.1 at `http_proxy`; nothing ever
+    happens then, without a word.
+    """
+    # Where both spellings are set, readers go by the small one.
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    excepted = [item.strip() for item in given.split(",") if item.strip()]
+    text = ",".join(dict.fromkeys([*excepted, *LOOPBACK, *hosts]))
+    return {"no_proxy": text, "NO_PROXY": text}
+
+
+def flower_environment(*hosts: str) -> dict[str, str]:
+    """Our environment with Flower's switches set, where the user did not, and this installation on the PATH.
+
+    Args:
+        hosts: what is reached without a proxy, besides this machine itself.
+    """
+    environment = SWITCHES | os.environ | past_the_proxy(os.environ, *hosts)
     beside = str(Path(sys.executable).parent)
     path = environment.get("PATH", os.defpath).split(os.pathsep)
     # `.venv/bin/fomoe` may run without an activated environment; Flower looks for its programs on the PATH.

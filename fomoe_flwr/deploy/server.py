@@ -7,6 +7,7 @@ where Flower forgets them when the SuperLink ends.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shlex
@@ -27,7 +28,8 @@ def server(arguments: Sequence[str]) -> NoReturn:
     Raises:
         ConfigError: Flower is not installed beside this program.
     """
-    environment = flower_environment()
+    host = _given(arguments, "--host", "").strip("[]")
+    environment = flower_environment(*[host] * (host not in ("", "0.0.0.0", "::")))
     if "--enable-supernode-auth" in arguments:
         environment[REGISTERED] = "1"
     command = ["flower-superlink", *arguments, *_database(arguments)]
@@ -37,17 +39,23 @@ def server(arguments: Sequence[str]) -> NoReturn:
     os.execve(program(command[0], environment), command, environment)
 
 
+def _given(arguments: Sequence[str], option: str, default: str) -> str:
+    """The value of one of Flower's options; the last one counts."""
+    value = default
+    for item, following in itertools.pairwise([*arguments, ""]):
+        if item == option:
+            value = following
+        elif item.startswith(f"{option}="):
+            value = item.partition("=")[2]
+    return value
+
+
 def _database(arguments: Sequence[str]) -> list[str]:
     """Where registered keys are kept; nothing is lost by keeping no other state."""
     given = [item.partition("=")[0] for item in arguments]
     if "--enable-supernode-auth" not in given or "--database" in given:
         return []
-    port = "8000"
-    for item, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if item == "--port":
-            port = following
-        elif item.startswith("--port="):
-            port = item.partition("=")[2]
+    port = _given(arguments, "--port", "8000")
     home = state_home()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     return ["--database", str(home / f"superlink-{port}.db")]

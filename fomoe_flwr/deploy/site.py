@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from fomoe_flwr.deploy.clock import clock_fault
 from fomoe_flwr.deploy.flower import flower_environment, program
 from fomoe_flwr.deploy.processes import Marked, end_marked, kill, program_of
 from fomoe_flwr.deploy.supernode import Options, Watch, parse, supernode_command
@@ -79,7 +80,7 @@ def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) 
     """Start the SuperNode again and again until `ended`; `memory` is kept across starts of this program.
 
     Raises:
-        RunError: the SuperLink does not accept this site.
+        RunError: the SuperLink does not accept this site, or this machine's clock.
     """
     marked = Marked(MARK, str(options.lock))
     if orphans := end_marked(marked):
@@ -93,6 +94,11 @@ def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) 
         if watch.node is not None:
             refused_since = None
             _remember(options, memory)
+        elif watch.misused is not None:
+            raise RunError(
+                f"site {options.name}: the SuperNode cannot work with what it was given (Flower's exit code "
+                f"{watch.misused}, see above); starting it again would not help"
+            )
         elif watch.refused is not None:
             refused_since = refused_since or began
             if not may_be_accepted_later(
@@ -103,12 +109,33 @@ def supervise(options: Options, memory: dict[str, Any], ended: threading.Event) 
                 "site %s: refused; either the SuperLink still counts on the SuperNode before (up to 60 s), or it "
                 "does not know the key any more", options.name,
             )  # fmt: skip
+        # A SuperNode that was accepted ends likewise when the clock is set while it works.
+        if not ended.is_set() and watch.refused is None:
+            _wait_for_the_clock(options, ended)
         short_lives = 1 if lived >= SETTLED_S else short_lives + 1
         if not ended.is_set():
             pause = pause_s(short_lives, LONGEST_PAUSE_S if refused_since is None else REFUSED_PAUSE_S)
             log.info("site %s: starting again in %g s", options.name, pause)
             ended.wait(pause)
     log.info("site %s: ended", options.name)
+
+
+def _wait_for_the_clock(options: Options, ended: threading.Event) -> None:
+    """Say so if the SuperLink takes nothing from this machine's clock, and wait for it to be set.
+
+    It may be about to be: NTP needs some time after a machine was started.
+
+    Raises:
+        RunError: it is still wrong after REFUSED_S.
+    """
+    deadline, said = time.monotonic() + REFUSED_S, False
+    while (fault := clock_fault(options.superlink, options.insecure)) and not ended.is_set():
+        if time.monotonic() >= deadline:
+            raise RunError(f"site {options.name}: {fault}")
+        if not said:
+            log.warning("site %s: %s; waiting for that for %g s", options.name, fault, REFUSED_S)
+        said = True
+        ended.wait(REFUSED_PAUSE_S)
 
 
 def may_be_accepted_later(error: str, accepted_before: bool, refused_s: float) -> bool:
@@ -236,4 +263,8 @@ def _known(options: Options, memory: Mapping[str, Any]) -> bool:
 def _remember(options: Options, memory: dict[str, Any]) -> None:
     if not _known(options, memory):
         memory["accepted"] = _identity(options)
-        _write(options, memory)
+        try:
+            _write(options, memory)
+        except OSError as error:
+            # The disk may be full, which is no reason to leave the site alone: this only helps the next start.
+            log.warning("%s: cannot be written: %s", options.lock, error.strerror)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe_flwr.config import NAME_RULE, is_name
+from fomoe_flwr.config import DEVICE_RULE, NAME_RULE, is_device, is_name
 from fomoe_flwr.console import Parser
 from fomoe_flwr.deploy.flower import toml_string
 from fomoe_flwr.deploy.processes import Process
-from fomoe_flwr.files import state_home
+from fomoe_flwr.files import expanded, state_home
 
 STOPPED_S = 15.0  # after which a stopped process is killed
 WEDGED_S = 75.0  # Flower itself takes 60 s to notice that the process of a message was killed
@@ -24,6 +25,8 @@ SUPERNODE, EXECUTOR, CLIENT_APP = "flower-supernode", "flower-superexec", "flwr-
 # What we read in a SuperNode's output, as Flower 1.41 prints it.
 ACCEPTED = re.compile(r"SuperNode ID: (\d+)")
 REFUSED = re.compile(r"\[code: (\d+)\]")
+# It cannot work with its options or files. 305 is not among them: no connection, which may come.
+MISUSED = re.compile(r"Exit Code: (30[0-46-9]|3[1-9]\d|60[0-5])\b")
 RECEIVED = re.compile(r"Received successfully")
 SENDING = re.compile(r"Sending: \S+ message")
 
@@ -71,21 +74,25 @@ def parse(arguments: Sequence[str]) -> Options:
         "--key", type=_file, metavar="FILE", help="private key that is registered at the SuperLink; needs TLS"
     )
     add(
-        "--state-dir", type=_path, default=state_home().absolute(), metavar="DIR",
-        help="default: $XDG_STATE_HOME/fomoe-flwr",
+        "--state-dir", type=_path, metavar="DIR", help="default: $XDG_STATE_HOME/fomoe-flwr",
     )  # fmt: skip
     add("--cache-dir", type=_path, metavar="DIR", help="of tokenized text")
     add(
-        "--data-path", type=_path, metavar="PATH", help="this site's own text, instead of the run's data.path"
+        "--data-path",
+        type=_there,
+        metavar="PATH",
+        help="this site's own text, instead of the run's data.path",
     )
-    add("--device", help="cpu, cuda, cuda:1, …; default: the run's")
+    add("--device", type=_device, help="cpu, cuda, cuda:1, …; default: the run's")
     add("--stall-s", type=_seconds, help="seconds without progress after which a round is given up")
     add(
         "--stopped-s", type=_seconds, default=STOPPED_S,
         help="seconds after which a stopped process is killed (default %(default)g)",
     )  # fmt: skip
     add("--port", type=_port, help="of the SuperNode's own interface, on 127.0.0.1; default: a free one")
-    options = Options(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    # Only now: without a home directory there is no default.
+    options = Options(**given | {"state_dir": given["state_dir"] or state_home().absolute()})
     if options.key and options.insecure:
         parser.error("--key: Flower uses keys over TLS only; give --root-certificates instead of --insecure")
     return options
@@ -115,6 +122,10 @@ def _name(text: str) -> str:
     return _checked(text, is_name, f"a name, which has {NAME_RULE}")
 
 
+def _device(text: str) -> str:
+    return _checked(text, is_device, f"a device; allowed are {DEVICE_RULE}")
+
+
 def _seconds(text: str) -> float:
     return float(
         _checked(text, lambda number: 0 < float(number) < float("inf"), "a number of seconds above 0")
@@ -128,7 +139,13 @@ def _port(text: str) -> int:
 def _path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
-    return Path(text).expanduser().absolute()
+    return expanded(text).absolute()
+
+
+def _there(text: str) -> Path:
+    return _path(
+        _checked(text, lambda name: os.access(_path(name), os.R_OK), "a file or folder that can be read")
+    )
 
 
 def _file(text: str) -> Path:
@@ -181,6 +198,7 @@ class Watch:
     stopped_s: float = STOPPED_S
     node: str | None = None  # its id, once the SuperLink has accepted it
     refused: str | None = None  # Flower's number of the error with which the SuperLink turned it away
+    misused: str | None = None  # Flower's exit code for options or files that it cannot work with
     _waiting_since: float | None = None  # it has a message, and no process works on it
     _had_executor: bool = False
     _stopped: dict[tuple[int, float], float] = field(default_factory=dict)
@@ -194,6 +212,8 @@ class Watch:
             self.node = found[1]
         elif found := REFUSED.search(line):
             self.refused = found[1]
+        elif found := MISUSED.search(line):
+            self.misused = found[1]
         elif RECEIVED.search(line):
             self._waiting_since = now
         elif SENDING.search(line):

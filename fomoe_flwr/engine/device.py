@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from fomoe_flwr.config import DEVICE_RULE, RunConfig, is_device
 from fomoe_flwr.errors import ConfigError
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, key: str = "train.device") -> str:
     """`auto` is the GPU where there is one.
 
+    Args:
+        key: where the device was given, for the error line.
+
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is asked for that is not there.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"train.device={device}: PyTorch sees no GPU here; allowed are auto, cpu")
+    if device == "cpu":
+        return device
+    if not is_device(device):
+        raise ConfigError(f"{key}={device:.80}: allowed are {DEVICE_RULE}")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{key}={device}: PyTorch sees no GPU here; allowed are auto, cpu")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ConfigError(
+            f"{key}={device}: PyTorch sees {count} GPU{'s' * (count > 1)} here; allowed are auto, cpu, cuda, "
+            f"cuda:0{f' to cuda:{count - 1}' * (count > 1)}"
+        )
     return device
+
+
+def gpus_of_a_site(config: RunConfig) -> float:
+    """GPUs that Ray gives a simulated site (runtime=flower): by default one where sites compute on a GPU, else none.
+
+    Ray hides every other GPU from a site, and waits for ever for what the machine does not have.
+
+    Raises:
+        ConfigError: what is asked for is not there, or a site that needs a GPU gets none.
+    """
+    asked = {
+        f"federation.sites: device of {site.name}" if site.device else "train.device": site.device
+        or config.train.device
+        for site in config.federation.sites
+    }
+    on_gpu = {key: device for key, device in asked.items() if resolve_device(device, key) != "cpu"}
+    runtime, cores = config.runtime, os.cpu_count() or 1
+    if runtime.cpus_per_site > cores:
+        raise ConfigError(f"runtime.cpus_per_site={runtime.cpus_per_site}: at most this machine's {cores}")
+    share = runtime.gpus_per_site
+    if share is None:
+        share = 1.0 if on_gpu else 0.0
+    if on_gpu and share == 0:
+        key, device = next(iter(on_gpu.items()))
+        raise ConfigError(
+            f"runtime.gpus_per_site=0: hides the GPU from the sites, which {key}={device} asks for; give a share of a "
+            "GPU above 0, or train.device=cpu"
+        )
+    for key, device in on_gpu.items():
+        if device not in ("auto", "cuda", "cuda:0") and share <= 1:
+            raise ConfigError(
+                f"{key}={device}: with runtime=flower a site sees only the GPU that Ray gives it, as cuda; use cuda"
+            )
+    if share > (count := torch.cuda.device_count()):
+        raise ConfigError(f"runtime.gpus_per_site={share:g}: at most this machine's {count}")
+    return share
 
 
 def use_cpu(threads: int) -> None:

@@ -13,6 +13,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.errors import ConfigError, RunError
+from fomoe_flwr.files import expanded
 from fomoe_flwr.overrides import last_value, read_overrides
 from fomoe_flwr.plan.advice import advise
 from fomoe_flwr.plan.planner import make_plan
@@ -44,7 +45,7 @@ def plan(arguments: Sequence[str], console: Console | None = None) -> None:
         if override.key_or_group in ("figure", "sweep"):
             item = override.input_line
             raise ConfigError(f"{item}: the paper's figures are drawn by `python -m benchmarks.paper {item}`")
-    picture = None if options.picture is None else options.picture.expanduser()
+    picture = None if options.picture is None else expanded(options.picture)
     if picture is not None:
         _check_writable(picture)
     outlook = look_ahead(_compose(overrides))

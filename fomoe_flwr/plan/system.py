@@ -20,6 +20,7 @@ import numpy as np
 from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
+from fomoe_flwr.files import expanded
 from fomoe_flwr.model.spec import expert_parameters, parameter_counts, token_flops
 from fomoe_flwr.reading import reason
 
@@ -198,7 +199,7 @@ def measured_cost(config: RunConfig, directory: str) -> TokenCost:
     Raises:
         ConfigError: see `token_cost`.
     """
-    path = Path(directory).expanduser()
+    path = expanded(directory)
     metrics = path / "metrics.jsonl"
     try:
         run = _load(path, metrics.stat().st_mtime_ns if metrics.exists() else 0)

@@ -23,7 +23,7 @@ from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs
 from fomoe_flwr.load import averaged
-from fomoe_flwr.messages import Reply, deals, has_own_text, make_task
+from fomoe_flwr.messages import STATE_LOST, Reply, deals, has_own_text, make_task
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import Placement, from_residents, holder_groups
 from fomoe_flwr.plan.record import Plan
@@ -336,6 +336,11 @@ class Server:
         with self._lock:
             self.round.replies[site], self.round.loads[site] = reply, load_LE
             self.round.norms[site], self.round.by_name[site] = checked
+        if STATE_LOST in reply.metrics:
+            log.warning(
+                "round %d: the state of site %s was missing or damaged there: it went on with fresh moments",
+                self.round.number, self.site_names[site],
+            )  # fmt: skip
 
     def take_evaluation(self, site: int, header: str) -> None:
         """A reply to an evaluation message."""
@@ -484,6 +489,8 @@ def shared_bundles(
 
 ROUNDS = 10  # the rounds that count
 FEWEST = 2  # before that the ceiling holds: the first round also prepares data and compiles
+SLOWEST = 3.0  # times the median site; a later reply counts as one of then
+GROWTH = 2.0  # times the median round; a longer one counts as so long
 SPREADS = 4.0
 MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution to its standard deviation
 
@@ -493,7 +500,9 @@ class Deadline:
 
     A fixed time-out is wrong twice: too short when the links are slow, and hours too long when a site has died. A
     round's time is that of its last good reply. A site that is cut off does not lengthen the deadline: if it is dead
-    it would do so for ever.
+    it would do so for ever. Nor does one that always answers just in time: its replies count as those of a site
+    SLOWEST times as slow as the median one (of two sites, as the faster), and one round counts at most GROWTH times the
+    rounds before it.
     """
 
     def __init__(self, settings: StrategyConfig, ceiling: float) -> None:
@@ -501,9 +510,14 @@ class Deadline:
         self._factor = settings.timeout_factor
         self._rounds: deque[float] = deque(maxlen=ROUNDS)
 
-    def took(self, seconds: float) -> None:
-        """A round's last good reply came after so many seconds."""
-        self._rounds.append(seconds)
+    def took(self, seconds: Sequence[float]) -> None:
+        """The good replies of a round came after so many seconds each."""
+        if not seconds:
+            return
+        longest = min(max(seconds), SLOWEST * statistics.median_low(seconds))
+        if len(self._rounds) >= FEWEST:
+            longest = min(longest, GROWTH * statistics.median(self._rounds))
+        self._rounds.append(longest)
 
     def seconds(self) -> float:
         """What the next round gets."""

@@ -24,9 +24,9 @@ def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(
         "federation.num_sites=null", "federation.sites=[{name: a, device: cuda}, {name: b}]"
     ).config
     first, second = (task_of(config, site, residents=[], run="abc") for site in (0, 1))
-    assert device_of(first, node_settings({"device": "cuda:1"})) == "cuda:1"
-    assert device_of(first, node_settings({})) == "cuda"
-    assert device_of(second, node_settings({})) == "cpu"
+    assert device_of(first, node_settings({"device": "cuda:1"})) == ("cuda:1", "fomoe site --device")
+    assert device_of(first, node_settings({})) == ("cuda", "federation.sites: device of a")
+    assert device_of(second, node_settings({})) == ("cpu", "train.device")
 
 
 def test_a_node_may_keep_its_data_and_cache_elsewhere(task: Task) -> None:

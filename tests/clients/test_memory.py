@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -191,3 +192,17 @@ def test_the_attestation_is_of_the_model_and_not_of_the_message(
     bundles, reply = work(config, tmp_path, Memory(), 1)
     assert reply.start_digests != as_sent(shard_of(config, site_task(config, 1)), config)
     assert reply.bundle_digests == bundle_digests(bundles)
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda file: os.truncate(file, 100)], ids=["gone", "truncated"]
+)
+def test_a_site_that_has_lost_its_state_works_on_and_says_so(small: Compose, tmp_path: Path, damage) -> None:
+    """As one that begins without moments, but further on in its data."""
+    config = small().config
+    work(config, tmp_path, Memory(), 1)
+    assert "state_lost" not in work(config, tmp_path, Memory(), 2).reply.metrics
+    (file,) = tmp_path.rglob("round_00002.safetensors")
+    damage(file)
+    assert work(config, tmp_path, Memory(), 3).reply.metrics["state_lost"] == 1.0
+    assert "state_lost" not in work(config, tmp_path, Memory(), 4).reply.metrics

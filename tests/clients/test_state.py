@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -14,10 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from clients.state import SiteState, discard_later, load_state, save_state
+from clients.state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr.engine import EngineState, Moments
-from fomoe_flwr.errors import CheckpointError
 
 
 def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:
@@ -49,14 +51,14 @@ def test_before_the_first_round_that_counts_there_is_nothing(tmp_path: Path) -> 
 
 def test_a_lost_disk_is_a_fresh_start_further_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert load_state(tmp_path / "new", counted_round=4, position=24) == SiteState(4, position=24)
+        assert load_state(tmp_path / "new", counted_round=4, position=24) == SiteState(4, 24, lost=True)
     assert "no state of round 4" in caplog.text
 
 
 def test_exactly_the_round_that_counts_is_loaded(tmp_path: Path) -> None:
     """Not the newest before it, whose moments and place in the data are of another time."""
     save_state(tmp_path, state(2), counted_round=0, checkpoint_every=1, keep=3)
-    assert load_state(tmp_path, counted_round=3, position=18) == SiteState(3, position=18)
+    assert load_state(tmp_path, counted_round=3, position=18) == SiteState(3, 18, lost=True)
 
 
 def test_later_states_and_half_written_ones_are_removed(tmp_path: Path) -> None:
@@ -160,11 +162,56 @@ def test_whatever_the_server_comes_back_to_is_there(
         shutil.rmtree(folder)
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+def test_a_damaged_state_is_named_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the damage is, the site takes part, and goes on from the place in the data that the server knows."""
     save_state(tmp_path, state(1), counted_round=0, checkpoint_every=1, keep=3)
-    (tmp_path / "round_00001.safetensors").write_bytes(b"\x10garbage")
-    with pytest.raises(CheckpointError, match=r"round_00001.safetensors is damaged"):
-        load_state(tmp_path, counted_round=1, position=0)
+    file = tmp_path / "round_00001.safetensors"
+    whole = file.read_bytes()
+    damages = [b"\x10garbage", b"", *(whole[:length] for length in range(0, len(whole), 29))]
+    # Who reads it for us does not look at this.
+    mark = whole.index(b'"format":"pt"')
+    for position in {*range(0, len(whole), 7)} - {*range(mark, mark + 13)}:
+        flipped = bytearray(whole)
+        flipped[position] ^= 0x10
+        damages.append(bytes(flipped))
+    for damaged in damages:
+        file.write_bytes(damaged)
+        with caplog.at_level(logging.WARNING):
+            assert load_state(tmp_path, counted_round=1, position=8) == SiteState(1, 8, lost=True)
+        assert f"{file} is damaged" in caplog.text
+        caplog.clear()
+    file.write_bytes(whole)
+    assert not load_state(tmp_path, counted_round=1, position=8).lost
+    # One of an earlier version, which has no digest, is taken.
+    tensors = {f"{kind}/a.weight": torch.ones(2) for kind in ("exp_avg", "exp_avg_sq")}
+    facts = json.dumps({"position": 8, "steps": {"a.weight": [3, 0]}, "last_round": 5})
+    save_file(tensors, file, {"state": facts})
+    assert load_state(tmp_path, counted_round=1, position=0).engine.moments["a.weight"].step == 3
+
+
+def test_an_earlier_state_that_is_damaged_does_not_keep_the_next_from_being_saved(tmp_path: Path) -> None:
+    """A run with one checkpoint at its end reads its earlier states to find the one to keep."""
+    save_state(tmp_path, state(1), counted_round=0, checkpoint_every=0, keep=3)
+    (tmp_path / "round_00001.safetensors").write_bytes(b"")
+    save_state(tmp_path, state(2), counted_round=0, checkpoint_every=0, keep=3)
+    assert rounds(tmp_path) == [2]
+
+
+def test_only_the_newest_runs_of_a_site_keep_their_states(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By their order: a clock that is wrong for all of them changes nothing. Nothing else in the folder is touched."""
+    for number in range(RUNS + 3):
+        for site in ("a", "b"):
+            save_state(tmp_path / f"run{number}" / site, state(1), 0, checkpoint_every=1, keep=3)
+            os.utime(tmp_path / f"run{number}" / site / "round_00001.safetensors", (number, number))
+    (tmp_path / "a.flower" / "a").mkdir(parents=True)
+    forget_old_runs(tmp_path, "a", current=tmp_path / "run0" / "a")
+    left = {folder.parent.name for folder in tmp_path.glob("run*/a")}
+    assert left == {"run0", *(f"run{number}" for number in range(3, RUNS + 3))}
+    assert len(list(tmp_path.glob("run*/b"))) == RUNS + 3
+    assert (tmp_path / "a.flower" / "a").is_dir()
+    assert str(tmp_path / "run1" / "a") in caplog.text
 
 
 def test_reading_it_leaves_nothing_behind(tmp_path: Path) -> None:

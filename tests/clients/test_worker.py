@@ -5,6 +5,7 @@ A worker takes two or three seconds to start, so the tests share one, and some l
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -471,3 +472,32 @@ def test_relay_keeps_the_kind_of_an_error() -> None:
     assert isinstance(relay._error({"type": "ConfigError", "text": "x"}), ConfigError)
     assert isinstance(relay._error({"type": "FloatingPointError", "text": "x"}), FloatingPointError)
     assert str(relay._error({"type": "OSError", "text": "disk"})) == "OSError: disk"
+
+
+def test_a_full_disk_is_an_answer_and_the_worker_stays(
+    ends: tuple[Channel, Channel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line to the server and in the worker's log; the machine may have room again in the next round."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/round_00002.safetensors")
+
+    monkeypatch.setattr(worker, "perform", full)
+    settings = asdict(NodeSettings("a", None, None, str(tmp_path), None, None))
+    client, server = ends
+    file, sizes = write_blobs([], tmp_path)
+    header = {"kind": "train", "task": "", "settings": settings, "sizes": sizes, "folder": str(tmp_path)}
+    before = Path.cwd()
+    try:
+        with file:
+            client.send(header, file, 5.0)
+        assert worker.serve(worker.Request(server, server.receive(5.0)), worker.Memory(), RequestQueue())
+    finally:
+        os.chdir(before)
+    error = relay._error(client.receive(5.0)["error"])
+    assert isinstance(error, WorkerError)
+    assert str(error) == f"site a: {tmp_path}/round_00002.safetensors: No space left on device"
+    assert "Traceback" not in caplog.text

@@ -363,3 +363,10 @@ def test_name_some_is_readable() -> None:
     assert name_some(range(15), limit=3) == "0, 1, 2, … (12 more)"
     # As Python has a file's name that is not UTF-8, and a very long one.
     assert name_some([os.fsdecode(b"caf\xe9"), "x" * 5000]) == "caf\\udce9, " + "x" * 300
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9.txt", os.O_CREAT | os.O_WRONLY))
+    with pytest.raises(DataError, match=r"data\.path: the name .*caf\\xe9\.txt' is not UTF-8; rename it"):
+        source_digest(DataConfig(source="text", path=str(tmp_path)))

@@ -220,6 +220,46 @@ def test_a_cache_with_a_foreign_meta_is_rebuilt(config: DataConfig, content: str
     assert prepare(config).digest == digest
 
 
+def test_a_cache_with_a_flipped_bit_anywhere_is_built_anew_and_never_used(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same size, so that only the digests tell. A process reads a cache whole the first time it opens it."""
+
+    def opened() -> list[object]:
+        """A cache as a new process would find it."""
+        monkeypatch.setattr(shards, "_whole", set())
+        corpus = prepare(config)
+        index = [getattr(corpus, name).tolist() for name in shards.INDEX]
+        return [
+            *index,
+            all_tokens(corpus).tolist(),
+            corpus.domains,
+            corpus.digest,
+            corpus.split,
+            corpus.tokenizer,
+        ]
+
+    expected = opened()
+    for file in sorted(cache_of(config)[0].iterdir()):
+        whole = file.read_bytes()
+        for position in (0, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1
+            file.write_bytes(damaged)
+            caplog.clear()
+            with caplog.at_level("WARNING"):
+                assert opened() == expected
+            if file.suffix == ".bin":
+                assert "is damaged" in caplog.text
+                assert file.read_bytes() == whole
+
+
+def test_a_cache_is_read_whole_once_in_a_process(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(config)
+    monkeypatch.setattr(shards, "_digest_of_file", lambda *_: pytest.fail("read again"))
+    assert shards._open(cache_of(config)[0]) is not None
+
+
 def test_an_interrupted_build_is_not_a_cache(config: DataConfig) -> None:
     digest = prepare(config).digest
     (folder,) = cache_of(config)

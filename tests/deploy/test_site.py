@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import uuid
@@ -18,9 +20,10 @@ import psutil
 import pytest
 from flwr.common.config import parse_config_args
 
+import fomoe_flwr.deploy.site as supervisor
 from fomoe_flwr.deploy.flower import toml_string
 from fomoe_flwr.deploy.processes import Marked, Process, end_marked, is_alive, kill, program_of, start_time
-from fomoe_flwr.deploy.site import MARK, REFUSED_S, may_be_accepted_later, pause_s, refusal, site
+from fomoe_flwr.deploy.site import MARK, REFUSED_S, may_be_accepted_later, pause_s, refusal, site, supervise
 from fomoe_flwr.deploy.supernode import (
     WEDGED_S,
     Options,
@@ -29,7 +32,7 @@ from fomoe_flwr.deploy.supernode import (
     parse,
     supernode_command,
 )
-from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.errors import ConfigError, RunError
 
 SUPERNODE = Process(10, 100)
 EXECUTOR = Process(11, 101)
@@ -62,7 +65,7 @@ def options(*more: str, tmp: Path = Path("/tmp")) -> Options:
 
 def test_node_config_is_what_flower_reads(tmp_path: Path) -> None:
     given = options(
-        "--device", "cuda:1", "--cache-dir", f'{tmp_path}/it\'s a "cache"\\', "--data-path", "relative",
+        "--device", "cuda:1", "--cache-dir", f'{tmp_path}/it\'s a "cache"\\', "--data-path", "tests",
         "--stall-s", "600", tmp=tmp_path,
     )  # fmt: skip
     assert parse_config_args([node_config(given)]) == {
@@ -70,7 +73,7 @@ def test_node_config_is_what_flower_reads(tmp_path: Path) -> None:
         "device": "cuda:1",
         "state-dir": str(tmp_path),
         "cache-dir": f'{tmp_path}/it\'s a "cache"\\',
-        "data-path": str(Path.cwd() / "relative"),
+        "data-path": str(Path.cwd() / "tests"),
         "stall-s": 600.0,
     }
     assert set(parse_config_args([node_config(options())])) == {"site", "state-dir"}
@@ -121,6 +124,9 @@ def test_the_state_directory_is_that_of_the_clients(monkeypatch: pytest.MonkeyPa
         ("--superlink h:1 --name a --stall-s 0", "--stall-s: 0 "),
         ("--superlink h:1 --name a --stopped-s nan", "--stopped-s: nan "),
         ("--superlink h:1 --name a --port x", "--port: x "),
+        ("--superlink h:1 --name a --data-path /none", "--data-path: /none "),
+        ("--superlink h:1 --name a --device mps", "--device: mps "),
+        ("--superlink h:1 --name a --device cuda:-1", "--device: cuda:-1 "),
         ("--superlink h:1 --name a --colour red", "--colour red"),
         ("--superlink h:1 --nam a", "--name"),
     ],
@@ -210,6 +216,78 @@ def test_a_supernode_that_stays_stopped_is_started_again() -> None:
     to_kill, why = watch.look(10, {stopped: "flower-supernode", EXECUTOR: "flower-superexec"}, 15.0)
     assert to_kill == [stopped]
     assert why is not None
+
+
+# What starting again cannot cure
+
+
+def supervised_lives(
+    monkeypatch: pytest.MonkeyPatch, life: Watch, fault: str | None, tmp: Path
+) -> tuple[list[Watch], threading.Event]:
+    """Have every SuperNode live such a life, and the clock have this fault; waiting takes no time."""
+    clock, lives, ended = [0.0], list[Watch](), threading.Event()
+
+    def one_life(*_: object) -> Watch:
+        lives.append(life)
+        if len(lives) == 20:
+            ended.set()
+        return life
+
+    def wait(seconds: float | None = None) -> bool:
+        clock[0] += seconds or 0.0
+        return ended.is_set()
+
+    monkeypatch.setattr(ended, "wait", wait)
+    monkeypatch.setattr(supervisor, "_one_life", one_life)
+    monkeypatch.setattr(supervisor, "clock_fault", lambda *_: fault)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(supervisor, "end_marked", lambda *_: 0)
+    return lives, ended
+
+
+@pytest.mark.parametrize("node", [None, "7"], ids=["never accepted", "while it worked"])
+def test_a_clock_that_the_superlink_does_not_take_is_said_once_and_ends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, node: str | None
+) -> None:
+    """Flower's SuperNode ends with exit code 0 and says nothing; another one would do the same."""
+    lives, ended = supervised_lives(monkeypatch, Watch(node=node), "the clock is 8 s ahead", tmp_path)
+    with caplog.at_level("INFO"), pytest.raises(RunError, match="site a: the clock is 8 s ahead"):
+        supervise(options(tmp=tmp_path), {}, ended)
+    assert len(lives) == 1
+    assert caplog.text.count("the clock is 8 s ahead") == 1
+    assert supervisor.time.monotonic() == pytest.approx(REFUSED_S, abs=10.0)
+
+
+def test_a_supernode_that_cannot_work_with_its_options_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with a key of the wrong kind; a SuperLink that is not there yet is no such thing."""
+    wrong, absent = Watch(), Watch()
+    wrong.hear("ERROR :     Exit Code: 302\n", 0.0)
+    absent.hear("ERROR :     Exit Code: 305\n", 0.0)
+    lives, ended = supervised_lives(monkeypatch, wrong, None, tmp_path)
+    with pytest.raises(RunError, match="exit code 302"):
+        supervise(options(tmp=tmp_path), {}, ended)
+    assert len(lives) == 1
+    lives, ended = supervised_lives(monkeypatch, absent, None, tmp_path)
+    supervise(options(tmp=tmp_path), {}, ended)
+    assert len(lives) == 20
+
+
+def test_a_full_disk_does_not_end_the_watch_over_a_site_that_works(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lives, ended = supervised_lives(monkeypatch, Watch(node="7"), None, tmp_path)
+    monkeypatch.setattr(
+        Path, "write_text", lambda *_: raise_(OSError(errno.ENOSPC, "No space left on device"))
+    )
+    supervise(options(tmp=tmp_path), {}, ended)
+    assert len(lives) == 20
+    assert caplog.text.count("No space left on device") == 1
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 # The whole of it

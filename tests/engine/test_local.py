@@ -356,6 +356,7 @@ def test_auto_is_the_gpu_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, there: bool, asked: str, resolved: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * there)
     assert resolve_device(asked) == resolved
 
 

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 
 from clients.app import app
+from fomoe_flwr.config import DataConfig
 from fomoe_flwr.errors import RunError
 from strategies.local_grid import LocalGrid
 from strategies.nodes import SiteDirectory, error_line
@@ -54,6 +55,20 @@ def test_a_name_goes_before_a_number() -> None:
 def test_who_is_missing_and_why_is_said_when_the_wait_is_over(node_configs, nodes: int, reason: str) -> None:
     with pytest.raises(RunError, match=reason):
         connect(node_configs, nodes)
+
+
+@pytest.mark.parametrize("source", ["stdlib", "huggingface"])
+def test_a_site_whose_own_text_the_run_cannot_read_ends_it_before_the_first_round(source: str) -> None:
+    """What is wrong is the run's, so nobody is waited for; with data=text the same node is a site like any other."""
+    grid = LocalGrid(app, 3, node_configs={1: {"site": "b", "data-path": "/text"}})
+    with pytest.raises(
+        RunError, match=rf"--data-path of site b: needs data.source=text.*={source} reads no files"
+    ):
+        SiteDirectory(NAMES, data=DataConfig(source=source)).connected(grid, 3, timeout=1000.0)
+    assert len(SiteDirectory(NAMES, data=DataConfig(source="text")).connected(grid, 3, timeout=1.0)) == 3
+    # Later a quorum is enough, and such a site just takes no part.
+    assert len(SiteDirectory(NAMES, data=DataConfig(source=source)).connected(grid, 2, timeout=1.0)) == 2
+    grid.close()
 
 
 def test_a_node_that_makes_no_sense_does_not_disturb_the_others(caplog) -> None:
