@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
-from clients.state import SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import CODECS
@@ -37,6 +36,7 @@ from fomoe_flwr.evaluation import evaluate
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.sigma_moe import load_shard, read_shard
+from fomoe_flwr.site_state import SiteState, discard_later, forget_old_runs, load_state, save_state
 
 log = logging.getLogger("fomoe.site")
 

@@ -10,10 +10,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.files import expanded
 
 T = TypeVar("T")
 
@@ -351,7 +351,7 @@ def absolute(key: str, value: str) -> str:
     """A path as it is kept, so that it names the same wherever a run goes on. `~` is the user's home."""
     if key == "data.tokenizer" and value == "bytes":
         return value
-    return str(Path(value).expanduser().absolute()) if value.strip() else value
+    return str(expanded(value).absolute()) if value.strip() else value
 
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:

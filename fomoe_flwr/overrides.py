@@ -9,7 +9,6 @@ import functools
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -37,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fomoe_flwr.config import REMOVED, absolute, is_name, path_keys, schema
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.files import expanded
 
 # The folders of conf/, from which one file is chosen by `model=tiny`.
 GROUPS = ("model", "federation", "strategy", "data", "runtime")
@@ -81,7 +81,7 @@ def read_overrides(items: Iterable[str | Override]) -> list[Override]:
             if not value.strip():
                 raise ConfigError(f"{key}= is empty; give a path, or leave the key out")
             if value.startswith("~"):
-                override = setting(key, str(Path(value).expanduser()))
+                override = setting(key, str(expanded(value)))
         last[name] = override
     found = []
     for override in last.values():

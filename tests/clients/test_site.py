@@ -15,7 +15,6 @@ from torch import Tensor
 
 from clients.identity import state_folder
 from clients.site import Memory, open_corpus, own_inputs
-from clients.state import load_state
 from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.codecs import CODECS, CodecState, Part, Parts
@@ -24,6 +23,7 @@ from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.inputs import Inputs, short
 from fomoe_flwr.server.run import inputs_of_run
+from fomoe_flwr.site_state import load_state
 from strategies.local_grid import LocalGrid
 from tests.clients.helpers import site_task
 from tests.clients.test_memory import settings, work

@@ -12,7 +12,6 @@ newest state up to c.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import logging
 import mmap
@@ -113,7 +112,9 @@ def _read(path: Path, counted_round: int) -> SiteState:
     with _opened(path) as metadata:
         tensors, facts = _tensors(path), json.loads(metadata["state"])
         # Those that an earlier version wrote have none.
-        if set(metadata) != {"state"} and metadata["digest"] != _digest(metadata["state"], tensors):
+        if set(metadata) != {"state"} and metadata["digest"] != wire.digest_of_all(
+            metadata["state"], tensors
+        ):
             raise ValueError("it differs from its own SHA-256")
         moments = {
             name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
@@ -150,7 +151,7 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
             "routers": {"bias": state.engine.bias, "load": state.engine.load},
         }
     )
-    metadata = {"state": facts, "digest": _digest(facts, tensors)}
+    metadata = {"state": facts, "digest": wire.digest_of_all(facts, tensors)}
     write_atomically(
         folder / f"round_{state.round:05d}.safetensors",
         lambda path: wire.write_tensors(path, tensors, metadata),
@@ -180,15 +181,6 @@ def _opened(path: Path) -> Iterator[dict[str, str]]:
             yield file.metadata()
     except (SafetensorError, WireError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"site state {path} is damaged ({error!s:.200})") from error
-
-
-def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of a whole state; about a second for each GB."""
-    digest = hashlib.sha256(facts.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(wire.raw_bytes(tensor))
-    return digest.hexdigest()
 
 
 def _at_checkpoints(files: Mapping[int, Path], round_: int, every: int, keep: int) -> Iterator[int]:

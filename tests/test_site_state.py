@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clients.state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr.engine import EngineState, Moments
+from fomoe_flwr.site_state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
 
 
 def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:
