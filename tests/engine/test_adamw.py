@@ -138,14 +138,16 @@ def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(routing: str, data
 
 
 def test_a_step_of_a_single_weight_by_hand() -> None:
-    # AdamW's first step is lr·g/|g| = lr, whatever the gradient's size; weight decay takes lr·0.1·w before.
+    # AdamW's first step is lr·g/|g| = lr, whatever the gradient's size; decay takes lr·0.1·w before, but not of norms.
     module = site()
     optimizer = optimizer_of(module, warmup_steps=0)
     set_gradients(module, 0)
-    weight = module.model.norm.weight
-    weight.grad = torch.full_like(weight, -123.0)
-    optimizer.step()  # the norm's weights are 1
-    torch.testing.assert_close(weight.data, torch.full_like(weight, 1 - 0.01 * 0.1 + 0.01))
+    for weight in (norm := module.model.norm.weight, embedding := module.model.embed_tokens.weight):
+        weight.data.fill_(1.0)
+        weight.grad = torch.full_like(weight, -123.0)
+    optimizer.step()
+    torch.testing.assert_close(norm.data, torch.full_like(norm, 1 + 0.01))
+    torch.testing.assert_close(embedding.data, torch.full_like(embedding, 1 - 0.01 * 0.1 + 0.01))
 
 
 def test_what_has_no_gradient_stays_and_gets_no_moments() -> None:

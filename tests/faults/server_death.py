@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -45,7 +44,7 @@ def dies(phase: str, round_: int) -> Iterator[None]:
 
         messages, put = FoMoE._messages, Inbox.put
         commit, save = rounds_room.commit, run_room.save_checkpoint
-        save_file = checkpoint.save_file
+        write_tensors = checkpoint.write_tensors
 
         def counting_messages(self, *arguments):
             made = messages(self, *arguments)
@@ -80,10 +79,10 @@ def dies(phase: str, round_: int) -> Iterator[None]:
                 raise Killed
             return factors
 
-        def half_a_file(tensors, path, *arguments):
-            save_file(tensors, path, *arguments)
+        def half_a_file(path, tensors, *arguments):
+            write_tensors(path, tensors, *arguments)
             if here("in checkpoint"):
-                Path(path).write_bytes(Path(path).read_bytes()[:100])
+                path.write_bytes(path.read_bytes()[:100])
                 raise Killed
 
         def save_and_die(*arguments):
@@ -96,7 +95,7 @@ def dies(phase: str, round_: int) -> Iterator[None]:
         patch.setattr(Inbox, "put", counting_put)
         patch.setattr(rounds_room, "commit", half_a_commit)
         patch.setattr(outer_room, "CHUNK_BYTES", 4096)  # so that a commit has a middle
-        patch.setattr(checkpoint, "save_file", half_a_file)
+        patch.setattr(checkpoint, "write_tensors", half_a_file)
         patch.setattr(run_room, "save_checkpoint", save_and_die)
         yield
 
