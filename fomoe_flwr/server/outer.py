@@ -304,8 +304,8 @@ def commit(
         config.strategy.inner == "gradient",
     )
 
-    def scale_of(site: int, name: str) -> float:
-        return step_scale(site, name) * factors.get(site, {}).get(name, 1.0)
+    def factor(site: int, name: str) -> float:
+        return factors.get(site, {}).get(name, 1.0)
 
     def read(name: str, site: int) -> Tensor:
         return codec.decode(inbox.tensors(site, [name]))[name]
@@ -314,8 +314,11 @@ def commit(
         means: dict[str, Tensor] = {}
         if config.strategy.mean != "mean":
             for name in chunk:
+                # These are unweighted, so here a site must not pull harder for its steps.
                 holders = {
-                    site: scale_of(site, name) for site in sorted(taking_part) if name in taking_part[site]
+                    site: step_scale(site, name) * factor(site, name)
+                    for site in sorted(taking_part)
+                    if name in taking_part[site]
                 }
                 if len(holders) >= FEWEST:
                     means[name] = robust_mean(config.strategy.mean, partial(read, name), holders)
@@ -323,7 +326,7 @@ def commit(
         mean = RunningMean()
         for site in sorted(contributions):
             named = codec.decode(inbox.tensors(site, rest))
-            mean.add(named, partial(weight_of, site), partial(scale_of, site))
+            mean.add(named, partial(weight_of, site), partial(factor, site))
             # Not kept until the next site's is there.
             del named
         outer.step(means | mean.finish(), (round_ - 1) * train.local_steps, config.warmup_steps)
@@ -337,12 +340,12 @@ def commit(
 def step_scales(
     contributions: Contributions, weighting: str, expert: tuple[int, int] | None
 ) -> dict[int, float]:
-    """By what each site's pseudo-gradient is multiplied so that sites that took more steps do not pull harder.
+    """By what each site's pseudo-gradient is multiplied where it is held against those of sites with other K.
 
     A pseudo-gradient grows with the steps that made it. Each is divided by its own K and multiplied by the mean K of
-    the sites that take part in the same mean, weighted as that mean is, so it goes as far as they did on average (as
-    FedNova does for SGD, arXiv 2007.07481). An expert's mean takes its holders alone: what other sites did, who do not
-    know the expert, must not stretch its update. Where all took the same number of steps every factor is exactly 1.
+    the sites that hold the same tensor, weighted as its mean is. So sizes can be compared, and an unweighted median
+    does not go as far as the site with the fewest steps. The weighted mean needs none of it (docs/method.md). Where
+    all took the same number of steps every factor is exactly 1.
 
     Args:
         expert: (layer, expert); None: what all sites hold.

@@ -20,7 +20,6 @@ from fomoe_flwr.plan.record import load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, token_cost
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.reality import compare, notes
-from fomoe_flwr.server.outer import MOST_SCALE
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
@@ -50,8 +49,8 @@ def planned(small: Compose, tmp_path: Path) -> Path:
     return finished(small, tmp_path, *PLANNED, "train.rounds=3")
 
 
-def test_the_mean_of_unequal_steps_is_that_of_steps_times_mean_steps(small: Compose) -> None:
-    """A pseudo-gradient of exactly its K everywhere: each moves 1 a step and is made as long as the mean, or 4 K."""
+def test_the_mean_of_unequal_steps_is_weighted_by_tokens(small: Compose) -> None:
+    """A pseudo-gradient of exactly its K everywhere."""
     composed = small(*PLANNED, *EXACT, "train.rounds=1", "train.eval_batches=0")
     steps = FoMoE(composed.config).server.policy.intended(1).steps_M
     assert len(set(steps)) > 1
@@ -66,8 +65,7 @@ def test_the_mean_of_unequal_steps_is_that_of_steps_times_mean_steps(small: Comp
     weight = [3, 1, 2]
     run(composed, answering(one_a_step, examples=lambda task: weight[task.deal.place]))
     before = read_checkpoint(checkpoint_path(composed.run_dir, 1)).parameters["model.norm.weight"]
-    mean = sum(w * k for w, k in zip(weight, steps, strict=True)) / 6
-    moved = sum(w * min(mean, MOST_SCALE * k) for w, k in zip(weight, steps, strict=True)) / 6
+    moved = sum(w * k for w, k in zip(weight, steps, strict=True)) / 6
     # A norm's weight begins at 1.
     assert torch.allclose(before, torch.full_like(before, 1.0 - moved))
 
