@@ -16,7 +16,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -31,6 +31,7 @@ from fomoe_flwr.files import expanded, flush, naming
 from fomoe_flwr.overrides import (
     check_single,
     is_plain,
+    keys_of,
     last_value,
     merge_overrides,
     read_overrides,
@@ -323,4 +324,4 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
 
 def compose_run(overrides: Sequence[str | Override]) -> Composed:
     """`compose`, with `resume=` followed."""
-    return compose(resumed_overrides(overrides))
+    return replace(compose(resumed_overrides(overrides)), asked=keys_of(overrides))

@@ -163,6 +163,23 @@ def check_combinations(config: RunConfig) -> None:
         )
 
 
+def check_source(data: DataConfig) -> None:
+    """Whether the source reads what is named.
+
+    Raises:
+        ConfigError: the first key that would do nothing, so that another text would be taken.
+    """
+    if data.path is not None and data.source == "stdlib":
+        raise ConfigError(
+            f"data.path={data.path}: data.source=stdlib reads no path; give data=text (or jsonl, parquet, huggingface)"
+        )
+    for key in ("name", "config_name"):
+        if (value := getattr(data, key)) is not None and data.source != "huggingface":
+            raise ConfigError(
+                f"data.{key}={value}: data.source={data.source} has none; give data=huggingface"
+            )
+
+
 def check_outer(strategy: StrategyConfig) -> None:
     """Whether inner and outer optimizer fit each other, and use what is given for them.
 

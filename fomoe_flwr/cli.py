@@ -36,6 +36,7 @@ from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.files import check_writable, expanded, machine_error
 from fomoe_flwr.keys import keys_table
 from fomoe_flwr.overrides import (
+    keys_of,
     last_value,
     merge_overrides,
     read_overrides,
@@ -169,8 +170,11 @@ def train(arguments: Sequence[str]) -> None:
                 check_unused(composed)
             check_job(composed)
             check_writable(composed.run_dir)
+            # Its default holds the time, which goes on.
+            overrides = merge_overrides(overrides, [setting("hydra.run.dir", str(composed.run_dir))])
     register_schema()
     _failed.clear()
+    _asked[:] = keys_of(given.overrides)
     try:
         # Hydra itself wants its options together; one of them may take a word that follows.
         _hydra("fomoe train", *texts(overrides), *given.flags)
@@ -267,6 +271,7 @@ def check_job(composed: Composed) -> None:
 
 
 _failed: list[Path] = []  # jobs of this process
+_asked: list[str] = []  # keys that its command gave
 
 
 def _job(tree: DictConfig) -> None:
@@ -277,6 +282,7 @@ def _job(tree: DictConfig) -> None:
         from_tree(tree),
         run_dir=Path(hydra_config.runtime.output_dir),
         sweep_dir=Path(hydra_config.sweep.dir),
+        asked=frozenset(_asked),
         overrides=task_overrides(hydra_config.overrides.task, tree),
     )
     try:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from fomoe_flwr.checks import check_combinations, check_fields, check_outer, expand_sites
+from fomoe_flwr.checks import check_combinations, check_fields, check_outer, check_source, expand_sites
 from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, absolute, path_keys, schema
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import expanded
@@ -35,6 +35,7 @@ class Composed:
     run_dir: Path
     sweep_dir: Path  # of a multirun
     overrides: tuple[str, ...]  # see `task_overrides`
+    asked: frozenset[str] = frozenset()  # keys that the command itself gave, and not the run that it resumes
 
 
 def conf_dir() -> Path:
@@ -108,6 +109,7 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     check_combinations(config)
     if not saved:  # earlier versions took keys that they did not use
         check_outer(config.strategy)
+        check_source(config.data)
     return config
 
 

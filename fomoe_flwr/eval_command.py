@@ -38,7 +38,7 @@ from fomoe_flwr.evaluation import (
 from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import Inputs, differences, inputs_of, short
 from fomoe_flwr.model.spec import is_moment
-from fomoe_flwr.overrides import read_overrides
+from fomoe_flwr.overrides import read_overrides, setting
 from fomoe_flwr.reading import reason
 from fomoe_flwr.report.tables import show_evaluation
 from fomoe_flwr.units import finite
@@ -224,10 +224,18 @@ def _overridden(saved: Saved, overrides: Sequence[Override]) -> tuple[TrainConfi
     depends, the cache and the validation share.
     """
     given = [override.key_or_group for override in overrides]
-    composed, data = compose(overrides).config, saved.data
+    data = saved.data
+    # What does not name a source is about the run's own.
+    own = (
+        {}
+        if {"data", "data.source"} & set(given)
+        else {"source": data.source, "path": data.path, "name": data.name}
+    )
+    kept = [setting(f"data.{key}", value) for key, value in own.items() if f"data.{key}" not in given]
+    composed = compose([*kept, *overrides]).config
     if "data" in given:
-        kept = {key: getattr(data, key) for key in ("tokenizer", "cache_dir", "val_fraction")}
-        data = dataclasses.replace(composed.data, **kept)
+        same = {key: getattr(data, key) for key in ("tokenizer", "cache_dir", "val_fraction")}
+        data = dataclasses.replace(composed.data, **same)
 
     def changed(section: str) -> dict[str, Any]:
         names = [key.partition(".")[2] for key in given if key.startswith(f"{section}.")]

@@ -205,6 +205,11 @@ def texts(overrides: Iterable[Override]) -> list[str]:
 # ----- looking at them
 
 
+def keys_of(overrides: Iterable[str | Override]) -> frozenset[str]:
+    """The keys and groups that are given."""
+    return frozenset(override.key_or_group for override in read_overrides(overrides))
+
+
 def last_value(overrides: Iterable[Override], key: str) -> Any:
     """The value that a key is given; None if it is given none.
 

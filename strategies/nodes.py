@@ -246,4 +246,7 @@ def error_line(reply: Message) -> str:
     _, wrapped, inner = reason.partition("Message: ")
     if wrapped:
         reason = inner.rstrip().removesuffix(">").removesuffix("'")
+    kind, wrapped, inner = reason.strip().partition("'>:<'")
+    if wrapped and kind.startswith("<class '"):
+        reason = f"{kind.rpartition('.')[2]}: {inner.removesuffix('>').removesuffix(chr(39))}"
     return one_line(" ".join(reason.split()))

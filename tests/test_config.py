@@ -142,6 +142,7 @@ TOGETHER = {
     "train.eval_batches": 0,
     "train.eval_every": 2,
     "train.final_eval_batches": 0,
+    "data.source": "huggingface",
     "data.name": "a/set",
     "data.config_name": "en",
     "data.split": "validation",
@@ -179,8 +180,7 @@ ALONE = [
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
-    ("data.source", "text", ["data.path=somewhere"]),
-    ("data.path", "/some/where", []),
+    ("data.path", "/some/where", ["data=text"]),
     ("data.partition", "domain", []),
     ("data.dirichlet_alpha", 0.1, []),
     ("plan.measured", "/runs/before", []),
@@ -739,6 +739,21 @@ def test_a_sweep_that_cannot_be_parsed_is_one_line() -> None:
 )
 def test_a_section_comes_back_from_its_json(config: Any) -> None:
     assert from_dict(type(config), json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["data.path=/text"], "data.path=/text: data.source=stdlib reads no path; give data=text"),
+        (
+            ["data=text", "data.path=/text", "data.name=c4"],
+            "data.name=c4: data.source=text has none; give",
+        ),
+        (["data.config_name=en"], "data.config_name=en: data.source=stdlib has none"),
+    ],
+)
+def test_a_text_that_is_named_and_would_not_be_read_is_refused(given: list[str], said: str) -> None:
+    assert said in refusal(*given)
 
 
 def test_a_path_is_kept_absolute_and_names_the_same_from_everywhere(

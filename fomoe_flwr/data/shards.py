@@ -275,7 +275,9 @@ class _Index:
             first_N, hash_N, np.array(self.bytes, dtype=np.int64), domain_N, val_fraction
         )
         kept = set(domain_N[is_val].tolist())
-        without = [name for name, index in self.domains.items() if index not in kept]
+        # A domain of one document, as a file in a flat folder, has none to spare.
+        documents = np.bincount(domain_N, minlength=len(self.domains))
+        without = [name for name, index in self.domains.items() if index not in kept and documents[index] > 1]
         if without:
             warnings.append(
                 f"data.val_fraction={val_fraction}: no validation text of {len(without)} of {len(self.domains)} "

@@ -55,6 +55,7 @@ def site(arguments: Sequence[str]) -> int:
         RunError: the SuperLink does not accept this site's key.
     """
     options = parse(arguments)
+    check_device(options.device)
     log.setLevel(logging.INFO)
     ended, received = threading.Event(), []
 
@@ -69,6 +70,25 @@ def site(arguments: Sequence[str]) -> int:
                 signal.signal(signum, end)
         supervise(options, memory, ended)
     return 130 if received[0] == signal.SIGINT else 0
+
+
+def check_device(device: str | None) -> None:
+    """Look for a GPU that is asked for, in a process of its own: PyTorch is not to stay in the supervisor's memory.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if device is None or not device.startswith("cuda"):
+        return
+    look = (
+        "from fomoe_flwr.engine.device import resolve_device\n"
+        "from fomoe_flwr.errors import ConfigError\n"
+        f"try: resolve_device({device!r}, 'fomoe site --device')\n"
+        "except ConfigError as error: print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", look], stdout=subprocess.PIPE, text=True, check=True)
+    if found.stdout:
+        raise ConfigError(found.stdout.strip())
 
 
 def pause_s(short_lives: int, longest: float) -> float:

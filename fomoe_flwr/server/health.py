@@ -36,6 +36,7 @@ from fomoe_flwr.server.state import ServerState
 
 log = logging.getLogger("fomoe")
 
+FEWEST_CHOICES = 50  # an expert in a round, in the mean; with fewer nothing is said of the load
 PROBE_TOKENS = 512
 PROBE_SEQ_LEN = 64  # many short sequences: what the tokens of one text have in common is no router's doing
 MAX_PAIRS = 32  # of sites whose routers are compared; of more, so many spread evenly over them
@@ -95,7 +96,9 @@ class RoutingHealth:
         """The round's figures for its line of metrics; a layer that is sick is named in the log."""
         config = self._config
         load = federation_load(current, config)
-        if sick := health.symptoms(load.load_LE, load.offered_LE):
+        # A few tokens leave some expert without any by chance.
+        enough = load.load_LE.sum() >= FEWEST_CHOICES * load.load_LE.size
+        if enough and (sick := health.symptoms(load.load_LE, load.offered_LE)):
             log.warning("round %d: routing is sick: %s", current.number, health.symptoms_line(sick))
         with cpu_threads(config.train.threads), torch.no_grad():
             after = global_routers(state.tensors, config)

@@ -153,6 +153,7 @@ class Server:
         self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
+        self._clipped: set[int] = set()  # sites of which this process has said that they were scaled down
         self._lock = threading.Lock()
 
     @property
@@ -408,8 +409,13 @@ class Server:
         for site, own in sorted(factors.items()):
             name, factor = min(own.items(), key=lambda item: item[1])
             current.clipped[self.site_names[site]] = len(own)
-            log.warning(
-                "round %d: site %s: %d tensor(s) scaled down to their holders' median, %s by %.2g (strategy.clip=%g)",
+            # A site with little or other text may be scaled in many rounds, and be honest.
+            level = logging.DEBUG if site in self._clipped else logging.WARNING
+            self._clipped.add(site)
+            log.log(
+                level,
+                "round %d: site %s: %d tensor(s) far larger than at their other holders, scaled down to the median, "
+                "%s by %.2g (strategy.clip=%g); in later rounds see `clipped` in metrics.jsonl",
                 current.number,
                 self.site_names[site],
                 len(own),

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +126,7 @@ def open_run(composed: Composed) -> Iterator[Run]:
     name = checkpoint.manifest["run"] if checkpoint else uuid.uuid4().hex[:12]
     corpus = open_validation(config)
     inputs = inputs_of_run(config, corpus)
-    changed = checkpoint is not None and check_inputs(checkpoint, config, inputs)
+    changed = checkpoint is not None and check_inputs(checkpoint, config, inputs, composed.asked)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
@@ -576,11 +576,14 @@ def inputs_of_run(config: RunConfig, corpus: TokenCorpus | None) -> Inputs:
     return run_inputs(config, tokenizer, corpus, dealt)
 
 
-def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool:
+def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs, asked: Collection[str] = ()) -> bool:
     """Hold text, tokenizer and the rest against those of the checkpoint; returns whether they differ.
 
     What the configuration says differently was asked for, and is named in a warning. What differs although the
     configuration is the same has changed on the disk.
+
+    Args:
+        asked: keys that the command gave: a text or tokenizer that it names is taken as it is now.
 
     Raises:
         CheckpointError: it has.
@@ -591,8 +594,9 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
         for key, value in before["data"].items()
         if key not in ("cache_dir", "partition", "dirichlet_alpha", "val_fraction")
     )
-    asked = {
-        "tokenizer": before["data"].get("tokenizer") != config.data.tokenizer,
+    other_text = other_text or not {"data", "data.source", "data.path", "data.name"}.isdisjoint(asked)
+    wanted = {
+        "tokenizer": before["data"].get("tokenizer") != config.data.tokenizer or "data.tokenizer" in asked,
         "corpus": other_text,
         "split": other_text,
     }
@@ -608,10 +612,10 @@ def check_inputs(checkpoint: Checkpoint, config: RunConfig, now: Inputs) -> bool
     except ValueError as error:
         raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json: {error}") from error
     for difference in found:
-        if not asked.get(difference.part, True):
+        if not wanted.get(difference.part, True):
             raise CheckpointError(
-                f"{spelled('resume', config.resume)}: {difference}, under the same name; put back what it was, or name "
-                f"the other by {'data.tokenizer' if difference.part == 'tokenizer' else 'data.source and data.path'}"
+                f"{spelled('resume', config.resume)}: {difference}, under the same name; put back what it was, or "
+                f"take it as it is by giving {'data.tokenizer' if difference.part == 'tokenizer' else 'data.path'} anew"
             )
         log.warning(
             "%s: %s, as was asked; losses before and after differ by it",

@@ -23,7 +23,16 @@ from flwr.common.config import parse_config_args
 import fomoe_flwr.deploy.site as supervisor
 from fomoe_flwr.deploy.flower import toml_string
 from fomoe_flwr.deploy.processes import Marked, Process, end_marked, is_alive, kill, program_of, start_time
-from fomoe_flwr.deploy.site import MARK, REFUSED_S, may_be_accepted_later, pause_s, refusal, site, supervise
+from fomoe_flwr.deploy.site import (
+    MARK,
+    REFUSED_S,
+    check_device,
+    may_be_accepted_later,
+    pause_s,
+    refusal,
+    site,
+    supervise,
+)
 from fomoe_flwr.deploy.supernode import (
     WEDGED_S,
     Options,
@@ -503,3 +512,11 @@ def test_a_process_of_another_user_is_not_ours(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(psutil.Process, "environ", denied)
     assert Marked("PATH", os.environ["PATH"]).look() == []
+
+
+def test_a_gpu_that_is_not_there_is_said_at_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="fomoe site --device=cuda: PyTorch sees no GPU here"):
+        check_device("cuda")
+    for other in ("cpu", None):
+        check_device(other)

@@ -151,8 +151,8 @@ def test_a_job_that_ended_in_vain_or_with_an_error_is_failed(tmp_path: Path) -> 
 
 
 def test_overrides_of_a_sweep_are_only_shown(tmp_path: Path) -> None:
-    sweep(tmp_path, {"0": ["train.rounds=2", "data.path=${oc.env:HOME}"], "1": ["train.rounds=2"]})
-    assert differing(job_dirs(tmp_path))[0] == {"data.path": "${oc.env:HOME}"}
+    sweep(tmp_path, {"0": ["train.rounds=2", "data.cache_dir=${oc.env:HOME}"], "1": ["train.rounds=2"]})
+    assert differing(job_dirs(tmp_path))[0] == {"data.cache_dir": "${oc.env:HOME}"}
 
 
 def test_sweep_table_with_a_failed_and_a_partial_job(tmp_path: Path) -> None:

@@ -246,6 +246,9 @@ def test_a_resume_knows_that_its_text_or_tokenizer_has_changed(
     with pytest.raises(CheckpointError, match=rf"resume=.*{key}.*before.*under the same name") as error:
         check_inputs(checkpoint, composed.config, inputs_of_run(composed.config, corpus))
     assert "\n" not in str(error.value)
+    # Named anew it is taken as it is.
+    asked = {"data.path"} if swap is swap_corpus else {"data.tokenizer"}
+    assert check_inputs(checkpoint, composed.config, inputs_of_run(composed.config, corpus), asked)
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,20 @@ def test_a_node_that_does_not_answer_holds_up_nobody() -> None:
     assert directory.connected(grid, 2, 30.0) == {0: 100, 1: 101}
     assert time.monotonic() - began < 5
     grid.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        (
+            "<class 'fomoe_flwr.errors.ConfigError'>:<'data.path=x: no such file'>",
+            "ConfigError: data.path=x: no such file",
+        ),
+        ("<class 'X'>:<'… Message: text'>", "text"),
+        ("<class 'odd", "<class 'odd"),
+    ],
+)
+def test_what_flower_wraps_around_an_error_is_taken_off(reason: str, line: str) -> None:
+    message = Message(RecordDict(), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    assert error_line(Message(Error(code=2, reason=reason), reply_to=message)) == line
