@@ -37,7 +37,7 @@ from fomoe_flwr.overrides import (
     setting,
     spelled,
 )
-from fomoe_flwr.reading import load_json, reason
+from fomoe_flwr.reading import Amount, Number, load_json, reason
 from fomoe_flwr.wire import write_tensors
 
 log = logging.getLogger("fomoe")
@@ -64,13 +64,38 @@ class SavedConfig(TypedDict):
     seed: int
 
 
+class Memory(TypedDict, total=False):
+    """What `Server.memory` gives; earlier versions kept less."""
+
+    counted: dict[str, int]
+    last_losses: dict[str, Number]
+    corpus: str
+    own_corpora: dict[str, str]
+    norms: list[dict[str, float]]
+    usual: dict[str, Amount]
+    keys: dict[str, str]
+    experts: dict[str, Any]
+    load: list[list[Amount]] | None
+    discarded: int
+    placement: list[list[list[int]]]
+
+
+class _Best(TypedDict):
+    round: int
+    val_loss: Number
+
+
+class _Line(TypedDict, total=False):
+    best: _Best | None
+
+
 class Facts(TypedDict, total=False):
     """What a run says of itself in a manifest; only a resumed run needs it."""
 
     run: str
     tokens: int
-    memory: dict[str, Any]
-    metrics: dict[str, Any]
+    memory: Memory
+    metrics: _Line
     config: dict[str, Any]
     overrides: list[Any]
     placement: dict[str, list[list[int]]]
@@ -177,6 +202,22 @@ def save_checkpoint(
     return final
 
 
+def copy_checkpoint(path: Path, run_dir: Path, round_: int) -> None:
+    """Have a checkpoint in another run directory, too: whole or not at all."""
+    final = checkpoint_path(run_dir, round_)
+    aside = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.copytree(path, aside)
+        for file in (*aside.iterdir(), aside):
+            flush(file)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    aside.rename(final)
+    flush(final.parent)
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
     folder = run_dir / "checkpoints"
@@ -235,6 +276,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: manifest.json is damaged (it differs from its own SHA-256)"
         )
+    if _PATTERN.fullmatch(path.name) and path.name != checkpoint_path(path, manifest["round"]).name:
+        raise CheckpointError(f"checkpoint {path}: is of round {manifest['round']}; give the folder its name")
     return manifest
 
 

@@ -19,6 +19,7 @@ from fomoe_flwr.checkpoint import (
     Checkpoint,
     checkpoint_path,
     compose_run,
+    find_checkpoint,
     list_checkpoints,
     read_checkpoint,
     read_manifest,
@@ -94,6 +95,29 @@ def test_a_round_passed_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, parameters_of(9), {}, FACTS, keep=3)
     assert read_checkpoint(path).parameters["a/b"].equal(parameters_of(9)["a/b"])
     assert list_checkpoints(tmp_path) == [path]
+
+
+def test_a_folder_with_the_name_of_another_round_is_not_taken(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(checkpoint_path(tmp_path, 9))
+    with pytest.raises(CheckpointError, match=r"round_00009: is of round 2"):
+        read_checkpoint(checkpoint_path(tmp_path, 9))
+    assert find_checkpoint(str(tmp_path), "")[1].round == 1
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"memory": {"norms": [1]}},
+        {"memory": {"usual": {"a/b": "x"}}},
+        {"memory": {"counted": {"a": -1}}},
+        {"metrics": {"best": 7}},
+    ],
+)
+def test_what_a_manifest_remembers_has_its_types(tmp_path: Path, facts: dict[str, Any]) -> None:
+    path = save_checkpoint(tmp_path, 1, {}, {}, facts, keep=1)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged \((memory|metrics)\."):
+        read_checkpoint(path)
 
 
 # -- how many ------------------------------------------------------------------------------------------------
