@@ -103,6 +103,13 @@ class Run:
             memory = {**memory, "plan": None}
         if self.inputs_changed:
             memory = {**memory, "corpus": "", "own_corpora": {}}
+        elif others := with_other_text(checkpoint, config):
+            log.warning(
+                "%s: data_path of %s is another, as was asked; losses before and after differ by it",
+                spelled("resume", config.resume), name_some(sorted(others)),
+            )  # fmt: skip
+            own = {site: text for site, text in memory.get("own_corpora", {}).items() if site not in others}
+            memory = {**memory, "own_corpora": own}
         try:
             server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -587,6 +594,14 @@ def in_saved_order(checkpoint: Checkpoint, config: RunConfig) -> list[SiteConfig
     """The sites as they are configured now, each in the place that its name has in the checkpoint."""
     by_name = {site.name: site for site in config.federation.sites}
     return [by_name[site["name"]] for site in checkpoint.manifest["config"]["federation"]["sites"]]
+
+
+def with_other_text(checkpoint: Checkpoint, config: RunConfig) -> set[str]:
+    """The sites to which this command gives other text of their own: only they can say which it is."""
+    before = {
+        site["name"]: site.get("data_path") for site in checkpoint.manifest["config"]["federation"]["sites"]
+    }
+    return {site.name for site in config.federation.sites if site.data_path != before.get(site.name)}
 
 
 def inputs_of_run(config: RunConfig, corpus: TokenCorpus | None) -> Inputs:

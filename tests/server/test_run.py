@@ -320,6 +320,21 @@ def test_a_run_that_goes_on_elsewhere_has_the_checkpoint_it_speaks_of(again: Pat
     assert list_checkpoints(again / "run") == [opened.checkpoint.path]
 
 
+def test_a_site_that_is_given_other_text_of_its_own_may_have_it(
+    again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed = on_text(two_rounds, f"hydra.run.dir={again / 'run'}", resume=again / "run")
+    with open_run(composed) as opened:
+        assert opened.checkpoint is not None
+        sites = opened.checkpoint.manifest["config"]["federation"]["sites"]
+        sites[1]["data_path"] = "/other"
+        opened.checkpoint.manifest["memory"]["own_corpora"] = {"a": "1", "b": "2"}
+        server = Server(composed.config, "run", "", again / "inbox", opened.plan)
+        opened.load_into(server, composed.config)
+    assert server.state.own_corpora == {"a": "1"}
+    assert [line for line in caplog.messages if "data_path of b is another, as was asked" in line]
+
+
 def test_a_run_does_not_go_on_within_what_its_sites_keep(again: Path, two_rounds: Path) -> None:
     composed = on_text(two_rounds, f"hydra.run.dir={again / 'run' / 'sites' / 'a'}", resume=again / "run")
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*lies in what the sites"), open_run(composed):
