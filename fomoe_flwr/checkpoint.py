@@ -188,18 +188,26 @@ def save_checkpoint(
         # The disk may be full.
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)  # a resumed run passes a round again
+    _remove(final)  # a resumed run passes a round again
     aside.rename(final)
     flush(final.parent)
     found = list_checkpoints(run_dir)
     newest = found.index(final) + 1
     for later in found[newest:]:
         log.warning("round %d: removing %s, which is of before the run was resumed", round_, later.name)
-        shutil.rmtree(later)
+        _remove(later)
     for old in found[: max(newest - keep, 0)]:
         if best is None or old != checkpoint_path(run_dir, best):
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint, if it is there; of one that somebody has moved elsewhere and linked to, the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def copy_checkpoint(path: Path, run_dir: Path, round_: int) -> None:

@@ -140,6 +140,19 @@ def test_later_checkpoints_go_when_an_earlier_round_is_saved_again_and_the_best_
     assert [path.name for path in list_checkpoints(tmp_path)] == ["round_00004", "round_00006"]
 
 
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
+    """It is rotated out like any, and what it points to is its owner's."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for round_ in (1, 3):
+        save(tmp_path, round_).rename(moved / str(round_))
+        checkpoint_path(tmp_path, round_).symlink_to(moved / str(round_))
+    for round_ in (2, 3, 4):
+        save(tmp_path, round_, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round_00003", "round_00004"]
+    assert sorted(path.name for path in moved.iterdir()) == ["1", "3"]
+
+
 def test_rounds_sort_as_numbers(tmp_path: Path) -> None:
     for round_ in (99_999, 100_000):
         save(tmp_path, round_)
