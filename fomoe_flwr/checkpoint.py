@@ -38,7 +38,7 @@ from fomoe_flwr.overrides import (
     setting,
     spelled,
 )
-from fomoe_flwr.reading import load_json, reason
+from fomoe_flwr.reading import Amount, Number, load_json, reason
 from fomoe_flwr.wire import write_tensors
 
 log = logging.getLogger("fomoe")
@@ -65,13 +65,38 @@ class SavedConfig(TypedDict):
     seed: int
 
 
+class Memory(TypedDict, total=False):
+    """What `Server.memory` gives; earlier versions kept less."""
+
+    counted: dict[str, int]
+    last_losses: dict[str, Number]
+    corpus: str
+    own_corpora: dict[str, str]
+    norms: list[dict[str, float]]
+    usual: dict[str, Amount]
+    keys: dict[str, str]
+    experts: dict[str, Any]
+    load: list[list[Amount]] | None
+    discarded: int
+    placement: list[list[list[int]]]
+
+
+class _Best(TypedDict):
+    round: int
+    val_loss: Number
+
+
+class _Line(TypedDict, total=False):
+    best: _Best | None
+
+
 class Facts(TypedDict, total=False):
     """What a run says of itself in a manifest; only a resumed run needs it."""
 
     run: str
     tokens: int
-    memory: dict[str, Any]
-    metrics: dict[str, Any]
+    memory: Memory
+    metrics: _Line
     config: dict[str, Any]
     overrides: list[Any]
     placement: dict[str, list[list[int]]]
@@ -164,18 +189,42 @@ def save_checkpoint(
         # The disk may be full.
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)  # a resumed run passes a round again
+    _remove(final)  # a resumed run passes a round again
     aside.rename(final)
     flush(final.parent)
     found = list_checkpoints(run_dir)
     newest = found.index(final) + 1
     for later in found[newest:]:
         log.warning("round %d: removing %s, which is of before the run was resumed", round_, later.name)
-        shutil.rmtree(later)
+        _remove(later)
     for old in found[: max(newest - keep, 0)]:
         if best is None or old != checkpoint_path(run_dir, best):
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint, if it is there; of one that somebody has moved elsewhere and linked to, the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def copy_checkpoint(path: Path, run_dir: Path, round_: int) -> None:
+    """Have a checkpoint in another run directory, too: whole or not at all."""
+    final = checkpoint_path(run_dir, round_)
+    aside = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.copytree(path, aside)
+        for file in (*aside.iterdir(), aside):
+            flush(file)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    aside.rename(final)
+    flush(final.parent)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -236,6 +285,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: manifest.json is damaged (it differs from its own SHA-256)"
         )
+    if _PATTERN.fullmatch(path.name) and path.name != checkpoint_path(path, manifest["round"]).name:
+        raise CheckpointError(f"checkpoint {path}: is of round {manifest['round']}; give the folder its name")
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 from fomoe_flwr.config import (
@@ -22,6 +23,9 @@ from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
+# So that a slip of the finger does not fill the memory, or end in a crash of PyTorch.
+MOST_SITES = 100_000
+MOST_THREADS = 1024
 
 
 def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
@@ -30,6 +34,10 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
     Raises:
         ConfigError: no site, two of one name, or a `num_sites` that contradicts the list.
     """
+    wanted = sum(site.count for site in federation.sites) or federation.num_sites or 0
+    if wanted > MOST_SITES:
+        key = "count" if federation.sites else "num_sites"
+        raise ConfigError(f"federation.{key}: {wanted} sites; at most {MOST_SITES} are allowed")
     if not federation.sites:
         if federation.num_sites is None:
             raise ConfigError(
@@ -46,7 +54,7 @@ def expand_sites(federation: FederationConfig) -> list[SiteConfig]:
         names = [site.name] if site.count == 1 else [f"{site.name}-{index}" for index in range(site.count)]
         sites += [dataclasses.replace(site, name=name, count=1) for name in names]
     names = [site.name for site in sites]
-    if duplicates := {name for name in names if names.count(name) > 1}:
+    if duplicates := {name for name, times in Counter(names).items() if times > 1}:
         raise ConfigError(f"federation.sites: two sites are named {min(duplicates)!r}; names must differ")
     if federation.num_sites not in (None, len(sites)):
         raise ConfigError(f"federation.num_sites={federation.num_sites}: the list has {len(sites)} sites")
@@ -57,7 +65,7 @@ def check_fields(config: Any, prefix: str = "", names: bool = True) -> None:
     """Hold every field against the choices and bounds in its metadata.
 
     Args:
-        names: False for a run that is there already: earlier versions took any name of a site.
+        names: False for a run that is there already: earlier versions took any name of a site, and empty values.
 
     Raises:
         ConfigError: the first value that is not allowed.
@@ -76,6 +84,8 @@ def check_fields(config: Any, prefix: str = "", names: bool = True) -> None:
                 raise ConfigError(f"{key}={value!r:.80}: a name has {NAME_RULE}")
             if kind == "path" and not value.strip():
                 raise ConfigError(f"{key}= is empty; give a path, or leave the key out")
+            if names and isinstance(value, str) and not value.strip():
+                raise ConfigError(f"{key}= is empty; give a value, or leave the key out")
             allowed, minimum = spec.metadata.get("allowed"), spec.metadata.get("minimum")
             if allowed and value not in allowed:
                 raise ConfigError(f"{key}={value}: allowed are {', '.join(allowed)}")
@@ -131,6 +141,8 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(f"plan.holders={config.plan.holders}: at most the number of sites, {num_sites}")
     if not 0 < data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction={data.val_fraction}: must lie between 0 and 1")
+    if train.threads > MOST_THREADS:
+        raise ConfigError(f"train.threads={train.threads}: at most {MOST_THREADS}")
     for key, value in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
         if value >= 1:
             raise ConfigError(f"{key}={value}: must be below 1")

@@ -5,6 +5,7 @@ Everything that can be refused is refused before Hydra starts a job, in one line
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -33,7 +34,7 @@ from fomoe_flwr.compose import (
 from fomoe_flwr.console import print_whole, setup_logging
 from fomoe_flwr.deploy.flower import past_the_proxy
 from fomoe_flwr.errors import ConfigError, FomoeError
-from fomoe_flwr.files import check_writable, expanded, machine_error
+from fomoe_flwr.files import check_writable, expanded, is_machine_error, machine_error
 from fomoe_flwr.keys import keys_table
 from fomoe_flwr.overrides import (
     keys_of,
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     setup_logging("hydra.verbose=true" in arguments)
     os.environ.update(past_the_proxy(os.environ))
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a backend that is not there would end their import
     try:
         match arguments:
             case ["train", *overrides]:
@@ -81,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
                 evaluate_command(options)
             case ["report", directory] if not directory.startswith("-"):
+                if not directory.strip():
+                    raise ConfigError("fomoe report: '' is empty; give the directory of a run or of a sweep")
                 report(Path(directory), Console())
             case ["server", *options]:
                 from fomoe_flwr.deploy.server import server
@@ -108,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, MemoryError, RuntimeError) as error:
+        if not is_machine_error(error):
+            raise
         print(f"error: {machine_error(error)}", file=sys.stderr)
         # A name too long for any is a wrong command.
         sys.exit(2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
@@ -141,6 +147,8 @@ def train(arguments: Sequence[str]) -> None:
     overrides = read_overrides(given.overrides)
     if given.config_dir is not None:
         # As an override our own checks know it, too.
+        if not given.config_dir.strip():
+            raise ConfigError("--config-dir is empty; give a directory, or leave it out")
         found = expanded(given.config_dir).absolute()
         if not found.is_dir():
             raise ConfigError(f"--config-dir {given.config_dir}: no such directory")
@@ -150,6 +158,11 @@ def train(arguments: Sequence[str]) -> None:
     if given.multirun or last_value(overrides, "hydra.mode") == "MULTIRUN":
         if last_value(overrides, "resume") is not None:
             raise ConfigError("resume: one run is resumed at a time, without -m")
+        if any(override.key_or_group == "hydra.sweep.subdir" for override in overrides):
+            raise ConfigError(
+                "hydra.sweep.subdir: the jobs of a sweep are 0/, 1/, … in hydra.sweep.dir, where its table looks for "
+                "them; leave it out"
+            )
         register_schema()
         loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
         jobs = [compose(job) for job in split_sweep(overrides, loader)]
@@ -278,16 +291,20 @@ def _job(tree: DictConfig) -> None:
     launch = importlib.import_module("strategies.launch").launch
 
     hydra_config = HydraConfig.get()
-    composed = Composed(
-        from_tree(tree),
-        run_dir=Path(hydra_config.runtime.output_dir),
-        sweep_dir=Path(hydra_config.sweep.dir),
-        asked=frozenset(_asked),
-        overrides=task_overrides(hydra_config.overrides.task, tree),
-    )
+    # A path counts from where the command was given, also with hydra.job.chdir=true.
+    with contextlib.chdir(hydra_config.runtime.cwd):
+        composed = Composed(
+            from_tree(tree),
+            run_dir=Path(hydra_config.runtime.output_dir).absolute(),
+            sweep_dir=Path(hydra_config.sweep.dir).absolute(),
+            asked=frozenset(_asked),
+            overrides=task_overrides(hydra_config.overrides.task, tree),
+        )
     try:
         launch(composed)
-    except (FomoeError, OSError, UnicodeError) as error:
+    except (FomoeError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, FomoeError) and not is_machine_error(error):
+            raise
         print(f"error: {error if isinstance(error, FomoeError) else machine_error(error)}", file=sys.stderr)
         _failed.append(composed.run_dir)
         # The other jobs of a sweep go on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,8 +67,20 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def machine_error(error: OSError | UnicodeError) -> str:
-    """What the machine refused, as one line: a full disk, a missing permission, a name in another encoding."""
+def is_machine_error(error: Exception) -> bool:
+    """Whether it is the machine that said no. Of too little memory PyTorch has a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return re.search(r"out of memory|allocate memory", str(error)) is not None
+    return isinstance(error, OSError | UnicodeError | MemoryError)
+
+
+def machine_error(error: Exception) -> str:
+    """What the machine refused, as one line: a full disk, a missing permission, a name in another encoding, memory."""
+    if isinstance(error, MemoryError | RuntimeError):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        return (
+            f"not enough memory{f' for {asked[1]} more' if asked else ''}; fomoe plan says what a run needs"
+        )
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename):.400}: {error.strerror}"
     return f"{type(error).__name__}: {error}"[:500]
@@ -77,8 +90,11 @@ def expanded(path: str | Path) -> Path:
     """The path with a leading `~` written out.
 
     Raises:
-        ConfigError: this user has no home directory, as in a container with a random user number.
+        ConfigError: it is empty, as an unset variable of a shell leaves it; or this user has no home directory, as in a
+            container with a random user number.
     """
+    if isinstance(path, str) and not path.strip():
+        raise ConfigError("a path is empty; give one, or leave it out")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from fomoe_flwr.checkpoint import (
     Checkpoint,
     checkpoint_path,
     compose_run,
+    find_checkpoint,
     list_checkpoints,
     read_checkpoint,
     read_manifest,
@@ -96,6 +97,29 @@ def test_a_round_passed_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == [path]
 
 
+def test_a_folder_with_the_name_of_another_round_is_not_taken(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(checkpoint_path(tmp_path, 9))
+    with pytest.raises(CheckpointError, match=r"round_00009: is of round 2"):
+        read_checkpoint(checkpoint_path(tmp_path, 9))
+    assert find_checkpoint(str(tmp_path), "")[1].round == 1
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"memory": {"norms": [1]}},
+        {"memory": {"usual": {"a/b": "x"}}},
+        {"memory": {"counted": {"a": -1}}},
+        {"metrics": {"best": 7}},
+    ],
+)
+def test_what_a_manifest_remembers_has_its_types(tmp_path: Path, facts: dict[str, Any]) -> None:
+    path = save_checkpoint(tmp_path, 1, {}, {}, facts, keep=1)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged \((memory|metrics)\."):
+        read_checkpoint(path)
+
+
 # -- how many ------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +138,19 @@ def test_later_checkpoints_go_when_an_earlier_round_is_saved_again_and_the_best_
     for round_ in (4, 5, 6):
         save_checkpoint(tmp_path, round_, parameters_of(round_), {}, FACTS, keep=1, best=4)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["round_00004", "round_00006"]
+
+
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
+    """It is rotated out like any, and what it points to is its owner's."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for round_ in (1, 3):
+        save(tmp_path, round_).rename(moved / str(round_))
+        checkpoint_path(tmp_path, round_).symlink_to(moved / str(round_))
+    for round_ in (2, 3, 4):
+        save(tmp_path, round_, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round_00003", "round_00004"]
+    assert sorted(path.name for path in moved.iterdir()) == ["1", "3"]
 
 
 def test_rounds_sort_as_numbers(tmp_path: Path) -> None:

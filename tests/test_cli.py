@@ -62,10 +62,31 @@ def test_a_folder_in_which_no_file_can_be_made_is_refused(
     assert line == f"error: {tmp_path}/run: Permission denied"
 
 
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["report", ""], "fomoe report: '' is empty"),
+        (["train", "--config-dir", "", "--cfg", "job"], "--config-dir is empty"),
+        (
+            ["train", "-m", "seed=1,2", "hydra.sweep.subdir=x"],
+            "hydra.sweep.subdir: the jobs of a sweep are 0/",
+        ),
+    ],
+)
+def test_what_would_look_in_another_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], command: list[str], named: str
+) -> None:
+    """An empty path is not the current one, and the table of a sweep finds its jobs."""
+    assert named in line_of(capsys, 2, *command)
+
+
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device", "/run/metrics.jsonl"),
     PermissionError(errno.EACCES, "Permission denied", "/run/checkpoints/round_00001/manifest.json"),
     UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory"),
 ])  # fmt: skip
 def test_what_the_machine_refuses_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -75,7 +96,8 @@ def test_what_the_machine_refuses_is_one_line(
 
     monkeypatch.setattr(cli, "report", fail)
     line = line_of(capsys, 1, "report", "/run")
-    assert str(getattr(error, "filename", None) or "surrogates not allowed") in line
+    usual = "surrogates not allowed" if isinstance(error, UnicodeError) else "not enough memory"
+    assert str(getattr(error, "filename", None) or usual) in line
     assert len(line) < 600
 
 
@@ -131,6 +153,13 @@ def test_a_terminal_that_lacks_a_character_gets_a_question_mark(
     print("loss │ ψ \udce9")
     out.flush()
     assert out.buffer.getvalue() == b"loss ? ? ?\n"
+
+
+def test_pictures_do_not_ask_for_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are files, whatever matplotlib is told in the environment."""
+    monkeypatch.setenv("MPLBACKEND", "none-such")
+    cli.main(["--version"])
+    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_a_command_keeps_its_own_parts_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -624,6 +624,32 @@ def test_an_empty_path_is_not_the_current_folder(key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["federation.num_sites=100000000"], "federation.num_sites: 100000000 sites; at most 100000"),
+        (
+            ["federation.sites=[{name:a,count:100000000}]"],
+            "federation.count: 100000000 sites; at most 100000",
+        ),
+        (["train.threads=1000000"], "train.threads=1000000: at most 1024"),
+    ],
+)
+def test_a_slip_of_the_finger_does_not_take_the_machine_down(overrides: list[str], told: str) -> None:
+    """Of the memory for so many sites, or of so many threads, a process is killed without a word."""
+    assert refusal(*overrides).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.name", "data.text_key", "data.domain_key", "wandb.project", "wandb.entity"]
+)
+def test_an_empty_text_is_not_a_value(key: str) -> None:
+    """The same of what is no path; a site's domain, too."""
+    assert refusal(f"{key}=") == f"{key}= is empty; give a value, or leave the key out"
+    assert refusal(f"{key}=' '").startswith(f"{key}= is empty")
+    assert refusal("federation.sites=[{name:a,domain:''}]").startswith("federation.sites[0].domain= is empty")
+
+
+@pytest.mark.parametrize(
     "name", ["", " ", "..", ".", "a/b", "../../esc", "MIT lab", "-rf", "a" * 65, "a\nb", "[bold]lab"]
 )
 def test_a_name_that_cannot_be_a_folder_is_refused_at_every_door(name: str, tmp_path: Path) -> None:

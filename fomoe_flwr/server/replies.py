@@ -145,8 +145,12 @@ def check_header(text: str, expected: Expected) -> Reply:
     for key, value in reply.metrics.items():
         if abs(value) > MAX_METRIC:
             raise Refused("not_finite", f"metric {key!r}={value:.3g}: at most {MAX_METRIC:g} is allowed")
-    # The only text in it that goes on: into metrics, tables and terminals.
-    return replace(reply, metrics={one_line(key): value for key, value in reply.metrics.items()})
+    # The only text in it that goes on: into metrics, tables and terminals. What is next to nothing is nothing, so that
+    # a quotient stays finite, too.
+    metrics = {
+        one_line(key): value if abs(value) * MAX_METRIC >= 1 else 0.0 for key, value in reply.metrics.items()
+    }
+    return replace(reply, metrics=metrics)
 
 
 def check_evaluation(text: str, expected: Expected) -> Reply:
@@ -356,7 +360,12 @@ class Inbox:
         self._folder.mkdir(parents=True, exist_ok=True)
         for partial in self._folder.glob("*.partial"):
             shutil.rmtree(partial)
-        saved = sorted(int(path.name) for path in self._folder.iterdir() if path.is_dir())
+        # What else may be there is somebody else's.
+        saved = sorted(
+            int(path.name)
+            for path in self._folder.iterdir()
+            if path.is_dir() and path.name.isascii() and path.name.isdecimal()
+        )
         starts = self._folder / "starts"  # a byte for each
         if saved and starts.exists() and starts.stat().st_size >= MOST_STARTS:
             log.warning(

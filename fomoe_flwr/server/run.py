@@ -24,6 +24,7 @@ from fomoe_flwr.checkpoint import (
     Facts,
     SavedConfig,
     checkpoint_path,
+    copy_checkpoint,
     list_checkpoints,
     resume_from,
     save_checkpoint,
@@ -102,7 +103,19 @@ class Run:
             memory = {**memory, "plan": None}
         if self.inputs_changed:
             memory = {**memory, "corpus": "", "own_corpora": {}}
-        server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
+        elif others := with_other_text(checkpoint, config):
+            log.warning(
+                "%s: data_path of %s is another, as was asked; losses before and after differ by it",
+                spelled("resume", config.resume), name_some(sorted(others)),
+            )  # fmt: skip
+            own = {site: text for site, text in memory.get("own_corpora", {}).items() if site not in others}
+            memory = {**memory, "own_corpora": own}
+        try:
+            server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: not that of a run of this version ({error!r:.200})"
+            ) from error
         return checkpoint.round
 
 
@@ -120,6 +133,10 @@ def open_run(composed: Composed) -> Iterator[Run]:
             raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json lacks {', '.join(missing)}")
         check_resumable(checkpoint, config)
         config.federation.sites = in_saved_order(checkpoint, config)
+        if run_dir.resolve().is_relative_to((checkpoint.path.parent.parent / "sites").resolve()):
+            raise ConfigError(
+                f"hydra.run.dir={run_dir}: lies in what the sites of the resumed run keep; choose another"
+            )
     if origin is None or origin.resolve() != run_dir.resolve():
         check_unused(composed)
         keep_aside(run_dir)
@@ -130,8 +147,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
     run_dir.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
-    if origin is not None and origin.resolve() != run_dir.resolve():
-        bring_history(origin, run_dir)
+    if checkpoint is not None and origin is not None and origin.resolve() != run_dir.resolve():
+        bring_history(origin, run_dir, checkpoint)
     log.info("run directory: %s", run_dir)
 
     before, plan = load_plan(run_dir), plan_for_run(run_dir, config)
@@ -511,12 +528,13 @@ def keep_aside(run_dir: Path) -> None:
             (run_dir / name).replace(run_dir / f"{name}.before")
 
 
-def bring_history(origin: Path, run_dir: Path) -> None:
-    """Let a run that goes on in another directory have there what is recorded of its rounds, its plan and its sites.
+def bring_history(origin: Path, run_dir: Path, checkpoint: Checkpoint) -> None:
+    """Let a run that goes on in another directory have there what is recorded of its rounds, its plan and its sites,
+    and the checkpoints that it speaks of: that from which it goes on, and the best.
 
     What is of rounds after the checkpoint goes when the first of them is over, as in its own directory.
     """
-    log.info("metrics, placements, plan and sites so far are copied from %s", origin)
+    log.info("metrics, placements, plan, sites and checkpoint so far are copied from %s", origin)
     for name in ("metrics.jsonl", PLACEMENTS, PLAN):
         if (origin / name).exists():
             # Copied aside, and so whole or not at all.
@@ -524,6 +542,13 @@ def bring_history(origin: Path, run_dir: Path) -> None:
     # Of simulated sites, whose optimizers' states are in the run directory, too.
     if (origin / "sites").is_dir():
         shutil.copytree(origin / "sites", run_dir / "sites", dirs_exist_ok=True)
+    # Last: from here on the run can be resumed here.
+    best = checkpoint.manifest["metrics"].get("best")
+    rounds = {checkpoint.round: checkpoint.path}
+    if best and checkpoint_path(origin, best["round"]).is_dir():
+        rounds.setdefault(best["round"], checkpoint_path(origin, best["round"]))
+    for round_, path in sorted(rounds.items()):
+        copy_checkpoint(path, run_dir, round_)
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -540,7 +565,9 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     current = dataclasses.asdict(config)
     default = {"model": ModelConfig(), "strategy": StrategyConfig()}
     fixed = [("model", key) for key in current["model"] if key not in FREE_MODEL_KEYS]
-    fixed += [("strategy", key) for key in ("routing", "outer", "overlap", "placement", "reshuffle_every")]
+    fixed += [
+        ("strategy", key) for key in ("routing", "inner", "outer", "overlap", "placement", "reshuffle_every")
+    ]
     for section, key in fixed:
         # A key that is newer than the checkpoint had what is now its default.
         before, now = saved[section].get(key, getattr(default[section], key)), current[section][key]
@@ -567,6 +594,14 @@ def in_saved_order(checkpoint: Checkpoint, config: RunConfig) -> list[SiteConfig
     """The sites as they are configured now, each in the place that its name has in the checkpoint."""
     by_name = {site.name: site for site in config.federation.sites}
     return [by_name[site["name"]] for site in checkpoint.manifest["config"]["federation"]["sites"]]
+
+
+def with_other_text(checkpoint: Checkpoint, config: RunConfig) -> set[str]:
+    """The sites to which this command gives other text of their own: only they can say which it is."""
+    before = {
+        site["name"]: site.get("data_path") for site in checkpoint.manifest["config"]["federation"]["sites"]
+    }
+    return {site.name for site in config.federation.sites if site.data_path != before.get(site.name)}
 
 
 def inputs_of_run(config: RunConfig, corpus: TokenCorpus | None) -> Inputs:

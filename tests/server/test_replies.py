@@ -357,6 +357,11 @@ def test_names_of_metrics_are_shown_as_text() -> None:
     assert check_header(header(metrics={"\x1b[31mloss\n": 1.0}), EXPECTED).metrics == {"\\x1b[31mloss": 1.0}
 
 
+def test_a_round_that_took_next_to_no_time_has_finite_figures() -> None:
+    """Tokens a second would not be JSON, and would spoil the line of everyone's metrics."""
+    assert check_header(header(metrics={"seconds": 5e-324}), EXPECTED).metrics == {"seconds": 0.0}
+
+
 # -- outliers ------------------------------------------------------------------------------------------------
 
 
@@ -475,3 +480,9 @@ def test_a_damaged_bundle_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WireError, match=r"leave bytes over|do not hold"):
         inbox.tensors(7, list(UPDATE))
+
+
+def test_what_somebody_else_put_there_is_no_reply(tmp_path: Path) -> None:
+    for name in ("abc", "²", "3 copy"):
+        (tmp_path / "inbox" / "round_00003" / name).mkdir(parents=True)
+    assert Inbox(tmp_path / "inbox").begin(3) == []

@@ -15,14 +15,20 @@ from typing import Any
 
 import pytest
 
-from fomoe_flwr.checkpoint import Checkpoint, checkpoint_path, read_checkpoint, save_checkpoint
+from fomoe_flwr.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+)
 from fomoe_flwr.compose import Composed, compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.policies import POLICIES
-from fomoe_flwr.server.rounds import Round
+from fomoe_flwr.server.rounds import Round, Server
 from fomoe_flwr.server.run import (
     alone_in,
     check_inputs,
@@ -146,6 +152,7 @@ def saved(config: RunConfig, folder: Path) -> Checkpoint:
         ("model.top_k=3", r"model\.top_k=3.*2"),
         ("model.router=grap", r"model\.router=grap.*linear"),
         ("strategy.outer=average", r"strategy\.outer=average.*nesterov"),
+        ("strategy.inner=gradient", r"strategy\.inner=gradient.*adamw"),
         ("strategy.routing=partitioned", r"strategy\.routing=partitioned.*skip"),
         ("strategy.placement=random", r"strategy\.placement=random.*fixed"),
         ("federation.num_sites=2", "sites"),
@@ -304,6 +311,51 @@ def test_sites_are_matched_by_name(again: Path, two_rounds: Path, caplog: pytest
     assert not [line for line in caplog.messages if "as was asked" in line]
     with pytest.raises(CheckpointError, match=r"resume=.*sites.*only there: b; only here: c"):
         resumed(two_rounds, again, "federation.sites=[{name:a,domain:d0},{name:c}]")
+
+
+def test_a_run_that_goes_on_elsewhere_has_the_checkpoint_it_speaks_of(again: Path, two_rounds: Path) -> None:
+    """So it can be resumed there, also before its first round is over, or if none is left."""
+    composed = on_text(two_rounds, f"hydra.run.dir={again / 'other'}", resume=again / "run")
+    with open_run(composed) as opened:
+        assert opened.checkpoint is not None
+    there = read_checkpoint(checkpoint_path(again / "other", 1))
+    assert there.manifest == opened.checkpoint.manifest
+    assert list_checkpoints(again / "run") == [opened.checkpoint.path]
+
+
+def test_a_site_that_is_given_other_text_of_its_own_may_have_it(
+    again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed = on_text(two_rounds, f"hydra.run.dir={again / 'run'}", resume=again / "run")
+    with open_run(composed) as opened:
+        assert opened.checkpoint is not None
+        sites = opened.checkpoint.manifest["config"]["federation"]["sites"]
+        sites[1]["data_path"] = "/other"
+        opened.checkpoint.manifest["memory"]["own_corpora"] = {"a": "1", "b": "2"}
+        server = Server(composed.config, "run", "", again / "inbox", opened.plan)
+        opened.load_into(server, composed.config)
+    assert server.state.own_corpora == {"a": "1"}
+    assert [line for line in caplog.messages if "data_path of b is another, as was asked" in line]
+
+
+def test_a_run_does_not_go_on_within_what_its_sites_keep(again: Path, two_rounds: Path) -> None:
+    composed = on_text(two_rounds, f"hydra.run.dir={again / 'run' / 'sites' / 'a'}", resume=again / "run")
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*lies in what the sites"), open_run(composed):
+        pass
+
+
+@pytest.mark.parametrize("change", [{"plan": ...}, {"placement": [[[99]], [[0]]]}, {"experts": {}}])
+def test_a_memory_of_another_make_is_one_line(change: dict[str, Any], again: Path, two_rounds: Path) -> None:
+    composed = on_text(two_rounds, f"hydra.run.dir={again / 'run'}", resume=again / "run")
+    with open_run(composed) as opened:
+        assert opened.checkpoint is not None
+        memory = opened.checkpoint.manifest["memory"] | change
+        opened.checkpoint.manifest["memory"] = {
+            key: value for key, value in memory.items() if value is not ...
+        }
+        server = Server(composed.config, "run", "", again / "inbox", opened.plan)
+        with pytest.raises(CheckpointError, match=r"checkpoint .*not that of a run of this version"):
+            opened.load_into(server, composed.config)
 
 
 def test_on_other_text_the_best_checkpoint_of_before_is_none(again: Path, two_rounds: Path) -> None:
