@@ -56,7 +56,7 @@ def test_a_path_of_any_kind_is_composed() -> None:
     """Hydra and OmegaConf read it again."""
     path = "/tmp/a=b, (c)#~ü '$' ${x} \"q\"/run"
     composed = compose(
-        [f"resume={quoted(path)}", f"hydra.run.dir={quoted(path)}", f"data.path={quoted(path)}"]
+        ["data=text", f"resume={quoted(path)}", f"hydra.run.dir={quoted(path)}", f"data.path={quoted(path)}"]
     )
     assert (composed.config.resume, str(composed.run_dir), composed.config.data.path) == (path, path, path)
     assert compose(composed.overrides).config.data.path == path
@@ -96,7 +96,9 @@ def test_of_one_key_twice_the_last_counts_for_groups_too() -> None:
 def test_text_that_looks_like_a_number_stays_text() -> None:
     keys = ("data.config_name", "data.name", "data.split", "data.domain_key", "wandb.group", "wandb.project")
     written = ("2024_10", "1e5", "0x10", "1.50", "TRUE", "inf")
-    composed = compose([f"{key}={text}" for key, text in zip(keys, written, strict=True)])
+    composed = compose(
+        ["data=huggingface", *(f"{key}={text}" for key, text in zip(keys, written, strict=True))]
+    )
     data, wandb = composed.config.data, composed.config.wandb
     found = (data.config_name, data.name, data.split, data.domain_key, wandb.group, wandb.project)
     assert found == written
@@ -131,7 +133,13 @@ def test_a_directory_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_saved_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "/a=b")
     composed = compose(
-        ["data.path=${oc.env:WHERE}/text", "++seed=3", "train.lr=${train.eps}", "wandb.group=null"]
+        [
+            "data=text",
+            "data.path=${oc.env:WHERE}/text",
+            "++seed=3",
+            "train.lr=${train.eps}",
+            "wandb.group=null",
+        ]
     )
     assert all(is_plain(override) for override in read_overrides(composed.overrides))
     monkeypatch.delenv("WHERE")

@@ -32,11 +32,10 @@ def test_a_figure_is_drawn_and_its_numbers_are_printed(
     assert drawn == [tmp_path / "mine.png", Path(f"{which.replace('=', '_')}.png")]
 
 
-@pytest.mark.parametrize("which", ["figure=8", "figure=10"])
-def test_flops_by_the_papers_formula(which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flops_by_the_papers_formula(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for formula in ([], ["--formula", "ours"], ["--formula", "paper"]):
-        main([which, *formula, "--json", "--picture", str(tmp_path / "x.png")])
+        main(["figure=8", *formula, "--json", "--picture", str(tmp_path / "x.png")])
         printed.append(json.loads(capsys.readouterr().out))
     assert printed[0] == printed[1] != printed[2]
     with pytest.raises(SystemExit):
