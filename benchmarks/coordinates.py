@@ -16,6 +16,7 @@ from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.model.sigma_moe import build, initial_state
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.schedule import LrSchedule
 
 WIDTHS = (64, 128, 256, 512)
 SEEDS = (0, 1)
@@ -58,7 +59,7 @@ def change(model: ModelConfig, part: str, branch: str, seed: int) -> float:
     module = build(model, residents, "skip", initial_state(model, residents, "skip", seed), "cpu")
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(any(word in name for word in part.split(" ")))
-    optimizer = StackedAdamW(module, TrainConfig(lr=0.001), Schedule(0, 1.0, 0, 0), {})
+    optimizer = StackedAdamW(module, TrainConfig(lr=0.001), Schedule(0, 1.0, LrSchedule(0), 0), {})
     order = torch.arange(65) + torch.arange(8).unsqueeze(1)
     tokens_BT = order % model.vocab_size
     outputs: list[Tensor] = []

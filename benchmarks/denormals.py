@@ -14,6 +14,7 @@ from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.schedule import LrSchedule
 
 STEPS = 200
 
@@ -41,7 +42,7 @@ def main() -> None:
     for steps in (0, STEPS):
         batches = (stream.batch(step * train.batch_size, train.batch_size) for step in range(steps))
         if steps:
-            optimizer = StackedAdamW(module, train, Schedule(0, 1.0, 50, 0), {})
+            optimizer = StackedAdamW(module, train, Schedule(0, 1.0, LrSchedule(50), 0), {})
             for tokens_BT in batches:
                 losses = module(tokens_BT)
                 (losses.cross_entropy + losses.balance).backward()

@@ -19,6 +19,7 @@ from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
 from fomoe_flwr.model.sigma_moe import build, initial_state, named_views
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.schedule import LrSchedule
 
 SIZES = {
     "tiny: 4 layers x 16 experts": ModelConfig(),
@@ -46,7 +47,7 @@ def main() -> None:
         for view, leaf in zip(views, leaves, strict=True):
             leaf.grad = view.of(view.parameter.grad)
         reference = torch.optim.AdamW(leaves, lr=1e-3, betas=(0.9, 0.95), fused=True)
-        schedule = Schedule(0, 1.0, 50, 0)
+        schedule = Schedule(0, 1.0, LrSchedule(50), 0)
         stacked = StackedAdamW(module, train, schedule, {})
         # A quarter of the experts came a round later: runs of two ages.
         moments = {

@@ -61,6 +61,7 @@ class SavedConfig(TypedDict):
     model: dict[str, Any]
     strategy: dict[str, Any]
     data: dict[str, Any]
+    train: dict[str, Any]
     federation: _Sites
     seed: int
 

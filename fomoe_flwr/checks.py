@@ -16,11 +16,13 @@ from fomoe_flwr.config import (
     RunConfig,
     SiteConfig,
     StrategyConfig,
+    TrainConfig,
     is_device,
     is_name,
 )
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
+from fomoe_flwr.schedule import lr_schedule
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
 # So that a slip of the finger does not fill the memory, or end in a crash of PyTorch.
@@ -172,6 +174,30 @@ def check_combinations(config: RunConfig) -> None:
     if data.source == "huggingface" and data.name is None and data.path is None:
         raise ConfigError(
             "data.name=null: data=huggingface needs data.name=NAME, or data.path=FOLDER for one of save_to_disk"
+        )
+
+
+def check_schedule(train: TrainConfig) -> None:
+    """Whether the decay lies within the steps that are given for it, and uses what is given.
+
+    Raises:
+        ConfigError: the first key that would do nothing, or another thing than its name says.
+    """
+    if train.final_lr > 1:
+        raise ConfigError(f"train.final_lr={train.final_lr:g}: a share of train.lr, at most 1")
+    for key, shapes in (("decay_until", ("cosine", "wsd")), ("decay_steps", ("wsd",))):
+        if (value := getattr(train, key)) is not None and train.schedule not in shapes:
+            raise ConfigError(f"train.{key}={value}: needs train.schedule={' or '.join(shapes)}")
+    schedule = lr_schedule(train)
+    if train.schedule != "constant" and train.rounds and schedule.decay_from < schedule.warmup_steps:
+        raise ConfigError(
+            f"train.decay_steps={schedule.decay_until - schedule.decay_from}: the decay would begin at step "
+            f"{schedule.decay_from}, in the warm-up of {schedule.warmup_steps} (train.warmup_steps)"
+        )
+    if train.schedule == "cosine" and train.rounds and schedule.decay_until <= schedule.warmup_steps:
+        raise ConfigError(
+            f"train.decay_until={schedule.decay_until}: must be after the warm-up of {schedule.warmup_steps} steps "
+            "(train.warmup_steps)"
         )
 
 

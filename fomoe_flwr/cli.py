@@ -53,13 +53,14 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe train --cfg job          show the configuration (Hydra's other flags work too)
        fomoe plan [OVERRIDE ...]      what a run would cost each site, and advice (--help: pictures, JSON)
        fomoe eval CHECKPOINT [OVERRIDE ...]   a checkpoint judged on any text (--help: reference, JSON)
+       fomoe export CHECKPOINT --to DIR [--dtype bf16]     a checkpoint as transformers loads it
        fomoe report DIR               tables and picture of a run, or the table of a sweep
        fomoe server [OPTION ...]      Flower's SuperLink, with flower-superlink's options
        fomoe site --superlink HOST:PORT --name NAME ...    a site of a federation (--help: its options)
        fomoe submit CONNECTION [OVERRIDE ...]              a run on the sites that are connected
        fomoe --version
 TAB completes after  eval "$(fomoe train -sc install=bash)"  (or zsh=, fish=)"""
-COMMANDS = ("train", "plan", "eval", "report", "server", "site", "submit")
+COMMANDS = ("train", "plan", "eval", "export", "report", "server", "site", "submit")
 KEYS_HELP = """Every key, with its default, what is allowed, and what it means. A file of conf/ may say otherwise: --cfg
 job shows the values of a run. null is none, and a path is kept absolute."""
 
@@ -82,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from fomoe_flwr.eval_command import evaluate_command
 
                 evaluate_command(options)
+            case ["export", *options]:
+                from fomoe_flwr.export import export_command
+
+                export_command(options)
             case ["report", directory] if not directory.startswith("-"):
                 if not directory.strip():
                     raise ConfigError("fomoe report: '' is empty; give the directory of a run or of a sweep")

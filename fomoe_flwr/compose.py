@@ -20,7 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from fomoe_flwr.checks import check_combinations, check_fields, check_outer, check_source, expand_sites
+from fomoe_flwr.checks import (
+    check_combinations,
+    check_fields,
+    check_outer,
+    check_schedule,
+    check_source,
+    expand_sites,
+)
 from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, absolute, path_keys, schema
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import expanded
@@ -110,6 +117,7 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     if not saved:  # earlier versions took keys that they did not use
         check_outer(config.strategy)
         check_source(config.data)
+        check_schedule(config.train)
     return config
 
 

@@ -211,6 +211,13 @@ class TrainConfig:
     warmup_steps: int = at_least(50, 0)
     warmup_fraction: float | None = at_least(None, 0.0)  # share of the run; in place of warmup_steps
     expert_warmup_steps: int = at_least(20, 0)  # for an expert new to a site
+    # After the warm-up. cosine: down to final_lr at decay_until; wsd: constant, and over the last decay_steps before it
+    # linear down to final_lr. Steps are nominal ones, local_steps a round.
+    schedule: str = choice("constant", "constant", "cosine", "wsd")
+    # Null: the run's last step; then a run that is prolonged goes up again, and says so.
+    decay_until: int | None = at_least(None, 1)
+    decay_steps: int | None = at_least(None, 1)  # with schedule=wsd; null: a fifth of decay_until
+    final_lr: float = at_least(0.1, 0.0)  # with cosine and wsd: share of lr at the end
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
     compile: bool = False  # torch.compile
@@ -323,14 +330,6 @@ class RunConfig:
         """What a token is worth less at a site that holds no expert, by the routing where it is not given."""
         given = self.plan.skip_price
         return SKIP_PRICES[self.strategy.routing] if given is None else given
-
-    @property
-    def warmup_steps(self) -> int:
-        """Length of the linear warm-up in global steps."""
-        train = self.train
-        if train.warmup_fraction is None:
-            return train.warmup_steps
-        return round(train.warmup_fraction * train.rounds * train.local_steps)
 
 
 def schema(config_type: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -29,6 +29,7 @@ from fomoe_flwr.config import (
 from fomoe_flwr.errors import ConfigError, NotFiniteError, WireError
 from fomoe_flwr.inputs import UNKNOWN, Inputs, inputs_of
 from fomoe_flwr.load import Shares
+from fomoe_flwr.schedule import LrSchedule, lr_schedule
 from fomoe_flwr.untrusted import parse_json
 
 STATE_LOST = "state_lost"  # a metric of a site that begins without moments, for it has lost its state
@@ -94,7 +95,7 @@ class Task:
     train: TrainConfig  # with this site's own local_steps and batch_size
     strategy: StrategyConfig
     data: DataConfig
-    warmup_steps: int
+    schedule: LrSchedule
     checkpoint_every: int
     keep: int  # states of earlier rounds that the server may come back to
     seed: int
@@ -126,6 +127,7 @@ class Task:
             "data": DataConfig,
             "site": SiteConfig,
             "deal": Deal,
+            "schedule": LrSchedule,
         }
         try:
             values = json.loads(text)
@@ -186,7 +188,7 @@ def make_task(
         ),
         strategy=config.strategy,
         data=config.data,
-        warmup_steps=config.warmup_steps,
+        schedule=lr_schedule(config.train),
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         seed=config.seed,

@@ -134,6 +134,10 @@ TOGETHER = {
     "train.grad_clip": 0.0,
     "train.warmup_steps": 0,
     "train.warmup_fraction": 0.25,
+    "train.schedule": "wsd",
+    "train.decay_until": 300,
+    "train.decay_steps": 100,
+    "train.final_lr": 0.2,
     "train.expert_warmup_steps": 0,
     "train.device": "cpu",
     "train.dtype": "bf16",
@@ -276,12 +280,6 @@ def test_each_option_in_conf_is_a_valid_one(group: str, tmp_path: Path) -> None:
     assert options
     for option in options:
         compose([f"{group}={option}", *needs.get(option, [])])
-
-
-def test_warmup_is_a_number_of_steps_or_a_share_of_the_run() -> None:
-    assert config_of("train.warmup_steps=30").warmup_steps == 30
-    shared = config_of("train.warmup_fraction=0.25", "train.rounds=20", "train.local_steps=32")
-    assert shared.warmup_steps == 160
 
 
 def test_where_the_run_lives(tmp_path: Path) -> None:
@@ -450,6 +448,17 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["wandb.mode=on"], "wandb.mode=on: allowed are offline, online, disabled"),
         (["train.lr=-1"], "train.lr=-1.0: must be at least 0"),
         (["train.lr=nan"], "train.lr=nan: must be at least 0"),
+        (["train.decay_until=9"], "train.decay_until=9: needs train.schedule=cosine or wsd"),
+        (["train.schedule=cosine", "train.decay_steps=9"], "train.decay_steps=9: needs train.schedule=wsd"),
+        (
+            ["train.schedule=cosine", "train.decay_until=50"],
+            "train.decay_until=50: must be after the warm-up of 50",
+        ),
+        (
+            ["train.schedule=wsd", "train.decay_steps=199"],
+            "train.decay_steps=199: the decay would begin at step 1, in",
+        ),
+        (["train.schedule=wsd", "train.final_lr=2"], "train.final_lr=2: a share of train.lr, at most 1"),
         (["train.warmup_fraction=-0.1"], "train.warmup_fraction=-0.1: must be at least 0"),
         (["model.vocab_size=1"], "model.vocab_size=1: must be at least 2"),
         (["seed=-1"], "seed=-1: must be at least 0"),

@@ -27,6 +27,7 @@ from fomoe_flwr.data import TokenCorpus, deal_documents, prepare
 from fomoe_flwr.errors import ConfigError, DataError, WireError
 from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Deal, Reply, Task, deals, make_task
+from fomoe_flwr.schedule import LrSchedule
 
 names = st.text(min_size=1, max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -67,7 +68,7 @@ tasks = st.builds(
     train=st.builds(TrainConfig, lr=finite, batch_size=counts, compile=st.booleans()),
     strategy=st.builds(StrategyConfig, overlap=st.none() | counts, outer_lr=finite),
     data=st.builds(DataConfig, path=st.none() | names),
-    warmup_steps=counts,
+    schedule=st.builds(LrSchedule, counts, st.sampled_from(["constant", "cosine"]), counts, counts, finite),
     checkpoint_every=counts,
     keep=counts,
     seed=counts,
@@ -150,7 +151,7 @@ def test_a_task_is_the_sites_own_part_of_the_configuration() -> None:
     config.train.warmup_fraction, config.train.rounds = 0.5, 10
     task = task_of(config, 1, local_steps=5, global_load=[[1.0]])
     assert (task.name, task.train.batch_size, task.train.local_steps) == ("small", 2, 5)
-    assert (task.first_step, task.lr_stride, task.warmup_steps) == (40, 4.0, 100)
+    assert (task.first_step, task.lr_stride, task.schedule) == (40, 4.0, LrSchedule(100))
     assert task.global_load is None  # nobody balances the federation's
     assert config.train == dataclasses.replace(train, warmup_fraction=0.5, rounds=10)
     config.model.balance = "global"

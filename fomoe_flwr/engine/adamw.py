@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 from fomoe_flwr.config import TrainConfig
 from fomoe_flwr.model.sigma_moe import NamedView, Transformer, named_views
 from fomoe_flwr.model.spec import Param, parameters
+from fomoe_flwr.schedule import LrSchedule, warmup
 
 
 @dataclass
@@ -34,25 +35,20 @@ class Moments:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate by global step.
+    """Where a site is in the run's learning rate.
 
     Args:
-        first_step: global step of the first update; a warm-up counts global steps.
+        first_step: global step of the first update.
         stride: global steps for each step taken here.
-        warmup_steps: length of the run's linear warm-up.
+        run: the run's, by global step.
         newcomer_reset_at: the step that counts as the reset of a tensor without moments; 0: it needs no warm-up of
             its own.
     """
 
     first_step: int
     stride: float
-    warmup_steps: int
+    run: LrSchedule
     newcomer_reset_at: int
-
-
-def warmup(step: float, steps: int) -> float:
-    """Linear warm-up: 1/steps at step 0, 1 from step `steps - 1` on."""
-    return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
 @dataclass
@@ -129,8 +125,8 @@ class StackedAdamW:
         return runs
 
     def learning_rate(self, reset_at: int) -> float:
-        """Of a tensor that was reset at a step, before CompleteP's multiplier; 0: with the run's warm-up alone."""
-        factor = warmup(self.step_number, self.schedule.warmup_steps)
+        """Of a tensor that was reset at a step, before CompleteP's multiplier; 0: with the run's schedule alone."""
+        factor = self.schedule.run.factor(self.step_number)
         if reset_at > 0:
             factor = min(factor, warmup(self.step_number - reset_at, self.train.expert_warmup_steps))
         return self.train.lr * factor

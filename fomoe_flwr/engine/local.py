@@ -81,7 +81,7 @@ class Engine:
         # Moments that are missing at the start, or dropped on purpose, are no reason for a warm-up.
         newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
         self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
-        schedule = Schedule(task.first_step, task.lr_stride, task.warmup_steps, newcomer)
+        schedule = Schedule(task.first_step, task.lr_stride, task.schedule, newcomer)
         self._optimizer = StackedAdamW(
             self.module, task.train, schedule, moments, adopt=not task.moments_travel
         )

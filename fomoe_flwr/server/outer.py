@@ -20,11 +20,11 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import OUTER_LR, ModelConfig, RunConfig, StrategyConfig, TrainConfig
-from fomoe_flwr.engine.adamw import warmup
 from fomoe_flwr.engine.device import cpu_threads
 from fomoe_flwr.model.moe import orthonormal_rows
 from fomoe_flwr.model.spec import MOMENTS, expert_of, gate_name, is_moment, moment_name, parameters
 from fomoe_flwr.placement import Placement, full_residents
+from fomoe_flwr.schedule import lr_schedule
 from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.robust import FEWEST, Factors, capped, clip, keep_moments_possible, robust_mean
 
@@ -99,6 +99,7 @@ class OuterOptimizer:
         self.state, self.strategy, self.train = state, strategy, train
         self._parameters = {name: torch.nn.Parameter(t) for name, t in state.items() if not is_moment(name)}
         self._momentum = 0.9 if strategy.outer_momentum is None else strategy.outer_momentum
+        self._schedule = lr_schedule(train)
         self._optimizer = self._build(model)
 
     def _build(self, model: ModelConfig) -> torch.optim.Optimizer:
@@ -138,12 +139,12 @@ class OuterOptimizer:
         return self.strategy.inner == "gradient" and self.strategy.outer == "adamw"
 
     @torch.no_grad()
-    def step(self, means: Mapping[str, Tensor], step_number: int, warmup_steps: int) -> None:
+    def step(self, means: Mapping[str, Tensor], step_number: int) -> None:
         """Apply one round's means.
 
         Args:
             means: pseudo-gradients of parameters and values of moments; a name may be missing.
-            step_number: global step, for the warm-up where the means are gradients.
+            step_number: global step, for the learning rate where the means are gradients.
         """
         for name, value in means.items():
             if is_moment(name):
@@ -154,7 +155,7 @@ class OuterOptimizer:
             if self.train.grad_clip:
                 torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.train.grad_clip)
             for group in self._optimizer.param_groups:
-                group["lr"] = self.train.lr * warmup(step_number, warmup_steps) * group["multiplier"]
+                group["lr"] = self.train.lr * self._schedule.factor(step_number) * group["multiplier"]
         if self.strategy.outer == "nesterov" and self._momentum:
             # Fused SGD refuses names with a momentum beside names without (first returned in a later round).
             for parameter in self._parameters.values():
@@ -329,7 +330,7 @@ def commit(
             mean.add(named, partial(weight_of, site), partial(factor, site))
             # Not kept until the next site's is there.
             del named
-        outer.step(means | mean.finish(), (round_ - 1) * train.local_steps, config.warmup_steps)
+        outer.step(means | mean.finish(), (round_ - 1) * train.local_steps)
     if config.strategy.outer == "local_adamw":
         keep_moments_possible(state, [name for name in names if not is_moment(name)], train)
     if config.model.router == "orthogonal":

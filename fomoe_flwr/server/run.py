@@ -30,7 +30,7 @@ from fomoe_flwr.checkpoint import (
     save_checkpoint,
 )
 from fomoe_flwr.compose import Composed
-from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, SiteConfig, StrategyConfig
+from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig, SiteConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.data import (
     TokenCorpus,
     bytes_per_target,
@@ -66,6 +66,7 @@ from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_ro
 from fomoe_flwr.reading import WrongTypeError, as_type
 from fomoe_flwr.records import NAME as PLACEMENTS
 from fomoe_flwr.records import append_placement, cut_placements
+from fomoe_flwr.schedule import lr_schedule
 from fomoe_flwr.server.health import RoutingHealth, probe_batch
 from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.rounds import Round, RoundObserver, Server
@@ -133,6 +134,7 @@ def open_run(composed: Composed) -> Iterator[Run]:
             raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json lacks {', '.join(missing)}")
         check_resumable(checkpoint, config)
         config.federation.sites = in_saved_order(checkpoint, config)
+        say_of_the_schedule(checkpoint, config)
         if run_dir.resolve().is_relative_to((checkpoint.path.parent.parent / "sites").resolve()):
             raise ConfigError(
                 f"hydra.run.dir={run_dir}: lies in what the sites of the resumed run keep; choose another"
@@ -602,6 +604,21 @@ def with_other_text(checkpoint: Checkpoint, config: RunConfig) -> set[str]:
         site["name"]: site.get("data_path") for site in checkpoint.manifest["config"]["federation"]["sites"]
     }
     return {site.name for site in config.federation.sites if site.data_path != before.get(site.name)}
+
+
+def say_of_the_schedule(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Name a learning rate that goes on otherwise than the run before would have."""
+    known = {spec.name for spec in dataclasses.fields(TrainConfig)}
+    saved = {key: value for key, value in checkpoint.manifest["config"]["train"].items() if key in known}
+    before = TrainConfig(**saved)
+    step = checkpoint.round * config.train.local_steps
+    was, now = (train.lr * lr_schedule(train).factor(step) for train in (before, config.train))
+    if was != now:
+        log.warning(
+            "%s: the learning rate of round %d is %.3g, where the run before would have had %.3g (train.lr, "
+            "train.schedule, train.decay_until, train.rounds)",
+            spelled("resume", config.resume), checkpoint.round + 1, now, was,
+        )  # fmt: skip
 
 
 def inputs_of_run(config: RunConfig, corpus: TokenCorpus | None) -> Inputs:

@@ -12,6 +12,7 @@ from fomoe_flwr.config import DataConfig, ModelConfig, SiteConfig, StrategyConfi
 from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Deal, Task
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.schedule import LrSchedule
 
 # Learning-rate multipliers: 3/2 for what reads d_model, 4 for what reads d_expert, 1 for embedding and norms.
 MODEL = ModelConfig(
@@ -71,7 +72,7 @@ def task_of(**changes: Any) -> Task:
         "first_step": 0,
         "lr_stride": 1.0,
         "data": DataConfig(),
-        "warmup_steps": WARMUP,
+        "schedule": LrSchedule(WARMUP),
         "checkpoint_every": 1,
         "keep": 1,
         "seed": 0,

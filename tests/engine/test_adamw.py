@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fomoe_flwr.config import TrainConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, warmup
+from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
 from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
 from fomoe_flwr.model.spec import expert_name
+from fomoe_flwr.schedule import LrSchedule
 from tests.engine.helpers import FULL, MODEL, SOME, TRAIN, WARMUP, decay_of, multiplier_of, set_gradients
 
 NEWCOMER = expert_name(0, 2, "up_proj")
@@ -35,7 +36,7 @@ def optimizer_of(
     warmup_steps: int = WARMUP,
     newcomer_reset_at: int = 0,
 ) -> StackedAdamW:
-    schedule = Schedule(first_step, stride, warmup_steps, newcomer_reset_at)
+    schedule = Schedule(first_step, stride, LrSchedule(warmup_steps), newcomer_reset_at)
     return StackedAdamW(module, train, schedule, {} if moments is None else moments)
 
 
@@ -227,12 +228,6 @@ def test_moments_that_were_given_are_there_before_the_first_step() -> None:
 
 
 # -- warm-up and what is new to the site ---------------------------------------------------------------------
-
-
-def test_warmup_is_linear_and_then_constant() -> None:
-    assert [warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmup(0, 0) == warmup(1000, 0) == 1.0
-    assert warmup(0, 1) == 1.0
 
 
 def with_a_newcomer(module: Transformer) -> StackedAdamW:

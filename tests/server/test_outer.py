@@ -156,7 +156,7 @@ def test_nesterov_is_pytorchs_sgd_over_several_rounds() -> None:
     expected = torch.optim.SGD(reference.values(), lr=0.7, momentum=0.9, nesterov=True)
     outer = optimizer_for(state, NESTEROV)
     for number in range(4):
-        outer.step(gradients_of_round(number), number, 0)
+        outer.step(gradients_of_round(number), number)
         for name, gradient in gradients_of_round(number).items():
             reference[name].grad = gradient
         expected.step()
@@ -169,9 +169,9 @@ def test_nesterovs_first_two_rounds_by_hand() -> None:
     # b2 = 0.9·1 + 2 = 2.9,  step = 0.7·(2 + 0.9·2.9) = 3.227   -> 5.443
     state = {NORM: numbers(10)}
     outer = optimizer_for(state, NESTEROV)
-    outer.step({NORM: numbers(1)}, 0, 0)
+    outer.step({NORM: numbers(1)}, 0)
     torch.testing.assert_close(state[NORM], numbers(8.67))
-    outer.step({NORM: numbers(2)}, 1, 0)
+    outer.step({NORM: numbers(2)}, 1)
     torch.testing.assert_close(state[NORM], numbers(5.443))
 
 
@@ -179,7 +179,7 @@ def test_without_momentum_nesterov_is_a_plain_step() -> None:
     state = {NORM: numbers(10)}
     outer = optimizer_for(state, StrategyConfig(outer="nesterov", outer_lr=0.5, outer_momentum=0.0))
     for number in range(2):
-        outer.step({NORM: numbers(1)}, number, 0)
+        outer.step({NORM: numbers(1)}, number)
     torch.testing.assert_close(state[NORM], numbers(9))
 
 
@@ -188,7 +188,7 @@ def test_a_pseudo_gradient_is_descended(strategy: StrategyConfig) -> None:
     """The sites returned smaller parameters than they were sent: the global ones must get smaller."""
     state = state_of()
     before = copied(state)
-    optimizer_for(state, strategy).step({name: torch.ones(3, 4) for name in NAMES}, 10, 1)
+    optimizer_for(state, strategy).step({name: torch.ones(3, 4) for name in NAMES}, 10)
     assert all((state[name] < before[name]).all() for name in NAMES)
 
 
@@ -196,10 +196,10 @@ def test_a_pseudo_gradient_is_descended(strategy: StrategyConfig) -> None:
 def test_what_nobody_returned_stays_as_it_was_with_its_momentum(strategy: StrategyConfig) -> None:
     state = with_moments(state_of())
     outer = optimizer_for(state, strategy)
-    outer.step(gradients_of_round(0), 0, 0)  # all names, so that there is a momentum to keep
+    outer.step(gradients_of_round(0), 0)  # all names, so that there is a momentum to keep
     before, buffers = copied(state), copied(outer.state_tensors())
 
-    outer.step(gradients_of_round(1, [NORM]), 1, 0)
+    outer.step(gradients_of_round(1, [NORM]), 1)
 
     assert not state[NORM].equal(before[NORM])
     assert all(state[name].equal(before[name]) for name in state if name != NORM)
@@ -216,11 +216,11 @@ def test_what_is_first_returned_in_a_later_round_begins_there(strategy: Strategy
     state, alone = state_of(), state_of(names=[UP])
     alone[UP] = state[UP].clone()
     outer, fresh = optimizer_for(state, strategy, train), optimizer_for(alone, strategy, train)
-    outer.step(gradients_of_round(0, [NORM]), 0, 0)
+    outer.step(gradients_of_round(0, [NORM]), 0)
     for number in (1, 2):
         gradients = gradients_of_round(number)
-        fresh.step({UP: gradients[UP].clone()}, number, 0)
-        outer.step(gradients, number, 0)
+        fresh.step({UP: gradients[UP].clone()}, number)
+        outer.step(gradients, number)
         assert state[UP].equal(alone[UP])
 
 
@@ -229,7 +229,7 @@ def test_average_is_the_mean_of_what_the_sites_returned() -> None:
     sent = copied(state)
     returned = [state_of(seed) for seed in (1, 2, 3)]
     mean = mean_of(*[({name: sent[name] - reply[name] for name in NAMES}, 1) for reply in returned])
-    optimizer_for(state, AVERAGE).step(mean, 0, 0)
+    optimizer_for(state, AVERAGE).step(mean, 0)
     expected = {name: torch.stack([reply[name] for reply in returned]).mean(0) for name in NAMES}
     torch.testing.assert_close(state, expected)
 
@@ -238,7 +238,7 @@ def test_average_has_no_memory() -> None:
     state = {NORM: numbers(10)}
     outer = optimizer_for(state, AVERAGE)
     for number in range(3):
-        outer.step({NORM: numbers(1)}, number, 0)
+        outer.step({NORM: numbers(1)}, number)
     torch.testing.assert_close(state[NORM], numbers(7))
     assert outer.state_tensors() == {}
 
@@ -252,7 +252,7 @@ def test_local_adamw_averages_parameters_and_replaces_moments_by_their_means() -
     }
     outer = optimizer_for(state, LOCAL_ADAMW)
     for left in (6, 2):  # moments are replaced, parameters descend by the pseudo-gradient
-        outer.step(copied(means), 0, 0)
+        outer.step(copied(means), 0)
         torch.testing.assert_close(state[NORM], numbers(left))
         torch.testing.assert_close(state[moment_name("exp_avg", NORM)], numbers(0.5))
         torch.testing.assert_close(state[moment_name("exp_avg_sq", NORM)], numbers(2))
@@ -268,7 +268,8 @@ def test_missing_moments_start_at_zero_and_known_ones_are_kept() -> None:
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.05, 100.0], ids=["off", "clipped", "below the limit"])
 def test_adamw_is_pytorchs_on_mean_gradients_clipped_and_warmed_up(grad_clip: float) -> None:
-    train = TrainConfig(lr=0.02, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1, grad_clip=grad_clip)
+    given = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1}
+    train = TrainConfig(lr=0.02, grad_clip=grad_clip, warmup_steps=4, **given)
     state = state_of()
     reference = {name: torch.nn.Parameter(value.clone()) for name, value in state.items()}
     expected = torch.optim.AdamW(
@@ -282,7 +283,7 @@ def test_adamw_is_pytorchs_on_mean_gradients_clipped_and_warmed_up(grad_clip: fl
     )
     outer = optimizer_for(state, ADAMW, train)
     for number in range(6):
-        outer.step(gradients_of_round(number), number, warmup_steps=4)
+        outer.step(gradients_of_round(number), number)
         for name, gradient in gradients_of_round(number).items():
             reference[name].grad = gradient
         if grad_clip:
@@ -310,7 +311,7 @@ def test_adamw_on_mean_pseudo_gradients_has_a_learning_rate_of_its_own(
     )
     outer = optimizer_for(state, StrategyConfig(outer="adamw", outer_lr=given), train)
     for number in range(4):
-        outer.step(gradients_of_round(number), number, warmup_steps=50)
+        outer.step(gradients_of_round(number), number)
         for name, gradient in gradients_of_round(number).items():
             reference[name].grad = gradient
         expected.step()
@@ -320,7 +321,7 @@ def test_adamw_on_mean_pseudo_gradients_has_a_learning_rate_of_its_own(
 
 def test_momenta_are_kept_by_name() -> None:
     outer = optimizer_for(state_of(), NESTEROV)
-    outer.step(gradients_of_round(0), 0, 0)
+    outer.step(gradients_of_round(0), 0)
     tensors = outer.state_tensors()
     assert set(tensors) == {f"momentum_buffer/{name}" for name in NAMES}
     torch.testing.assert_close(tensors[f"momentum_buffer/{UP}"], gradients_of_round(0)[UP])
@@ -333,14 +334,14 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(strategy: StrategyConfig) -> None
     state = with_moments(state_of())
     outer = optimizer_for(state, strategy)
     for number in range(3):
-        outer.step(gradients_of_round(number), number, 4)
+        outer.step(gradients_of_round(number), number)
 
     resumed_state = copied(state)
     resumed = optimizer_for(resumed_state, strategy)
     resumed.load_state_tensors(copied(outer.state_tensors()))
     for number in range(3, 6):
-        outer.step(gradients_of_round(number), number, 4)
-        resumed.step(gradients_of_round(number), number, 4)
+        outer.step(gradients_of_round(number), number)
+        resumed.step(gradients_of_round(number), number)
 
     assert all(state[name].equal(resumed_state[name]) for name in state)
     saved, again = outer.state_tensors(), resumed.state_tensors()
@@ -353,7 +354,7 @@ def test_loading_takes_copies() -> None:
     outer = optimizer_for(state_of(), NESTEROV)
     saved = {f"momentum_buffer/{name}": torch.ones(3, 4) for name in NAMES}
     outer.load_state_tensors(saved)
-    outer.step(gradients_of_round(0), 0, 0)
+    outer.step(gradients_of_round(0), 0)
     assert all((value == 1).all() for value in saved.values())
 
 

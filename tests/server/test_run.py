@@ -303,6 +303,24 @@ def test_a_checkpoint_that_does_not_know_its_inputs_says_so(
     assert "of an earlier version" in line
 
 
+def test_a_learning_rate_that_goes_on_otherwise_is_named(
+    again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a run with a decay to its last step that is prolonged too; not where nothing changes."""
+    for overrides, named in (
+        ((), None),
+        (("train.rounds=7",), None),
+        (("train.lr=0.001",), "round 2 is 0.001, where the run before would have had 0.003"),
+        (("train.schedule=cosine", "train.decay_until=4"), "round 2 is 0.0003, where"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="fomoe"):
+            resumed(two_rounds, again, "train.warmup_steps=0", *overrides)
+        told = [line for line in caplog.messages if "learning rate of round" in line]
+        assert len(told) == (named is not None)
+        assert named is None or named in told[0]
+
+
 def test_sites_are_matched_by_name(again: Path, two_rounds: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In another order each keeps its place, and so its text; a site of another name is nobody's successor."""
     with caplog.at_level(logging.WARNING, logger="fomoe"):

@@ -1,0 +1,239 @@
+"""`fomoe export`: a checkpoint as a folder that `transformers` loads, with its tokenizer and where it came from.
+
+The σ-MoE brings its own class (`model/modeling_fomoe.py`), so it is loaded with `trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr import __version__
+from fomoe_flwr.checkpoint import Checkpoint
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.console import Parser
+from fomoe_flwr.data.tokenizer import load_tokenizer
+from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.eval_command import Saved, load
+from fomoe_flwr.files import expanded, flush, naming
+from fomoe_flwr.model.spec import (
+    depth_multiplier,
+    expert_name,
+    gate_name,
+    logit_multiplier,
+    parameters,
+)
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.wire import write_tensors
+
+CODE = "modeling_fomoe.py"
+SHARD_BYTES = 5 * 10**9  # of a file of weights, as huggingface_hub has it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        CheckpointError: the checkpoint is missing, damaged or not of this program.
+        OSError: the folder cannot be written; nothing of it is left then.
+    """
+    parser = Parser(prog="fomoe export", description="A checkpoint as a folder that transformers loads.")
+    parser.add_argument("checkpoint", help="a run directory, its checkpoints folder, or one checkpoint")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=sorted(DTYPES), help="of the weights (default fp32)"
+    )
+    given = parser.parse_args(list(arguments))
+    target = expanded(given.to).absolute()
+    if target.exists():
+        raise ConfigError(f"fomoe export --to {given.to}: is there already; name a new folder")
+    saved = load(given.checkpoint, f"fomoe export {given.checkpoint}")
+    export(saved, target, DTYPES[given.dtype])
+    print(
+        f"{target}: {saved.checkpoint.path.name} as {given.dtype}; transformers loads it with trust_remote_code=True"
+    )
+
+
+def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
+    """Write the folder aside, and rename it into its place when it is whole.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors are not those of its model.
+        OSError: it cannot be written.
+    """
+    aside = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    state = whole_state(saved)
+    try:
+        with naming(target):
+            aside.mkdir(parents=True)
+            _write_weights(aside, {name: tensor.to(dtype) for name, tensor in state.items()})
+            eos = _write_tokenizer(aside, saved.data.tokenizer)
+            config = hf_config(saved.judged.model, eos, dtype)
+            for name, content in (
+                ("config.json", config),
+                ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
+            ):
+                (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            shutil.copyfile(str(files("fomoe_flwr") / "model" / CODE), aside / CODE)
+            (aside / "README.md").write_text(_card(saved, dtype), encoding="utf-8")
+            for file in aside.iterdir():
+                flush(file)
+            aside.rename(target)
+            flush(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def whole_state(saved: Saved) -> dict[str, Tensor]:
+    """The parameters under the names of the exported class; rows of a partitioned router make one matrix.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    model, routing, state = saved.judged.model, saved.judged.routing, dict(saved.judged.state)
+    everything = full_residents(model.num_layers, model.num_experts)
+    for name, param in parameters(model, everything, routing).items():
+        if name not in state or tuple(state[name].shape) != tuple(param.shape):
+            raise CheckpointError(f"checkpoint {saved.checkpoint.path}: not of the model it names: {name}")
+    if routing == "partitioned" and model.router != "grap":
+        for layer in range(model.num_layers):
+            rows = [state.pop(expert_name(layer, expert, "gate")) for expert in range(model.num_experts)]
+            state[gate_name(layer)] = torch.stack(rows)
+    return state
+
+
+def hf_config(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json`."""
+    module = CODE.removesuffix(".py")
+    return {
+        "architectures": ["FomoeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.FomoeConfig",
+            "AutoModelForCausalLM": f"{module}.FomoeForCausalLM",
+        },
+        "model_type": "fomoe",
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_experts": model.num_experts,
+        "moe_intermediate_size": model.d_expert,
+        "num_experts_per_tok": model.top_k,
+        "num_shared_experts": model.num_shared_experts,
+        "router": model.router,
+        "rope_theta": model.rope_theta,
+        "norm_eps": model.norm_eps,
+        "depth_multiplier": depth_multiplier(model),
+        "logit_multiplier": logit_multiplier(model),
+        "tie_word_embeddings": True,
+        "eos_token_id": eos,
+    }
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """One file, or several and their index, named as transformers looks for them."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in sorted(state):
+        if shards[-1] and size + state[name].nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = state[name].contiguous()
+        size += state[name].nbytes
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0])
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard)
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, spec: str) -> int:
+    """`tokenizer.json` and its configuration; returns the id that ends a document."""
+    tokenizer = load_tokenizer(spec)
+    if spec == "bytes":
+        content = json.dumps(byte_tokenizer(), ensure_ascii=False)
+    else:
+        content = expanded(spec).read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    vocabulary = json.loads(content)
+    added = {token["id"]: token["content"] for token in vocabulary.get("added_tokens", [])}
+    known = vocabulary["model"].get("vocab", {})
+    names = {index: name for name, index in known.items()} if isinstance(known, dict) else {}
+    end = added.get(tokenizer.eos_id, names.get(tokenizer.eos_id))
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return tokenizer.eos_id
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """`data.tokenizer=bytes` as a tokenizer.json: one token a byte, whose id is the byte, and 256 to end a document."""
+    # ByteLevel writes a byte that is not printable as a character from 256 on (GPT-2).
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + place) for place, byte in enumerate(hidden)
+    }
+    end = "<|endoftext|>"
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 256, "content": end, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+        ],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {letters[byte]: byte for byte in range(256)} | {end: 256}, "merges": []},
+    }  # fmt: skip
+
+
+def _card(saved: Saved, dtype: torch.dtype) -> str:
+    """README.md: where the model came from."""
+    checkpoint: Checkpoint = saved.checkpoint
+    manifest, data = checkpoint.manifest, saved.data
+    metrics = manifest.get("metrics") or {}
+    inputs = "\n".join(f"| {key} | {value} |" for key, value in manifest.get("inputs", {}).items() if value)
+    sites = ", ".join(manifest.get("placement", {}))
+    loss = metrics.get("val_loss")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# A mixture of experts, trained by a federation
+
+Exported by fomoe-flwr {__version__} from round {checkpoint.round} of run {manifest.get("run", "?")}, as {dtype}.
+
+| | |
+|---|---|
+| text | {data.source} {data.name or Path(data.path or "").name} |
+| tokens trained, all sites | {manifest.get("tokens", "?")} |
+| sites | {sites} |
+| routing in training | {saved.judged.routing} |
+| validation loss, nats a token | {"not measured" if loss is None else f"{loss:.4f}"} |
+| SHA-256 of the parameters in the checkpoint | {manifest["sha256"].get("parameters.safetensors", "?")} |
+{inputs}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```
+"""
