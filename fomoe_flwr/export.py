@@ -21,7 +21,7 @@ from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
-from fomoe_flwr.eval_command import Saved, load
+from fomoe_flwr.eval_command import Saved, check_tokenizer, load
 from fomoe_flwr.files import expanded, flush, naming
 from fomoe_flwr.model.spec import (
     depth_multiplier,
@@ -67,7 +67,7 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
     """Write the folder aside, and rename it into its place when it is whole.
 
     Raises:
-        CheckpointError: the checkpoint's tensors are not those of its model.
+        CheckpointError: the checkpoint's tensors are not those of its model, or the tokenizer has changed since.
         OSError: it cannot be written.
     """
     aside = target.with_name(f".partial-{target.name}")
@@ -77,7 +77,7 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
         with naming(target):
             aside.mkdir(parents=True)
             _write_weights(aside, {name: tensor.to(dtype) for name, tensor in state.items()})
-            eos = _write_tokenizer(aside, saved.data.tokenizer)
+            eos = _write_tokenizer(aside, saved)
             config = hf_config(saved.judged.model, eos, dtype)
             for name, content in (
                 ("config.json", config),
@@ -164,9 +164,11 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, spec: str) -> int:
+def _write_tokenizer(folder: Path, saved: Saved) -> int:
     """`tokenizer.json` and its configuration; returns the id that ends a document."""
+    spec = saved.data.tokenizer
     tokenizer = load_tokenizer(spec)
+    check_tokenizer(saved, tokenizer, asked=False)
     if spec == "bytes":
         content = json.dumps(byte_tokenizer(), ensure_ascii=False)
     else:

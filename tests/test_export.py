@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -15,10 +16,11 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint, save_checkpo
 from fomoe_flwr.cli import main
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.data import load_tokenizer
+from fomoe_flwr.errors import CheckpointError
 from fomoe_flwr.eval_command import Saved
 from fomoe_flwr.evaluation import Judged
 from fomoe_flwr.export import byte_tokenizer, export
-from fomoe_flwr.inputs import UNKNOWN
+from fomoe_flwr.inputs import UNKNOWN, Inputs
 from fomoe_flwr.model.sigma_moe import build, initial_state
 from fomoe_flwr.placement import full_residents
 from tests.conftest import WORDS
@@ -149,3 +151,11 @@ def test_a_tokenizer_of_the_users_goes_along(tmp_path: Path) -> None:
     text = " ".join(WORDS)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ours.encode_batch([text])[0].tolist()
     assert tokenizer.eos_token_id == ours.eos_id
+
+
+def test_another_tokenizer_under_the_same_name_does_not_go_along(tmp_path: Path) -> None:
+    """The ids of its tokens would mean something else."""
+    one = dataclasses.replace(saved(tmp_path / "run"), inputs=Inputs(tokenizer="another"))
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer: .* before another"):
+        export(one, tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out").exists()
