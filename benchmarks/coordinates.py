@@ -14,7 +14,7 @@ from benchmarks.harness import options, write_result
 from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
-from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.schedule import LrSchedule
 

@@ -12,7 +12,8 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.data import TokenStream, prepare
 from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.schedule import LrSchedule
 

@@ -17,7 +17,8 @@ import torch
 from benchmarks.harness import paired, ratio, write_result
 from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
-from fomoe_flwr.model.sigma_moe import build, initial_state, named_views
+from fomoe_flwr.model.base import named_views
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.schedule import LrSchedule
 

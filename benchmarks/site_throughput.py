@@ -23,7 +23,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
 from fomoe_flwr.engine.device import use_cpu
-from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.policies import POLICIES
 from strategies.launch import launch
 

@@ -54,7 +54,7 @@ def do_message(folder: Path, way: str, round_: int) -> None:
 def prepare(folder: Path, overrides: Sequence[str]) -> int:
     """The message that a server would send, as files; the bytes of its bundles."""
     from fomoe_flwr.compose import compose
-    from fomoe_flwr.model.sigma_moe import initial_state
+    from fomoe_flwr.model.build import initial_state
     from tests.clients.helpers import bundled, task_of
 
     config = compose([*overrides, *STEP, f"data.cache_dir={folder / 'cache'}"]).config

@@ -35,7 +35,7 @@ from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.evaluation import evaluate
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
-from fomoe_flwr.model.sigma_moe import load_shard, read_shard
+from fomoe_flwr.model.base import load_shard, read_shard
 from fomoe_flwr.site_state import SiteState, discard_later, forget_old_runs, load_state, save_state
 
 log = logging.getLogger("fomoe.site")

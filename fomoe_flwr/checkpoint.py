@@ -376,4 +376,10 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
 
 def compose_run(overrides: Sequence[str | Override]) -> Composed:
     """`compose`, with `resume=` followed."""
-    return replace(compose(resumed_overrides(overrides)), asked=keys_of(overrides))
+    asked = keys_of(overrides)
+    completed = resumed_overrides(overrides)
+    architecture = None
+    if isinstance(where := last_value(completed, "resume"), str) and "model.path" not in asked:
+        # The folder that the model was read from may be gone.
+        architecture = resume_from(where)[1].manifest["config"]["model"].get("hf")
+    return replace(compose(completed, architecture), asked=asked)

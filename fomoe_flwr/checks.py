@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from fomoe_flwr.config import (
@@ -110,7 +111,7 @@ def check_combinations(config: RunConfig) -> None:
         check_overlap(num_sites, model.num_experts, config.overlap)
     elif config.overlap > num_sites:
         raise ConfigError(f"strategy.overlap={config.overlap}: at most the number of sites, {num_sites}")
-    if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
+    if model.hf is None and (model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2):
         raise ConfigError(
             f"model.num_heads={model.num_heads}: must divide d_model={model.d_model} into heads of even width"
         )
@@ -122,6 +123,8 @@ def check_combinations(config: RunConfig) -> None:
     if model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
     _check_routing(config)
+    if model.hf is not None:
+        _check_stock(config, model.hf)
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
@@ -130,7 +133,7 @@ def check_combinations(config: RunConfig) -> None:
     for key, share in (("skip_price", config.skip_price), ("mfu", config.plan.mfu)):
         if share > 1:
             raise ConfigError(f"plan.{key}={share}: a share, at most 1")
-    if strategy.placement == "affine" and strategy.routing != "skip":
+    if strategy.placement == "affine" and strategy.routing == "partitioned":
         raise ConfigError(
             "strategy.placement=affine: needs strategy.routing=skip, where a router can ask for any expert"
         )
@@ -268,7 +271,7 @@ def check_own_source(data: DataConfig, given: str) -> None:
 def _check_routing(config: RunConfig) -> None:
     """What the router, locality and the capacity floor need of each other and of the sizes."""
     model, strategy = config.model, config.strategy
-    if strategy.routing != "skip":
+    if strategy.routing == "partitioned":
         for key, usual in (("router", "linear"), ("locality", "off"), ("balance", "local")):
             if getattr(model, key) != usual:
                 raise ConfigError(
@@ -293,6 +296,29 @@ def _check_routing(config: RunConfig) -> None:
     ):
         if share >= 1:
             raise ConfigError(f"{key}={share}: must be below 1")
+
+
+def _check_stock(config: RunConfig, hf: Mapping[str, Any]) -> None:
+    """What an architecture of transformers cannot do."""
+    # Slow to import.
+    from fomoe_flwr.model.families import family_of
+    from fomoe_flwr.model.stock import stock_config
+
+    model, family, settings = config.model, family_of(hf), stock_config(hf)
+    if model.router != "linear":
+        raise ConfigError(f"model.router={model.router}: of the σ-MoE; {family.model_type} has its own")
+    if model.locality == "bias" and not family.by_logits(settings):
+        raise ConfigError(
+            f"model.locality=bias: {family.model_type} does not choose by the logits alone; use model.locality=loss"
+        )
+    if (most := settings.max_position_embeddings) < config.train.seq_len:
+        raise ConfigError(f"train.seq_len={config.train.seq_len}: this model has at most {most} positions")
+    held = model.num_experts * config.overlap // len(config.federation.sites)
+    if config.strategy.routing == "partitioned" and held < family.fewest:
+        raise ConfigError(
+            f"strategy.overlap={config.overlap}: with strategy.routing=partitioned {family.model_type} needs at least "
+            f"{family.fewest} experts a layer at each site"
+        )
 
 
 def _check_target(config: RunConfig) -> None:

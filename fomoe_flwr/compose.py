@@ -28,7 +28,16 @@ from fomoe_flwr.checks import (
     check_source,
     expand_sites,
 )
-from fomoe_flwr.config import REMOVED, FederationConfig, RunConfig, SiteConfig, absolute, path_keys, schema
+from fomoe_flwr.config import (
+    REMOVED,
+    FederationConfig,
+    ModelConfig,
+    RunConfig,
+    SiteConfig,
+    absolute,
+    path_keys,
+    schema,
+)
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import expanded
 from fomoe_flwr.overrides import check_single, literal, read_overrides, task_overrides, texts
@@ -62,8 +71,11 @@ def register_schema() -> None:
     store.store(name="schema", node=RunConfig)
 
 
-def compose(overrides: Sequence[str | Override]) -> Composed:
+def compose(overrides: Sequence[str | Override], architecture: Mapping[str, Any] | None = None) -> Composed:
     """Compose, check and complete the configuration from Hydra overrides, read or not.
+
+    Args:
+        architecture: what model.path's config.json said when the run was begun; None: it is read.
 
     Raises:
         ConfigError: one line naming the key, the value and what is allowed.
@@ -76,20 +88,24 @@ def compose(overrides: Sequence[str | Override]) -> Composed:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             tree = hydra_compose("config", texts(given), return_hydra_config=True)
             run_dir, sweep_dir = Path(str(tree.hydra.run.dir)), Path(str(tree.hydra.sweep.dir))
-            config = from_tree(tree)
+            config = from_tree(tree, architecture=architecture)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, of `model=1` and `+=`
         raise ConfigError(f"{' '.join(texts(given))}: {one_line(error) or 'not an override'}") from error
+    _check_known(config.model, given)
     return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(given, tree))
 
 
-def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
+def from_tree(
+    tree: DictConfig, saved: bool = False, architecture: Mapping[str, Any] | None = None
+) -> RunConfig:
     """A checked `RunConfig` from the tree that Hydra composed.
 
     Args:
         saved: it was written by a run, perhaps of an earlier version, whose keys may be gone (`REMOVED`), perhaps
             on another machine: what looks like an interpolation is text.
+        architecture: see `compose`.
 
     Raises:
         ConfigError: an impossible value or combination.
@@ -105,6 +121,8 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
     check_fields(config, names=not saved)
+    if not saved:
+        _complete_model(config.model, architecture)
     if config.federation.path is not None:
         num_sites = config.federation.num_sites
         config.federation = _read_federation(config.federation.path)
@@ -119,6 +137,46 @@ def from_tree(tree: DictConfig, saved: bool = False) -> RunConfig:
         check_source(config.data)
         check_schedule(config.train)
     return config
+
+
+def _complete_model(model: ModelConfig, architecture: Mapping[str, Any] | None) -> None:
+    """Of an architecture of transformers, read what describes it, and take the sizes from there.
+
+    Raises:
+        ConfigError: there is none, it is not known, or a size is given that follows from it.
+    """
+    if model.init == "checkpoint" and model.path is None:
+        raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")
+    if model.path is not None and model.hf is None:
+        # Slow to import, as is all that follows.
+        from fomoe_flwr.hf_files import read_architecture
+
+        model.hf = dict(architecture) if architecture else read_architecture(Path(model.path), "model.path")
+    if model.hf is None:
+        if model.expert_layers is not None:
+            raise ConfigError(
+                f"model.expert_layers={model.expert_layers}: follows from model.hf, which is null; leave it out"
+            )
+        return
+    from fomoe_flwr.model.stock import sizes_of
+
+    usual = ModelConfig()
+    for key, size in sizes_of(model.hf).items():
+        if (given := getattr(model, key)) not in (getattr(usual, key), size):
+            raise ConfigError(f"model.{key}={given}: follows from model.hf, which has {size}; leave it out")
+        setattr(model, key, size)
+
+
+def _check_known(model: ModelConfig, given: Sequence[Override]) -> None:
+    """A file of somebody else's may have keys that transformers does not know, an override must not."""
+    for key in (override.key_or_group for override in given):
+        name = key.removeprefix("model.hf.")
+        if model.hf is not None and name != key:
+            from fomoe_flwr.model.stock import stock_config
+
+            rest = {other: value for other, value in model.hf.items() if other != name}
+            if not hasattr(stock_config(rest), name):
+                raise ConfigError(f"{key}: unknown key of {model.hf['model_type']}")
 
 
 def _make_absolute(values: dict[str, Any]) -> None:

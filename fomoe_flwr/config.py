@@ -74,9 +74,19 @@ class ModelConfig:
     """Sizes of the model (FoMoE, appendix B). `base_*` are those of the model whose lr was tuned (CompleteP)."""
 
     name: str = "tiny"  # as it is called in tables; model=NAME chooses all of this
+    # Null: the σ-MoE. Else an architecture of transformers, by the keys of its config.json; the sizes below follow from
+    # them. model=hf takes them from the config.json in model.path.
+    hf: dict[str, Any] | None = None
+    path: str | None = a_path()  # with model.hf: a checkpoint of Hugging Face, a folder
+    init: str = choice(
+        "random", "random", "checkpoint"
+    )  # the weights at step 0; checkpoint: those in model.path
+    expert_layers: list[int] | None = (
+        None  # null: all; with model.hf: those that have experts, the others are dense
+    )
     vocab_size: int = at_least(264, 2)  # rows of the embedding; at least the ids of data.tokenizer
     d_model: int = at_least(128, 8)  # width; a multiple of 8 and of 2 num_heads
-    num_layers: int = at_least(4, 1)  # each has attention and experts
+    num_layers: int = at_least(4, 1)  # those with experts; in the σ-MoE all have
     num_heads: int = at_least(2, 1)  # of attention
     num_experts: int = at_least(16, 1)  # N_e, routed experts in a layer
     d_expert: int = at_least(128, 8)  # width of one expert
@@ -91,7 +101,8 @@ class ModelConfig:
     base_top_k: int = at_least(2, 1)  # the same
     # orthogonal: cosines with orthonormal rows; grap: means of slices of the token, no parameters. Skip mode only.
     router: str = choice("linear", "linear", "orthogonal", "grap")
-    load_balance: float = at_least(0.01, 0.0)  # coefficient of the load-balancing loss
+    # Coefficient of the load-balancing loss; null: 0.01, with model.hf what its family has.
+    load_balance: float | None = at_least(None, 0.0)
     # Whose load that loss evens out: the site's own batch's, or the federation's (skip mode only). Local needs no
     # memory and no news from others; global lets sites with other data, or with locality, use other experts.
     balance: str = choice("local", "local", "global")
@@ -142,8 +153,9 @@ class StrategyConfig:
 
     name: str = "fomoe"  # as it is called in tables; strategy=NAME chooses all of this
     overlap: int | None = at_least(None, 1)  # O_e, sites holding each expert; null: all of them
-    # skip: choose among all experts and skip those that are not held; partitioned: choose among those held.
-    routing: str = choice("skip", "skip", "partitioned")
+    # skip: choose among all experts and skip those that are not held; skip_renormalised: the same, and those held weigh
+    # what all chosen ones would; partitioned: choose among those held.
+    routing: str = choice("skip", "skip", "skip_renormalised", "partitioned")
     # Who holds how many experts, and which. fixed: equal shares, drawn once; random: drawn anew every T rounds;
     # planned: how many experts and local steps suit each site; memory: shares by memory; affine: equal shares, of
     # the experts that a site's own tokens ask for; equal: equal shares. The last four go by a plan, which is made
@@ -250,7 +262,7 @@ class DataConfig:
 
 
 # By routing, benchmarks/skip_price.py: skipped work is lost for the most part, a choice among fewer experts is not.
-SKIP_PRICES = {"skip": 0.9, "partitioned": 0.2}
+SKIP_PRICES = {"skip": 0.9, "skip_renormalised": 0.9, "partitioned": 0.2}
 
 
 @dataclass

@@ -3,9 +3,8 @@
 Routing necessity is the loss with random routing minus the loss with the learned router.
 
 Random routing draws k experts for each token, uniformly and without replacement among the router's candidates. A
-drawn expert is weighted by the learned router's own score of it, which is what it would contribute if the router had
-chosen it. So only the choice is replaced, and the figure says what the choice is worth. NumPy makes the draws, so
-that they are the same on every device.
+drawn expert is weighted as the learned router would weigh it if it had chosen it. So only the choice is replaced, and
+the figure says what the choice is worth. NumPy makes the draws, so that they are the same on every device.
 
 Letters: B sequences, T tokens of a sequence with its first, P predicted tokens, C candidates, K experts a token,
 D domains.
@@ -28,8 +27,9 @@ from torch import Tensor, nn
 from fomoe_flwr.config import DataConfig, ModelConfig
 from fomoe_flwr.data import LabelledBatch, TokenCorpus, labelled_batches
 from fomoe_flwr.engine.device import autocast
+from fomoe_flwr.model.base import LanguageModel
+from fomoe_flwr.model.build import build
 from fomoe_flwr.model.moe import Routing
-from fomoe_flwr.model.sigma_moe import Transformer, build
 from fomoe_flwr.model.spec import parameter_shapes
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.units import finite
@@ -52,7 +52,7 @@ class Judged:
     """A model, and which site holds which experts of it."""
 
     model: ModelConfig
-    routing: str  # skip or partitioned
+    routing: str  # strategy.routing
     state: Mapping[str, Tensor]  # all parameters by name
     placement: Mapping[str, Residents]  # by site
 
@@ -61,7 +61,7 @@ class Judged:
         """Residents of a holder of the whole model."""
         return full_residents(self.model.num_layers, self.model.num_experts)
 
-    def module(self, residents: Residents, device: str) -> Transformer:
+    def module(self, residents: Residents, device: str) -> LanguageModel:
         """The model with these experts only.
 
         Raises:
@@ -108,13 +108,13 @@ def describe_text(
 # ----- loss
 
 
-def evaluate(module: Transformer, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
+def evaluate(module: LanguageModel, batches: Iterable[Tensor], dtype: str, device: str) -> tuple[float, int]:
     """Mean cross-entropy (nats a token) and number of predicted tokens: the validation loss of a round."""
     total_D, tokens_D, _ = _sums(module, ((tokens_BT, None) for tokens_BT in batches), dtype, device)
     return float(total_D[0]) / max(int(tokens_D[0]), 1), int(tokens_D[0])
 
 
-def evaluate_text(module: Transformer, text: Text, dtype: str) -> Figures:
+def evaluate_text(module: LanguageModel, text: Text, dtype: str) -> Figures:
     """Loss on a text, whole and by domain, with the experts that the module holds.
 
     A token belongs to the domain of its document. Bits per byte can be compared between tokenizers: the bytes are those
@@ -148,7 +148,7 @@ def _figures(total: float, tokens: int, num_bytes: float) -> Figures:
 
 @torch.no_grad()
 def _sums(
-    module: Transformer,
+    module: LanguageModel,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     dtype: str,
     device: str,
@@ -185,7 +185,7 @@ def _sums(
 
 
 @torch.no_grad()
-def token_losses(module: Transformer, tokens_BT: Tensor) -> Tensor:
+def token_losses(module: LanguageModel, tokens_BT: Tensor) -> Tensor:
     """Cross-entropy of each predicted token in nats, fp32: losses_P, in the order of tokens_BT[:, 1:]."""
     hidden_PD = module.hidden(tokens_BT[:, :-1])[0].flatten(0, 1)
     rows = max(1, _LOGITS_AT_ONCE // module.config.vocab_size)
@@ -219,7 +219,7 @@ def evaluate_residents(judged: Judged, text: Text, dtype: str, device: str) -> d
 
 
 @contextmanager
-def random_routing(module: Transformer, seed: int, layers: Collection[int] | None = None) -> Iterator[None]:
+def random_routing(module: LanguageModel, seed: int, layers: Collection[int] | None = None) -> Iterator[None]:
     """Let the routers of these layers (None: of all) choose at random.
 
     A hook replaces what the router returns, so this works with every kind of router. The draws of a layer depend
@@ -239,17 +239,17 @@ def random_routing(module: Transformer, seed: int, layers: Collection[int] | Non
 
 def _redraw(rng: np.random.Generator) -> Callable[[nn.Module, tuple[Any, ...], Routing], Routing]:
     def hook(router: Any, arguments: tuple[Any, ...], routing: Routing) -> Routing:
-        scores_TC = router.scores(*arguments)
+        (x_TD,) = arguments
         # The places of the k largest of equally distributed numbers: each set of k places is equally likely.
-        noise_TC = torch.from_numpy(rng.random(scores_TC.shape))
-        drawn_TK = noise_TC.topk(routing.chosen_TK.shape[1]).indices.to(scores_TC.device)
-        return routing._replace(weights_TK=scores_TC.gather(1, drawn_TK), chosen_TK=drawn_TK)
+        noise_TC = torch.from_numpy(rng.random((len(x_TD), router.num_candidates)))
+        drawn_TK = noise_TC.topk(routing.chosen_TK.shape[1]).indices.to(x_TD.device)
+        return routing._replace(weights_TK=router.weights(x_TD, drawn_TK), chosen_TK=drawn_TK)
 
     return hook
 
 
 def necessity(
-    module: Transformer, text: Text, dtype: str, draws: int = DRAWS, learned: Figures | None = None
+    module: LanguageModel, text: Text, dtype: str, draws: int = DRAWS, learned: Figures | None = None
 ) -> Figures:
     """Routing necessity of a module that holds all experts, nats a token. 0: any expert is as good.
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 OWN_TEXT = "own"  # the partition of a site that has text of its own
 # Of the model, what may differ between a checkpoint and the run that goes on from it.
-FREE_MODEL_KEYS = ("experts_impl", "load_balance")
+FREE_MODEL_KEYS = ("experts_impl", "load_balance", "path", "init")
+# They count where they are given; a run of an earlier version has none of them.
+_NEW_MODEL_KEYS = ("hf", "expert_layers")
 _LONGEST = 80  # characters of a part
 
 
@@ -92,7 +94,9 @@ def run_inputs(config: RunConfig, tokenizer: str, corpus: TokenCorpus | None, de
         deals: what each site is told of its part, as JSON values.
     """
     model = {
-        key: value for key, value in dataclasses.asdict(config.model).items() if key not in FREE_MODEL_KEYS
+        key: value
+        for key, value in dataclasses.asdict(config.model).items()
+        if key not in FREE_MODEL_KEYS and not (key in _NEW_MODEL_KEYS and value is None)
     }
     data = config.data
     alpha = data.dirichlet_alpha if data.partition == "dirichlet" else None

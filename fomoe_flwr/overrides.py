@@ -255,7 +255,9 @@ def is_plain(override: Override) -> bool:
             isinstance(name, str) and is_name(name)
             for name in (value if isinstance(value, list) else [value])
         )
-    return key in known_keys() and not interpolates(value)
+    # Below model.hf are the keys of transformers, which checks them.
+    known = key in known_keys() or re.fullmatch(r"model\.hf\.\w{1,64}", key, re.ASCII) is not None
+    return known and not interpolates(value)
 
 
 def interpolates(value: Any) -> bool:

@@ -122,7 +122,7 @@ class Planned(Policy):
 
     def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
         strategy = self._config.strategy
-        by_demand = strategy.placement in ("planned", "affine") and strategy.routing == "skip"
+        by_demand = strategy.placement in ("planned", "affine") and strategy.routing != "partitioned"
         if not by_demand or not self._config.plan.demand_every:
             return
         for site, load_LE in loads.items():

@@ -180,6 +180,8 @@ TOGETHER = {
 ALONE = [
     ("model.locality", "loss", []),
     ("model.locality_target", 0.75, ["model.locality=bias"]),
+    ("model.path", "/some/where", ["model=olmoe_tiny"]),
+    ("model.init", "checkpoint", ["model=olmoe_tiny", "model.path=/some/where"]),
     ("strategy.routing", "partitioned", []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
@@ -214,8 +216,17 @@ def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
 
 def test_no_key_is_left_out_of_the_tables_above() -> None:
     sections = {field.name for field in dataclasses.fields(RunConfig)} - {"seed", "resume"}
-    tested_below = {"federation.path", "federation.sites"}
+    tested_below = {"federation.path", "federation.sites", "model.hf", "model.expert_layers"}
     assert set(known_keys()) - sections - tested_below == {*TOGETHER, *(key for key, _, _ in ALONE)}
+
+
+def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:
+    model = config_of("model=qwen3_moe_tiny", "model.hf.hidden_size=64", "model.hf.mlp_only_layers=[1]").model
+    assert model.hf is not None
+    assert (model.d_model, model.num_layers, model.num_experts, model.top_k) == (64, 3, 16, 4)
+    assert (model.d_expert, model.vocab_size, model.num_heads, model.num_shared_experts) == (64, 264, 4, 0)
+    assert model.expert_layers == [0, 2, 3]
+    assert config_of().model.hf is None
 
 
 @pytest.mark.parametrize("model", ["tiny", "proxy", "medium", "large", "xl", "xxl"])
@@ -273,9 +284,11 @@ def test_each_option_in_conf_is_a_valid_one(group: str, tmp_path: Path) -> None:
         "jsonl": ["data.path=x"],
         "parquet": ["data.path=x"],
         "huggingface": ["data.name=x"],
+        "hf": [f"model.path={tmp_path}"],
         "file": [f"federation.path={tmp_path / 'sites.yaml'}"],
     }
     (tmp_path / "sites.yaml").write_text("num_sites: 4\n")
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 1}')
     options = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
     assert options
     for option in options:
@@ -415,7 +428,10 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["+train.lrr=1"], "train.lrr: unknown key; did you mean train.lr?"),
         (["++nope.nope=1"], "nope: unknown key"),
         (["hydra.nope=1"], "hydra.nope: unknown key"),
-        (["model=huge"], "model=huge: no such option; allowed are large, medium, proxy, tiny, xl, xxl"),
+        (
+            ["model=huge"],
+            "model=huge: no such option; allowed are hf, large, medium, olmoe_tiny, proxy, qwen3_moe_tiny, tiny, xl, xxl",
+        ),
         (
             ["strategy=sgd"],
             "strategy=sgd: no such option; allowed are ddp, diloco, fedavg, fomoe, local_adamw",
@@ -433,10 +449,38 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["federation.sites=[3]"], "federation.sites=[3]: "),
         (["~train.lr"], "~train.lr: "),
         (["model=1"], "model=1: "),
-        (["model="], "model=: no such option; allowed are large, medium, proxy, tiny, xl, xxl"),
+        (
+            ["model="],
+            "model=: no such option; allowed are hf, large, medium, olmoe_tiny, proxy, qwen3_moe_tiny, tiny, xl, xxl",
+        ),
         (["hydra/launcher=joblib"], "hydra/launcher=joblib: no such option; allowed are basic"),
         # out of bounds
-        (["strategy.routing=hash"], "strategy.routing=hash: allowed are skip, partitioned"),
+        (["model=hf"], "model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER"),
+        (["model=hf", "model.path=/nowhere"], "model.path=/nowhere: no such folder"),
+        (
+            ["model.expert_layers=[1]"],
+            "model.expert_layers=[1]: follows from model.hf, which is null; leave it out",
+        ),
+        (
+            ["model=olmoe_tiny", "model.d_model=512"],
+            "model.d_model=512: follows from model.hf, which has 128; leave it out",
+        ),
+        (
+            ["model=olmoe_tiny", "model.hf.model_type=llama"],
+            "model.hf.model_type=llama: allowed are olmoe, qwen3_moe, mixtral, deepseek_v2, deepseek_v3, gpt_oss",
+        ),
+        (["model=olmoe_tiny", "model.hf.hidden_size=wide"], "model.hf: transformers refuses it:"),
+        (["model=olmoe_tiny", "model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key"),
+        (["model=olmoe_tiny", "+model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key of olmoe"),
+        (["model=olmoe_tiny", "model.router=grap"], "model.router=grap: of the σ-MoE; olmoe has its own"),
+        (
+            ["model=olmoe_tiny", "train.seq_len=4097"],
+            "train.seq_len=4097: this model has at most 4096 positions",
+        ),
+        (
+            ["strategy.routing=hash"],
+            "strategy.routing=hash: allowed are skip, skip_renormalised, partitioned",
+        ),
         (["model.router=hash"], "model.router=hash: allowed are linear, orthogonal, grap"),
         (["model.locality=near"], "model.locality=near: allowed are off, bias, loss"),
         (["model.balance=both"], "model.balance=both: allowed are local, global"),

@@ -28,7 +28,9 @@ from fomoe_flwr.evaluation import (
     text_of,
     token_losses,
 )
-from fomoe_flwr.model.sigma_moe import Losses, Transformer, build, initial_state, read_shard
+from fomoe_flwr.model.base import Losses, read_shard
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import expert_name, gate_name
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL, plain_logits, plain_loss, randomized

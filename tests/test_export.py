@@ -21,7 +21,7 @@ from fomoe_flwr.eval_command import Saved
 from fomoe_flwr.evaluation import Judged
 from fomoe_flwr.export import byte_tokenizer, export
 from fomoe_flwr.inputs import UNKNOWN, Inputs
-from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from tests.conftest import WORDS
 from tests.data.test_tokenizer import train_bpe

@@ -24,7 +24,7 @@ def test_every_key_has_a_meaning() -> None:
         ">= 1",
         "O_e, sites holding each expert; null: all of them",
     )
-    assert told["strategy.routing"].allowed == "skip, partitioned"
+    assert told["strategy.routing"].allowed == "skip, skip_renormalised, partitioned"
 
 
 SYMBOLS = {"federation.num_sites", "train.local_steps"}  # M and K of the paper

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fomoe_flwr.config import TrainConfig
-from fomoe_flwr.model.sigma_moe import NamedView, Transformer, named_views
+from fomoe_flwr.model.base import LanguageModel, NamedView, named_views
 from fomoe_flwr.model.spec import Param, parameters
 from fomoe_flwr.schedule import LrSchedule, warmup
 
@@ -78,7 +78,7 @@ class StackedAdamW:
 
     def __init__(
         self,
-        module: Transformer,
+        module: LanguageModel,
         train: TrainConfig,
         schedule: Schedule,
         moments: MutableMapping[str, Moments],
@@ -89,8 +89,7 @@ class StackedAdamW:
         self._given = set(moments)
         self._views: list[list[NamedView]] = []
         self._runs: list[list[_Run]] = []
-        residents = [moe.resident_experts for moe in module.moe_layers]
-        table = parameters(module.config, residents, module.routing)
+        table = parameters(module.config, module.resident_experts, module.routing)
         for _, group in groupby(named_views(module), key=lambda view: id(view.parameter)):
             views = list(group)
             self._views.append(views)

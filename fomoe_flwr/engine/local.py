@@ -18,7 +18,8 @@ from fomoe_flwr.engine.device import autocast
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.load import Shares, averaged, difference
 from fomoe_flwr.messages import Task
-from fomoe_flwr.model.sigma_moe import Losses, build, load_shard, named_views, read_shard
+from fomoe_flwr.model.base import Losses, load_shard, named_views, read_shard
+from fomoe_flwr.model.build import build
 from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name
 
 log = logging.getLogger("fomoe.site")

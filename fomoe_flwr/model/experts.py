@@ -1,6 +1,6 @@
 """The kernel seam: rows sorted by expert go in, each expert's output comes out. Every implementation passes one test.
 
-Letters: P rows (token-expert pairs), E resident experts, D d_model, H d_expert.
+Letters: P rows (token-expert pairs), E resident experts, I numbers in and O out, D d_model, H d_expert.
 """
 
 from __future__ import annotations
@@ -32,42 +32,51 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def grouped_experts(x_PD: Tensor, up_EHD: Tensor, down_EDH: Tensor, offsets_E: Tensor) -> Tensor:
-    """Up-projection, SiLU, down-projection of every row by its expert, as two grouped matrix products.
+def grouped_linear(x_PI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """`W x` of every row by its expert, as one grouped matrix product.
 
     Args:
-        x_PD: rows in the order of their experts.
+        x_PI: rows in the order of their experts.
         offsets_E: int32, end of each expert's rows. The last must be P: rows behind it would be left
             uninitialised by grouped_mm, in the output and in the gradient (pytorch#154557).
 
     Returns:
-        y_PD in the compute dtype (autocast's where it is on).
+        y_PO in the compute dtype (autocast's where it is on).
     """
-    dtype = _compute_dtype(x_PD)
-    up_EDH, down_EHD = up_EHD.to(dtype).transpose(1, 2), down_EDH.to(dtype).transpose(1, 2)
-    hidden_PH = F.silu(F.grouped_mm(x_PD.to(dtype), up_EDH, offs=offsets_E))
-    y_PD: Tensor = _DenseGradient.apply(  # type: ignore[no-untyped-call]
-        F.grouped_mm(hidden_PH, down_EHD, offs=offsets_E)
+    dtype = _compute_dtype(x_PI)
+    y_PO: Tensor = _DenseGradient.apply(  # type: ignore[no-untyped-call]
+        F.grouped_mm(x_PI.to(dtype), weight_EOI.to(dtype).transpose(1, 2), offs=offsets_E)
     )
-    return y_PD
+    return y_PO
 
 
-def loop_experts(x_PD: Tensor, up_EHD: Tensor, down_EDH: Tensor, offsets_E: Tensor) -> Tensor:
+def loop_linear(x_PI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     """The reference: one expert after the other.
 
-    `unbind` and not `up_EHD[e]`: indexing builds a gradient of all experts' size for each expert.
+    `unbind` and not `weight_EOI[e]`: indexing builds a gradient of all experts' size for each expert.
     """
-    dtype = _compute_dtype(x_PD)
-    ups, downs = up_EHD.to(dtype).unbind(0), down_EDH.to(dtype).unbind(0)
-    ends = offsets_E.tolist()
-    parts = [
-        F.silu(x_PD[start:end].to(dtype) @ up_HD.T) @ down_DH.T
-        for start, end, up_HD, down_DH in zip([0, *ends[:-1]], ends, ups, downs, strict=True)
-    ]
-    return torch.cat(parts)
+    dtype, ends = _compute_dtype(x_PI), offsets_E.tolist()
+    weights = weight_EOI.to(dtype).unbind(0)
+    return torch.cat(
+        [
+            x_PI[start:end].to(dtype) @ weight_OI.T
+            for start, end, weight_OI in zip([0, *ends[:-1]], ends, weights, strict=True)
+        ]
+    )
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "grouped": grouped_experts,
-    "loop": loop_experts,
-}
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+LINEARS: dict[str, Linear] = {"grouped": grouped_linear, "loop": loop_linear}
+
+
+def plain_experts(
+    linear: Linear, x_PD: Tensor, up_EHD: Tensor, down_EDH: Tensor, offsets_E: Tensor
+) -> Tensor:
+    """Up-projection, SiLU, down-projection of every row by its expert (σ-MoE)."""
+    return linear(F.silu(linear(x_PD, up_EHD, offsets_E)), down_EDH, offsets_E)
+
+
+def rows_of(values_EO: Tensor, offsets_E: Tensor, num_rows: int) -> Tensor:
+    """Each row's own of the experts' values (a bias): values_PO."""
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+    return values_EO.repeat_interleave(counts_E, dim=0, output_size=num_rows)

@@ -1,4 +1,4 @@
-"""The σ-MoE layer in three parts: router, dispatcher (skip-token lives here) and experts.
+"""A layer of experts in three parts: router, dispatcher (skip-token lives here) and experts; and the σ-MoE's own.
 
 Letters: T tokens, D d_model, C candidates of the router, K experts a token, P token-expert pairs that stay,
 E resident experts, H d_expert.
@@ -7,7 +7,7 @@ E resident experts, H d_expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.experts import IMPLEMENTATIONS
+from fomoe_flwr.model.experts import LINEARS, plain_experts
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
 
 # What a batch needs for its resident share drifts as the router learns, in one direction for many steps, and whoever
@@ -72,16 +72,16 @@ def orthonormal_rows(rows_CD: Tensor) -> Tensor:
 class Routing(NamedTuple):
     """What the router decided."""
 
-    weights_TK: Tensor  # sigmoid scores of the chosen, not renormalised
+    weights_TK: Tensor  # by which the outputs of the chosen are multiplied
     chosen_TK: Tensor  # indices into the candidates
     balance_loss: Tensor  # scalar, 1 when balanced
     locality_loss: Tensor  # scalar, 0 when as local as wished, or not asked for
 
 
 class Router(nn.Module):
-    """Sigmoid scores, top-k, no softmax and no renormalisation (σ-MoE; FoMoE, appendix B).
+    """What every router does beside its logits: it counts its choices, and has losses of balance and of locality.
 
-    In skip mode the candidates are all experts; in partitioned mode the residents alone.
+    In partitioned mode the candidates are the residents alone, else all experts.
 
     Load balancing is the auxiliary loss of Switch/GShard, `C · Σ_c f_c · P_c`, over all *candidates*, with
     f_c the share of assignments and P_c the mean share of the score. The paper states none. A loss was chosen over
@@ -107,8 +107,6 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.num_candidates = model, num_candidates
-        if model.router != "grap":
-            self.weight = nn.Parameter(torch.empty(num_candidates, model.d_model))
         self.top_k = min(model.top_k, num_candidates)
         # Assignments since the trainer last set it to zero.
         self.register_buffer("load_C", torch.zeros(num_candidates, dtype=torch.float64), persistent=False)
@@ -133,27 +131,39 @@ class Router(nn.Module):
             self.trend.zero_()
             self.needed.fill_(torch.nan)
 
-    def scores(self, x_TD: Tensor) -> Tensor:
-        """What each candidate's output is weighted by if it is chosen: scores_TC, fp32."""
-        return torch.sigmoid(self._logits(x_TD))
+    def judge(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and scores of each candidate, logits_TC and scores_TC; the larger, the sooner it is chosen."""
+        raise NotImplementedError
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
+    def choose(self, x_TD: Tensor, scores_TC: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and places of the chosen candidates, weights_TK and chosen_TK."""
+        raise NotImplementedError
+
+    def weigh(self, logits_TC: Tensor, scores_TC: Tensor, chosen_TK: Tensor) -> Tensor:
+        """By what the outputs of these candidates are multiplied if they are the chosen ones, weights_TK."""
+        raise NotImplementedError
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Of each candidate, scores_TC."""
+        return self._judge(x_TD)[1]
+
+    def weights(self, x_TD: Tensor, chosen_TK: Tensor) -> Tensor:
+        """`weigh`, for choices that somebody else made."""
+        logits_TC, scores_TC = self._judge(x_TD)
+        return self.weigh(logits_TC, scores_TC, chosen_TK)
+
+    def _judge(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_TD.device.type, enabled=False):  # a rounded score would flip choices
-            x_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
-            if self.config.router == "grap":
-                return grap_logits(x_TD, self.num_candidates)
-            logits = cosine_logits if self.config.router == "orthogonal" else linear_logits
-            return logits(x_TD, self.weight.to(x_TD.dtype))
+            return self.judge(_exact(x_TD))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        logits_TC = self._logits(x_TD)
+        logits_TC, scores_TC = self._judge(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TC = torch.sigmoid(logits_TC)
             if self.training and self.locality == "bias":
                 chosen_TK = self._choose_with_bias(logits_TC.detach())
-                weights_TK = scores_TC.gather(1, chosen_TK)
+                weights_TK = self.weigh(logits_TC, scores_TC, chosen_TK)
             else:
-                weights_TK, chosen_TK = scores_TC.topk(self.top_k, dim=-1)
+                weights_TK, chosen_TK = self.choose(_exact(x_TD), scores_TC)
             load_C = torch.zeros_like(scores_TC[0]).scatter_add(
                 0, chosen_TK.flatten(), torch.ones_like(weights_TK).flatten()
             )
@@ -186,6 +196,45 @@ class Router(nn.Module):
         return chosen_TK
 
 
+def _exact(x_TD: Tensor) -> Tensor:
+    return x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+
+
+class SigmaRouter(Router):
+    """Sigmoid scores, top-k, no softmax and no renormalisation (σ-MoE; FoMoE, appendix B)."""
+
+    def __init__(
+        self, model: ModelConfig, num_candidates: int, residents: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(model, num_candidates, residents)
+        if model.router != "grap":
+            self.weight = nn.Parameter(torch.empty(num_candidates, model.d_model))
+
+    def judge(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.router == "grap":
+            logits_TC = grap_logits(x_TD, self.num_candidates)
+        else:
+            logits = cosine_logits if self.config.router == "orthogonal" else linear_logits
+            logits_TC = logits(x_TD, self.weight.to(x_TD.dtype))
+        return logits_TC, torch.sigmoid(logits_TC)
+
+    def choose(self, x_TD: Tensor, scores_TC: Tensor) -> tuple[Tensor, Tensor]:
+        weights_TK, chosen_TK = scores_TC.topk(self.top_k, dim=-1)
+        return weights_TK, chosen_TK
+
+    def weigh(self, logits_TC: Tensor, scores_TC: Tensor, chosen_TK: Tensor) -> Tensor:
+        return scores_TC.gather(1, chosen_TK)
+
+
+# ----- dispatcher
+
+
+def slots_of(residents: Sequence[int], candidates: Sequence[int]) -> list[int]:
+    """Position of each candidate among the residents; their number for a ghost."""
+    slots = {expert: slot for slot, expert in enumerate(residents)}
+    return [slots.get(expert, len(residents)) for expert in candidates]
+
+
 class Dispatch(NamedTuple):
     """The pairs whose expert is here, sorted by expert."""
 
@@ -211,6 +260,45 @@ def dispatch(chosen_TK: Tensor, slot_C: Tensor, num_slots: int) -> Dispatch:
     return Dispatch(pairs_P // chosen_TK.shape[1], pairs_P, offsets_E)
 
 
+def renormalised(weights_TK: Tensor, resident_TK: Tensor) -> Tensor:
+    """The residents' weights, scaled so that they come to what all k would have; zeros where none is here."""
+    kept_TK = weights_TK * resident_TK
+    kept_T1 = kept_TK.sum(1, keepdim=True)
+    # A weight may itself be zero; nothing is divided by nothing, forward or backward.
+    scale_T1 = weights_TK.sum(1, keepdim=True) / torch.where(kept_T1 > 0, kept_T1, torch.ones_like(kept_T1))
+    return kept_TK * scale_T1
+
+
+# The number of pairs that stay depends on the data, so torch.compile steps aside here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def routed(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    chosen_TK: Tensor,
+    slot_C: Tensor,
+    num_slots: int,
+    routing: str,
+    experts: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`y = Σ_{i chosen, resident} w_i · E_i(x)`, y_TD.
+
+    Args:
+        routing: with skip_renormalised the weights are those of `renormalised`.
+        experts: outputs of rows in the order of their experts, from the rows and the ends of each expert's.
+    """
+    if routing == "skip_renormalised":
+        weights_TK = renormalised(weights_TK, (slot_C < num_slots)[chosen_TK].to(weights_TK.dtype))
+    pairs = dispatch(chosen_TK, slot_C, num_slots)
+    # index_select and index_add, not x[i]: the backward of plain indexing is several times slower.
+    y_PD = experts(x_TD.index_select(0, pairs.tokens_P), pairs.offsets_E)
+    weights_P = weights_TK.flatten().index_select(0, pairs.pairs_P)
+    y_PD = (y_PD * weights_P.unsqueeze(1)).to(x_TD.dtype)
+    return torch.zeros_like(x_TD).index_add(0, pairs.tokens_P, y_PD)
+
+
+# ----- the σ-MoE
+
+
 class Experts(nn.Module):
     """Weights of the resident experts, stacked; the stacking is known in `fomoe_flwr/model/` alone."""
 
@@ -218,10 +306,10 @@ class Experts(nn.Module):
         super().__init__()
         self.up_EHD = nn.Parameter(torch.empty(num_local, model.d_expert, model.d_model))
         self.down_EDH = nn.Parameter(torch.empty(num_local, model.d_model, model.d_expert))
-        self.compute = IMPLEMENTATIONS[model.experts_impl]
+        self.linear = LINEARS[model.experts_impl]
 
     def forward(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
-        return self.compute(x_PD, self.up_EHD, self.down_EDH, offsets_E)
+        return plain_experts(self.linear, x_PD, self.up_EHD, self.down_EDH, offsets_E)
 
 
 class SharedExperts(nn.Module):
@@ -245,14 +333,13 @@ class MoE(nn.Module):
 
     def __init__(self, model: ModelConfig, residents: Sequence[int], routing: str) -> None:
         super().__init__()
-        num_candidates = model.num_experts if routing == "skip" else len(residents)
-        self.num_experts, self.resident_experts = model.num_experts, list(residents)
-        self.gate = Router(model, num_candidates, residents if routing == "skip" else None)
+        whole = routing != "partitioned"
+        self.num_experts, self.resident_experts, self.routing = model.num_experts, list(residents), routing
+        self.candidates = list(range(model.num_experts)) if whole else self.resident_experts
+        self.gate = SigmaRouter(model, len(self.candidates), residents if whole else None)
         self.experts = Experts(model, len(residents))
         self.shared_experts = SharedExperts(model) if model.num_shared_experts else None
-        self.candidates = list(range(model.num_experts)) if routing == "skip" else self.resident_experts
-        slots = {expert: slot for slot, expert in enumerate(residents)}
-        self.slots = [slots.get(expert, len(residents)) for expert in self.candidates]
+        self.slots = slots_of(residents, self.candidates)
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
 
     def reset_buffers(self) -> None:
@@ -263,17 +350,10 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y_TD, the load-balancing loss and the locality loss."""
         routing = self.gate(x_TD)
-        y_TD = self._routed(x_TD, routing.weights_TK, routing.chosen_TK)
+        num_slots = len(self.resident_experts)
+        y_TD: Tensor = routed(
+            x_TD, routing.weights_TK, routing.chosen_TK, self.slot_C, num_slots, self.routing, self.experts
+        )
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD, routing.balance_loss, routing.locality_loss
-
-    # The number of pairs that stay depends on the data, so torch.compile steps aside here.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _routed(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
-        pairs = dispatch(chosen_TK, self.slot_C, len(self.resident_experts))
-        # index_select and index_add, not x[i]: the backward of plain indexing is several times slower.
-        y_PD = self.experts(x_TD.index_select(0, pairs.tokens_P), pairs.offsets_E)
-        weights_P = weights_TK.flatten().index_select(0, pairs.pairs_P)
-        y_PD = (y_PD * weights_P.unsqueeze(1)).to(x_TD.dtype)
-        return torch.zeros_like(x_TD).index_add(0, pairs.tokens_P, y_PD)

@@ -46,7 +46,8 @@ class Param(NamedTuple):
     lr: float  # factor of the learning rate
     decay: float  # factor of the weight decay
     flops: int  # of one token that passes it, forward and backward
-    stack: str = ""  # path of the module's parameter in which it is one slot; "": its path is its name
+    path: str = ""  # of the module's parameter that it is, or a slot of; "": its name
+    stacked: bool = False  # whether it is one slot of that parameter
 
     @property
     def numel(self) -> int:
@@ -59,12 +60,16 @@ class Param(NamedTuple):
 
 
 def table(model: ModelConfig, routing: str) -> list[Param]:
-    """Every tensor of the model (σ-MoE with Peri-LN, FoMoE, appendix B).
+    """Every tensor of the model: the σ-MoE with Peri-LN (FoMoE, appendix B), or with `model.hf` a stock architecture.
 
     Args:
-        routing: in `skip` mode the router is one dense tensor a layer, in `partitioned` mode its rows go with the
-            experts.
+        routing: in `partitioned` mode the router's rows go with the experts, else it is one dense tensor a layer.
     """
+    if model.hf is not None:
+        # Its table is read off the stock class, which needs PyTorch and transformers.
+        from fomoe_flwr.model.stock import stock_table
+
+        return stock_table(model, routing)
     d, h = model.d_model, model.d_expert
     width, expert_width = model.base_d_model / d, model.base_d_expert / h
     chosen = model.top_k / model.base_top_k
@@ -72,7 +77,7 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
 
     def matrix(name: str, rows: int, fan_in: int, lr: float, kind: str = "dense", stack: str = "") -> Param:
         flops = FLOPS_PER_PARAMETER * rows * fan_in
-        return Param(name, (rows, fan_in), kind, fan_in**-0.5, lr, 1 / lr, flops, stack)
+        return Param(name, (rows, fan_in), kind, fan_in**-0.5, lr, 1 / lr, flops, stack, bool(stack))
 
     def gain(name: str) -> Param:
         return Param(name, (d,), "dense", None, 1.0, 0.0, 0)
@@ -94,7 +99,7 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
         lr = model.base_d_expert / shared
         rows.append(matrix(f"{mlp}shared_experts.down_proj.weight", d, shared, lr))
     if model.router != "grap":
-        if routing == "skip":
+        if routing != "partitioned":
             rows.append(matrix(f"{mlp}gate.weight", model.num_experts, d, width, "router"))
         else:
             row = matrix(f"{mlp}experts.{{expert}}.gate.weight", 1, d, width, "router", f"{mlp}gate.weight")
@@ -115,20 +120,20 @@ def parameters(model: ModelConfig, residents: Residents, routing: str) -> dict[s
 
 
 def slots(model: ModelConfig, residents: Residents, routing: str) -> Iterator[tuple[str, Param, str]]:
-    """Name, row of the table, and path of the module's parameter (`Param.stack`), of every tensor of a shard.
+    """Name, row of the table, and path of the module's parameter (`Param.path`), of every tensor of a shard.
 
     The slots of a stack come in the order of the residents.
     """
     for param in table(model, routing):
         if "{layer}" not in param.name:
-            yield param.name, param, param.name
+            yield param.name, param, param.path or param.name
             continue
-        for layer in range(model.num_layers):
-            path = (param.stack or param.name).format(layer=layer)
+        for layer, held in zip(expert_layers(model), residents, strict=False):
+            path = (param.path or param.name).format(layer=layer)
             if not param.per_expert:
-                yield path, param, path
+                yield param.name.format(layer=layer), param, path
                 continue
-            for expert in residents[layer]:
+            for expert in held:
                 yield param.name.format(layer=layer, expert=expert), param, path
 
 
@@ -138,6 +143,14 @@ def parameter_shapes(model: ModelConfig, residents: Residents, routing: str) -> 
 
 
 # ----- names
+
+
+def expert_layers(model: ModelConfig) -> Sequence[int]:
+    """The numbers, as they stand in names, of the layers that have experts.
+
+    Tables of experts (who holds what, loads, ages) have a row for each of these and none for a dense layer.
+    """
+    return range(model.num_layers) if model.expert_layers is None else model.expert_layers
 
 
 def expert_name(layer: int, expert: int, part: str) -> str:
@@ -151,9 +164,17 @@ def gate_name(layer: int) -> str:
 
 
 def expert_of(name: str) -> tuple[int, int] | None:
-    """(layer, expert) of an expert's tensor or moment, None for a dense one."""
+    """(layer, expert) of an expert's tensor or moment, as its name has them; None for a dense one."""
     match = _EXPERT.search(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def place_of(model: ModelConfig, name: str) -> tuple[int, int] | None:
+    """Row and column of an expert's tensor or moment in tables of experts (`expert_layers`); None for a dense one."""
+    found = expert_of(name)
+    if found is None or model.expert_layers is None:
+        return found
+    return model.expert_layers.index(found[0]), found[1]
 
 
 def moment_name(moment: str, name: str) -> str:
@@ -229,6 +250,10 @@ def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
 
 def attention_flops(model: ModelConfig, seq_len: int) -> int:
     """Scores and values of one token in all layers; as much again is masked away."""
+    if model.hf is not None:
+        from fomoe_flwr.model.stock import stock_attention_flops
+
+        return stock_attention_flops(model, seq_len)
     return model.num_layers * 6 * seq_len * model.d_model
 
 

@@ -213,7 +213,7 @@ def _placement_and_routing(config: RunConfig, plan: Plan, pairs: Pairs, cost: To
     """Whether sites should hold more or fewer experts, and whether tokens should travel."""
     yield from _overlap(config, plan, [site for site, _ in pairs])
     yield from _partitioned(config, plan)
-    if config.strategy.routing == "skip" and config.strategy.inner != "gradient":
+    if config.strategy.routing != "partitioned" and config.strategy.inner != "gradient":
         yield from _replica(config, pairs, cost)
         yield from _exchange(config, pairs, cost)
 
@@ -241,7 +241,7 @@ def _partitioned(config: RunConfig, plan: Plan) -> Iterator[str]:
     model = config.model
     # These need the whole router at every site.
     bound = model.router != "linear" or model.locality != "off" or model.balance != "local"
-    if config.strategy.routing != "skip" or config.strategy.inner == "gradient" or bound:
+    if config.strategy.routing == "partitioned" or config.strategy.inner == "gradient" or bound:
         return
     other = _try(with_strategy(config, routing="partitioned"))
     if other is not None and _gain(plan, other) >= LEAST_GAIN:

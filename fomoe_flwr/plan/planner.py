@@ -169,7 +169,7 @@ def describe(
                 compute_s=float(done_s[row]) - communication_s,
                 communication_s=communication_s,
                 round_s=float(done_s[row]),
-                resident_share=float(hit_M[row]) if config.strategy.routing == "skip" else 1.0,
+                resident_share=float(hit_M[row]) if config.strategy.routing != "partitioned" else 1.0,
             )
         )
     round_s, tokens = float(done_s.max()), sum(site.tokens for site in planned)

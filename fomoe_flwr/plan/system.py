@@ -95,9 +95,10 @@ class Split(NamedTuple):
 def split_parameters(model: ModelConfig, routing: str) -> Split:
     """theta_dense and theta_sparse: the router is dense in `skip` mode and sparse in `partitioned` mode."""
     counts = parameter_counts(model)
-    if routing == "skip":
+    if routing != "partitioned":
         return Split(counts.dense + counts.router, expert_parameters(model))
-    return Split(counts.dense, expert_parameters(model) + model.d_model)
+    row = counts.router // (model.num_layers * model.num_experts)
+    return Split(counts.dense, expert_parameters(model) + row)
 
 
 def held_parameters(config: RunConfig, residents: float) -> float:
@@ -160,7 +161,7 @@ class TokenCost(NamedTuple):
         self, model: ModelConfig, routing: str, residents: float, hit_rate: float | None = None
     ) -> float:
         """Of a token at a site with so many residents a layer (FoMoE, compute model of section 4)."""
-        gate = 1.0 if routing == "skip" else residents / model.num_experts
+        gate = residents / model.num_experts if routing == "partitioned" else 1.0
         work = expert_work(routing, model.num_experts, model.top_k, residents, hit_rate)
         return self.dense_s + work * self.experts_s + gate * self.router_s
 

@@ -26,9 +26,9 @@ from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.data import TokenCorpus, validation_batches
 from fomoe_flwr.engine.device import autocast, cpu_threads, resolve_device
+from fomoe_flwr.model.build import build
 from fomoe_flwr.model.moe import Router
-from fomoe_flwr.model.sigma_moe import build
-from fomoe_flwr.model.spec import expert_name, gate_name
+from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, table
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.server.replies import Inbox
 from fomoe_flwr.server.rounds import Round
@@ -176,8 +176,8 @@ def run_probe(config: RunConfig, parameters: Mapping[str, Tensor], probe_BT: Ten
 
 def global_routers(state: Mapping[str, Tensor], config: RunConfig) -> list[Tensor | None]:
     """Weights of each layer's router over all experts, weight_ED; None for a router that has none."""
-    layers, experts = range(config.model.num_layers), range(config.model.num_experts)
-    if config.strategy.routing == "skip":
+    layers, experts = expert_layers(config.model), range(config.model.num_experts)
+    if config.strategy.routing != "partitioned":
         return [state.get(gate_name(layer)) for layer in layers]
     return [
         torch.stack([state[expert_name(layer, expert, "gate")] for expert in experts]) for layer in layers
@@ -202,10 +202,11 @@ class SiteRouters(NamedTuple):
         weight_ED = codec.round_trip(weight_ED).to(torch.float32, copy=True)
         if settings.inner == "gradient":  # a site that takes no step has the router that it was sent
             return weight_ED
-        rows: dict[str, int | slice] = {gate_name(layer): slice(None)}
+        number = expert_layers(self.config.model)[layer]
+        rows: dict[str, int | slice] = {gate_name(number): slice(None)}
         if settings.routing == "partitioned":
             residents = self.current.placement.residents(site)[layer]
-            rows = {expert_name(layer, expert, "gate"): expert for expert in residents}
+            rows = {expert_name(number, expert, "gate"): expert for expert in residents}
         for name, update in codec.decode(self.inbox.tensors(site, list(rows))).items():
             weight_ED[rows[name]] -= update.float()
         return weight_ED
@@ -213,7 +214,7 @@ class SiteRouters(NamedTuple):
     def shared_experts(self, layer: int, one: int, other: int) -> list[int]:
         """The experts to which both sites' routers can send a token."""
         holds_EM = self.current.placement.holds_LEM[layer]
-        if self.config.strategy.routing == "skip":
+        if self.config.strategy.routing != "partitioned":
             return list(range(len(holds_EM)))
         return np.flatnonzero(holds_EM[:, one] & holds_EM[:, other]).tolist()
 
@@ -287,13 +288,14 @@ def _change(before: Tensor | None, after: Tensor | None) -> float:
 
 
 def expert_similarity(state: Mapping[str, Tensor], model: ModelConfig) -> list[float]:
-    """Mean cosine between the experts of a layer, up- and down-projection together, by layer."""
+    """Mean cosine between the experts of a layer, all their tensors together, by layer."""
+    tensors = [param.name for param in table(model, "skip") if param.kind == "expert"]
     return [
         health.mean_cosine(
-            [state[expert_name(layer, expert, part)] for part in ("up_proj", "down_proj")]
+            [state[name.format(layer=layer, expert=expert)] for name in tensors]
             for expert in range(model.num_experts)
         )
-        for layer in range(model.num_layers)
+        for layer in expert_layers(model)
     ]
 
 

@@ -22,7 +22,7 @@ from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import OUTER_LR, ModelConfig, RunConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.engine.device import cpu_threads
 from fomoe_flwr.model.moe import orthonormal_rows
-from fomoe_flwr.model.spec import MOMENTS, expert_of, gate_name, is_moment, moment_name, parameters
+from fomoe_flwr.model.spec import MOMENTS, gate_name, is_moment, moment_name, parameters, place_of
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.schedule import lr_schedule
 from fomoe_flwr.server.replies import Inbox
@@ -266,7 +266,7 @@ def commit(
         By what the tensors that were far larger than their fellows were multiplied.
     """
     state, train, codec = outer.state, config.train, CODECS[config.strategy.wire_dtype]
-    names = [name for name in state if (expert := expert_of(name)) is None or expert in updated]
+    names = [name for name in state if (place := place_of(config.model, name)) is None or place in updated]
     sizes = {name: state[name].numel() * state[name].itemsize for name in names}
     # Gradients are clipped, for which the whole of them is needed at once.
     limit = math.inf if outer.takes_gradients else CHUNK_BYTES
@@ -281,11 +281,11 @@ def commit(
     weights = cache(partial(_weights, contributions, weighting))
 
     def weight_of(site: int, name: str) -> float:
-        return weights(expert_of(name)).get(site, 0.0) / nominal
+        return weights(place_of(config.model, name)).get(site, 0.0) / nominal
 
     def step_scale(site: int, name: str) -> float:
         # LocalAdamW's moments are states and not sums of steps.
-        return scales(expert_of(name)).get(site, 1.0) if scaled and not is_moment(name) else 1.0
+        return scales(place_of(config.model, name)).get(site, 1.0) if scaled and not is_moment(name) else 1.0
 
     taking_part = {
         site: {

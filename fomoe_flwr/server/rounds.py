@@ -24,7 +24,7 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs
 from fomoe_flwr.load import averaged
 from fomoe_flwr.messages import STATE_LOST, Reply, deals, has_own_text, make_task
-from fomoe_flwr.model.spec import expert_of
+from fomoe_flwr.model.spec import Residents, expert_layers, expert_of
 from fomoe_flwr.placement import Placement, from_residents, holder_groups
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.policies import POLICIES
@@ -231,7 +231,9 @@ class Server:
         current, config, state = self.round, self.config, self.state
         tensors = state.tensors if training else state.parameters()
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
-        bundles, digests = shared_bundles(tensors, residents, sites, self._codec)
+        bundles, digests = shared_bundles(
+            tensors, residents, expert_layers(self.config.model), sites, self._codec
+        )
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
@@ -453,30 +455,36 @@ _ALL: tuple[int, ...] = ()  # key of the dense group, which every site gets
 
 
 def group_names(
-    names: Sequence[str], residents_by_site: Sequence[Sequence[Sequence[int]]]
+    names: Sequence[str], residents_by_site: Sequence[Residents], layers: Sequence[int]
 ) -> dict[tuple[int, ...], list[str]]:
-    """Names by the set of sites that get them. Dense names go to all, an expert that nobody holds to nobody."""
-    holders = holder_groups(residents_by_site)
-    groups: dict[tuple[int, ...], list[str]] = {_ALL: []}
+    """Names by the set of sites that get them. Dense names go to all, an expert that nobody holds to nobody.
+
+    Args:
+        layers: numbers of the layers with experts, as names have them.
+    """
+    groups = holder_groups(residents_by_site)
+    holders = {(layers[row], expert): sites for (row, expert), sites in groups.items()}
+    named: dict[tuple[int, ...], list[str]] = {_ALL: []}
     for name in names:
         expert = expert_of(name)
         if expert is None:
-            groups[_ALL].append(name)
+            named[_ALL].append(name)
         elif expert in holders:
-            groups.setdefault(holders[expert], []).append(name)
-    return groups
+            named.setdefault(holders[expert], []).append(name)
+    return named
 
 
 def shared_bundles(
     tensors: Mapping[str, Tensor],
-    residents_by_site: Sequence[Sequence[Sequence[int]]],
+    residents_by_site: Sequence[Residents],
+    layers: Sequence[int],
     sites: Sequence[int],
     codec: Codec,
 ) -> tuple[dict[int, dict[str, bytes]], dict[int, dict[str, bytes]]]:
     """The bundles of a round, encoded once each, by site and key; and the digest of every tensor, by site and name."""
     bundles: dict[int, dict[str, bytes]] = {site: {} for site in sites}
     digests: dict[int, dict[str, bytes]] = {site: {} for site in sites}
-    for index, (holders, names) in enumerate(group_names(list(tensors), residents_by_site).items()):
+    for index, (holders, names) in enumerate(group_names(list(tensors), residents_by_site, layers).items()):
         receivers = [site for site in sites if holders == _ALL or site in holders]
         if not receivers or not names:
             continue

@@ -56,7 +56,7 @@ from fomoe_flwr.evaluation import (
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.inputs import FREE_MODEL_KEYS, UNKNOWN, Inputs, differences, inputs_of, run_inputs
 from fomoe_flwr.messages import deals
-from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.planner import clock_note, plan_for_run

@@ -17,7 +17,7 @@ from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Reply, Task, deals, make_task
-from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import with_moments
 from strategies.local_grid import LocalGrid

@@ -14,7 +14,7 @@ from fomoe_flwr.bundles import as_array
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.messages import Reply
-from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.model.build import initial_state
 from strategies.local_grid import LocalGrid
 from strategies.packing import named_from_flower
 from tests.clients.helpers import bundled, task_of

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import TrainConfig
 from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
+from fomoe_flwr.model.base import named_views, read_shard
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.schedule import LrSchedule
 from tests.engine.helpers import FULL, MODEL, SOME, TRAIN, WARMUP, decay_of, multiplier_of, set_gradients

@@ -17,7 +17,9 @@ from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate
 from fomoe_flwr.messages import Task
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
+from fomoe_flwr.model.base import named_views, read_shard
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import expert_name, moment_name
 from fomoe_flwr.server.outer import with_moments
 from tests.engine.helpers import FULL, MODEL, SOME, WARMUP, batches, decay_of, multiplier_of, task_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.model.experts import IMPLEMENTATIONS
+from fomoe_flwr.model.experts import LINEARS, plain_experts
 from tests.model.helpers import plain_expert, poisoned_memory
 
 D, H = 24, 8
@@ -26,7 +26,7 @@ LOADS = {
     "a single expert without a row": [0],
 }
 
-implementations = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+implementations = pytest.mark.parametrize("name", LINEARS)
 loads = pytest.mark.parametrize("load_E", LOADS.values(), ids=LOADS.keys())
 
 
@@ -67,10 +67,10 @@ def test_output_and_gradients_are_the_plain_loops(name: str, load_E: list[int], 
 
     if poisoned:
         with poisoned_memory():
-            y_PD = IMPLEMENTATIONS[name](*tensors, offsets_E)
+            y_PD = plain_experts(LINEARS[name], *tensors, offsets_E)
             gradients = torch.autograd.grad(y_PD, tensors, upstream_PD)
     else:
-        y_PD = IMPLEMENTATIONS[name](*tensors, offsets_E)
+        y_PD = plain_experts(LINEARS[name], *tensors, offsets_E)
         gradients = torch.autograd.grad(y_PD, tensors, upstream_PD)
 
     torch.testing.assert_close(y_PD.double(), expected_PD, rtol=1e-5, atol=2e-6)
@@ -87,7 +87,7 @@ def test_bf16_autocast_agrees_within_its_precision(name: str, load_E: list[int])
     expected = torch.autograd.grad(expected_PD.sum(), reference)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y_PD = IMPLEMENTATIONS[name](*tensors, offsets_E)
+        y_PD = plain_experts(LINEARS[name], *tensors, offsets_E)
     gradients = torch.autograd.grad(y_PD.float().sum(), tensors)
 
     assert y_PD.dtype == torch.bfloat16
@@ -104,7 +104,7 @@ def test_bf16_weights_and_inputs_need_no_autocast(name: str) -> None:
     *tensors, offsets_E = inputs(load_E)
     halves = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in tensors]
     expected_PD = plain_loop(*in_double(tensors), load_E)
-    y_PD = IMPLEMENTATIONS[name](*halves, offsets_E)
+    y_PD = plain_experts(LINEARS[name], *halves, offsets_E)
     y_PD.sum().backward()
     torch.testing.assert_close(y_PD.double(), expected_PD, rtol=0.03, atol=0.03)
     assert all(half.grad is not None and half.grad.dtype == torch.bfloat16 for half in halves)
@@ -116,7 +116,7 @@ def test_the_gradient_of_a_plain_sum_has_stride_zero_and_is_taken(name: str, loa
     *tensors, offsets_E = inputs(load_E)
     reference = in_double(tensors)
     expected = torch.autograd.grad(plain_loop(*reference, load_E).sum(), reference)
-    gradients = torch.autograd.grad(IMPLEMENTATIONS[name](*tensors, offsets_E).sum(), tensors)
+    gradients = torch.autograd.grad(plain_experts(LINEARS[name], *tensors, offsets_E).sum(), tensors)
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=2e-6)
 
@@ -129,7 +129,7 @@ def test_the_narrowest_sizes_the_configuration_allows_work(name: str, dtype: tor
     x_PD, up_EHD, down_EDH = (
         torch.randn(*size, generator=generator).to(dtype) for size in [(3, 8), (2, 8, 8), (2, 8, 8)]
     )
-    y_PD = IMPLEMENTATIONS[name](x_PD, up_EHD, down_EDH, torch.tensor([1, 3], dtype=torch.int32))
+    y_PD = plain_experts(LINEARS[name], x_PD, up_EHD, down_EDH, torch.tensor([1, 3], dtype=torch.int32))
     expected_PD = plain_loop(x_PD.double(), up_EHD.double(), down_EDH.double(), [1, 2])
     torch.testing.assert_close(
         y_PD.double(), expected_PD, rtol=0.05, atol=0.5 if dtype == torch.bfloat16 else 1e-5
@@ -137,10 +137,10 @@ def test_the_narrowest_sizes_the_configuration_allows_work(name: str, dtype: tor
 
 
 def test_an_expert_without_a_row_gets_a_gradient_of_exact_zeros() -> None:
-    for compute in IMPLEMENTATIONS.values():
+    for linear in LINEARS.values():
         x_PD, up_EHD, down_EDH, offsets_E = inputs([2, 0, 1])
         with poisoned_memory():
-            compute(x_PD, up_EHD, down_EDH, offsets_E).square().sum().backward()
+            plain_experts(linear, x_PD, up_EHD, down_EDH, offsets_E).square().sum().backward()
         assert up_EHD.grad is not None
         assert down_EDH.grad is not None
         assert not up_EHD.grad[1].any()

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fomoe_flwr.model.base import read_shard
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.locality import bias_for, entry_biases, local_shares, locality_loss, resident_share
-from fomoe_flwr.model.moe import Router
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, read_shard
+from fomoe_flwr.model.moe import SigmaRouter
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL
 
@@ -108,8 +110,8 @@ def test_entries_of_a_case_worked_out_by_hand() -> None:
     assert entry_biases(logits_TC, mask(5, [0, 1, 2, 3]), 2)[0, 0] == -torch.inf
 
 
-def gate_with(model, residents: list[int], seed: int = 0) -> Router:
-    gate = Router(model, model.num_experts, residents)
+def gate_with(model, residents: list[int], seed: int = 0) -> SigmaRouter:
+    gate = SigmaRouter(model, model.num_experts, residents)
     torch.nn.init.normal_(gate.weight, std=model.d_model**-0.5, generator=torch.Generator().manual_seed(seed))
     return gate
 
@@ -291,7 +293,7 @@ def test_the_localised_shares_are_where_the_loss_is_zero() -> None:
 @pytest.mark.parametrize("router", ["linear", "orthogonal", "grap"])
 def test_its_gradients_are_those_of_finite_differences(router: str) -> None:
     model = dataclasses.replace(LOSS, router=router, num_experts=8)
-    gate = Router(model, 8, [0, 2, 5]).double()
+    gate = SigmaRouter(model, 8, [0, 2, 5]).double()
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(5, 16, generator=generator, dtype=torch.float64).requires_grad_()
     rows_CD = torch.randn(8, 16, generator=generator, dtype=torch.float64).requires_grad_()

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.experts import IMPLEMENTATIONS
-from fomoe_flwr.model.moe import MoE, Router, dispatch
+from fomoe_flwr.model.experts import LINEARS
+from fomoe_flwr.model.moe import MoE, SigmaRouter, dispatch
 from fomoe_flwr.model.sigma_moe import Block, rope_tables
 from tests.model.helpers import SMALL, plain_moe, poisoned_memory
 
 ALL = list(range(SMALL.num_experts))
 TOKENS = 11
 
-implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+implementations = pytest.mark.parametrize("impl", LINEARS)
 
 
 def layer(residents: Sequence[int], routing: str, model: ModelConfig = SMALL, seed: int = 0) -> MoE:
@@ -191,8 +191,8 @@ def test_partitioned_mode_chooses_as_many_as_there_are(num_residents: int, exper
 # -- the router ----------------------------------------------------------------------------------------------
 
 
-def router(rows_CD: Sequence[Sequence[float]], top_k: int) -> Router:
-    gate = Router(dataclasses.replace(SMALL, d_model=len(rows_CD[0]), top_k=top_k), len(rows_CD))
+def router(rows_CD: Sequence[Sequence[float]], top_k: int) -> SigmaRouter:
+    gate = SigmaRouter(dataclasses.replace(SMALL, d_model=len(rows_CD[0]), top_k=top_k), len(rows_CD))
     gate.weight = nn.Parameter(torch.tensor(rows_CD))
     return gate
 

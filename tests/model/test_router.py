@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.load import averaged, difference
-from fomoe_flwr.model.moe import Router, cosine_logits, grap_logits, linear_logits, orthonormal_rows
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views, read_shard
+from fomoe_flwr.model.base import named_views, read_shard
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.moe import SigmaRouter, cosine_logits, grap_logits, linear_logits, orthonormal_rows
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import gate_name, moment_name, parameter_counts, parameter_shapes, parameters
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.server.outer import restore_orthogonality
@@ -162,7 +164,7 @@ def test_the_server_restores_what_averaging_broke_and_touches_nothing_else() -> 
 def test_logits_start_with_a_standard_deviation_of_one(router: str) -> None:
     """So none of them starts flat or decided."""
     model = dataclasses.replace(SMALL, d_model=256, num_experts=16, router=router)
-    gate = Router(model, 16)
+    gate = SigmaRouter(model, 16)
     if router != "grap":
         state = initial_state(model, full_residents(2, 16), "skip", 0)
         gate.weight.data.copy_(state[gate_name(0)])
@@ -172,7 +174,7 @@ def test_logits_start_with_a_standard_deviation_of_one(router: str) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_scores_are_sigmoids_in_fp32_under_autocast_too(router: str) -> None:
-    gate = Router(with_router(router), SMALL.num_experts)
+    gate = SigmaRouter(with_router(router), SMALL.num_experts)
     if router != "grap":
         torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
     x_TD = drawn(5, 16).float()
@@ -193,7 +195,7 @@ def test_scores_are_sigmoids_in_fp32_under_autocast_too(router: str) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_gradients_are_those_of_finite_differences(router: str) -> None:
-    gate = Router(with_router(router), SMALL.num_experts).double()
+    gate = SigmaRouter(with_router(router), SMALL.num_experts).double()
     rows_CD = drawn(8, 16, seed=1).requires_grad_()
 
     def weights_and_loss(x_TD: Tensor, rows_CD: Tensor) -> tuple[Tensor, Tensor]:

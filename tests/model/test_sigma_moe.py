@@ -17,17 +17,10 @@ from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model import sigma_moe
-from fomoe_flwr.model.sigma_moe import (
-    Transformer,
-    build,
-    initial_state,
-    load_shard,
-    named_views,
-    read_shard,
-    rope_tables,
-    rotate,
-)
+from fomoe_flwr.model import base
+from fomoe_flwr.model.base import load_shard, named_views, read_shard
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer, rope_tables, rotate
 from fomoe_flwr.model.spec import expert_name, gate_name, parameter_shapes
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import (
@@ -234,7 +227,7 @@ def test_the_embedding_learns_from_both_of_its_ends() -> None:
 def test_the_balance_loss_is_the_mean_over_layers_scaled_with_depth() -> None:
     module, tokens_BT = site(), random_tokens()
     seen: list[Tensor] = []
-    for moe in module.moe_layers:
+    for moe in [block.mlp for block in module.blocks]:
         moe.register_forward_hook(lambda _module, _inputs, output: seen.append(output[1]))
     losses = module(tokens_BT)
     # load_balance 0.1 x base_num_layers 3 x the mean over layers.
@@ -254,14 +247,14 @@ def test_logits_in_pieces_give_the_same_loss_and_gradient(
     (expected.cross_entropy + expected.balance).backward()
 
     pieces: list[int] = []
-    real_checkpoint = sigma_moe.checkpoint
+    real_checkpoint = base.checkpoint
 
     def counting_checkpoint(function: Any, hidden_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
         pieces.append(len(hidden_TD))
         return real_checkpoint(function, hidden_TD, *args, **kwargs)
 
-    monkeypatch.setattr(sigma_moe, "checkpoint", counting_checkpoint)
-    monkeypatch.setattr(sigma_moe, "_LOGITS_AT_ONCE", rows_at_once * SMALL.vocab_size)
+    monkeypatch.setattr(base, "checkpoint", counting_checkpoint)
+    monkeypatch.setattr(base, "_LOGITS_AT_ONCE", rows_at_once * SMALL.vocab_size)
     losses = chunked(tokens_BT)
     (losses.cross_entropy + losses.balance).backward()
 
@@ -274,7 +267,7 @@ def test_logits_in_pieces_give_the_same_loss_and_gradient(
 def test_a_vocabulary_larger_than_the_limit_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     module, tokens_BT = site(SOME), random_tokens()
     expected = module(tokens_BT).cross_entropy
-    monkeypatch.setattr(sigma_moe, "_LOGITS_AT_ONCE", SMALL.vocab_size // 2)
+    monkeypatch.setattr(base, "_LOGITS_AT_ONCE", SMALL.vocab_size // 2)
     torch.testing.assert_close(module(tokens_BT).cross_entropy, expected)
 
 
@@ -340,7 +333,7 @@ def test_reading_copies_nothing() -> None:
     module = build(SMALL, SOME, "skip", initial_state(SMALL, SOME, "skip", 0), "cpu")
     read_shard(module)[expert_name(0, 5, "up_proj")].fill_(7.0)
     slot = SOME[0].index(5)
-    assert (module.moe_layers[0].experts.up_EHD[slot] == 7.0).all()
+    assert (module.blocks[0].mlp.experts.up_EHD[slot] == 7.0).all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import torch
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.model import spec
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, named_views
+from fomoe_flwr.model.base import named_views
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import (
     depth_multiplier,
     expert_name,
@@ -95,7 +97,8 @@ def test_a_new_row_is_counted_trained_and_drawn_without_further_ado(monkeypatch:
         lr=1.5,
         decay=0.5,
         flops=768,
-        stack="model.layers.{layer}.mlp.experts.gate_EHD",
+        path="model.layers.{layer}.mlp.experts.gate_EHD",
+        stacked=True,
     )
     rows = table(SMALL, "skip")
     monkeypatch.setattr(spec, "table", lambda *_: [*rows, new])

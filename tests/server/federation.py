@@ -25,7 +25,7 @@ from fomoe_flwr.config import (
 )
 from fomoe_flwr.engine import Engine, EngineState
 from fomoe_flwr.messages import Reply, Task
-from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.server.rounds import Outgoing, RoundObserver, Server
 

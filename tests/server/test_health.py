@@ -17,7 +17,7 @@ from torch import Tensor
 from fomoe_flwr import health
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.messages import Task
-from fomoe_flwr.model.sigma_moe import build, initial_state
+from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.spec import expert_name, gate_name
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.server import health as server_health

@@ -86,7 +86,7 @@ def test_each_site_gets_exactly_its_shard_once(overlap: int, moments: bool, code
     state, residents = state_of(8), residents_of(4, 8, overlap)
     if moments:
         state = with_moments(state)
-    bundles, digests = shared_bundles(state, residents, range(4), CODECS[codec])
+    bundles, digests = shared_bundles(state, residents, range(99), range(4), CODECS[codec])
     for site in range(4):
         named = wire.from_blobs(bundles[site].values())  # refuses a name that comes twice
         assert named.keys() == {
@@ -108,7 +108,7 @@ def test_bundles_are_few_and_shared_and_do_not_grow_in_number_with_the_experts(
     """O_e / gcd(M, O_e) sets of holders have a given site among them: here M = 4. Equal bundles are one object."""
     for num_experts in (8, 32):
         state = state_of(num_experts)
-        bundles, _ = shared_bundles(state, residents_of(4, num_experts, overlap), range(4), FP32)
+        bundles, _ = shared_bundles(state, residents_of(4, num_experts, overlap), range(99), range(4), FP32)
         assert [len(bundles[site]) for site in range(4)] == [1 + expert_bundles] * 4
         by_key: dict[str, list[bytes]] = {}
         for site in range(4):
@@ -121,13 +121,15 @@ def test_bundles_are_few_and_shared_and_do_not_grow_in_number_with_the_experts(
 
 def test_only_the_sites_asked_get_something() -> None:
     state, residents = state_of(8), residents_of(4, 8, 2)
-    everybody, some = (shared_bundles(state, residents, sites, FP32) for sites in (range(4), [1, 3]))
+    everybody, some = (
+        shared_bundles(state, residents, range(99), sites, FP32) for sites in (range(4), [1, 3])
+    )
     for of_everybody, of_some in zip(everybody, some, strict=True):
         assert of_some == {site: of_everybody[site] for site in (1, 3)}
 
 
 def test_an_expert_that_nobody_holds_goes_to_nobody() -> None:
-    groups = group_names(list(state_of(3)), [[[0], [1]], [[0], [0]]])
+    groups = group_names(list(state_of(3)), [[[0], [1]], [[0], [0]]], [0, 1])
     sent = [name for names in groups.values() for name in names]
     assert not [name for name in sent if "experts.2." in name]
     assert expert_name(0, 0, "up_proj") in groups[0, 1]

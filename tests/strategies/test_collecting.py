@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
-from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.placement import full_residents
 from strategies.fomoe import WAITING, FoMoE
 from strategies.local_grid import LocalGrid

@@ -20,7 +20,7 @@ from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.messages import Reply, Task
-from fomoe_flwr.model.sigma_moe import initial_state
+from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import full_residents
 from strategies.fomoe import FoMoE

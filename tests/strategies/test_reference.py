@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare
-from fomoe_flwr.model.sigma_moe import Transformer, build, initial_state, load_shard, named_views, read_shard
+from fomoe_flwr.model.base import load_shard, named_views, read_shard
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import is_moment, parameters
 from fomoe_flwr.placement import full_residents
 from tests.conftest import Compose

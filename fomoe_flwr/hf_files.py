@@ -1,0 +1,242 @@
+"""Checkpoints of Hugging Face: a folder's config.json and safetensors to our names and back, a tensor at a time.
+
+What is in a folder comes from anybody: only JSON and safetensors are read, and no code of it is run.
+
+Letters: E experts, R rows, B blocks of 32 numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.model.families import family_of
+from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, parameters
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.reading import reason
+
+log = logging.getLogger("fomoe")
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# What says nothing of the architecture, or runs code.
+_NOT_KEPT = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+# In files of earlier versions of transformers; computed anew.
+_COMPUTED = ("rotary_emb.inv_freq",)
+
+
+def read_architecture(folder: Path, key: str) -> dict[str, Any]:
+    """What `config.json` says of the architecture.
+
+    Args:
+        key: that named the folder, for the error lines.
+
+    Raises:
+        ConfigError: no such folder or file, or weights in a format that is not read.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={folder}: no such folder")
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{key}={folder}: has no config.json; give the folder of a Hugging Face checkpoint"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={folder}: config.json cannot be read ({reason(error)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key}={folder}: config.json is not a table of keys")
+    quantised = values.pop("quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if method not in (None, "mxfp4"):
+        raise ConfigError(
+            f"{key}={folder}: its weights are quantised ({method!s:.40}); give a checkpoint in bf16, fp32 or mxfp4"
+        )
+    family_of(values)
+    return {name: value for name, value in values.items() if name not in _NOT_KEPT}
+
+
+# ----- in
+
+
+class _Shards:
+    """The files of a folder, each opened when it is first needed."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._opened: dict[str, Any] = {}
+        self._stack = contextlib.ExitStack()
+        self.file_of = self._find()
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _find(self) -> dict[str, str]:
+        if (index := self._folder / INDEX).exists():
+            try:
+                where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = {str(name): str(file) for name, file in where.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self._error(f"{INDEX} cannot be read ({reason(error)})") from error
+        elif (self._folder / SINGLE).exists():
+            files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
+        else:
+            raise self._error(f"has neither {SINGLE} nor {INDEX}; only safetensors are read")
+        for file in sorted(set(files.values())):
+            # A name of the index must not lead out of the folder.
+            if Path(file).name != file or not (self._folder / file).is_file():
+                raise self._error(f"lacks {file}, which {INDEX} names")
+        return files
+
+    def open(self, file: str) -> Any:
+        """An open file."""
+        if file not in self._opened:
+            try:
+                self._opened[file] = self._stack.enter_context(safe_open(self._folder / file, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise self._error(f"{file} is damaged ({reason(error)})") from error
+        return self._opened[file]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of this name, dequantised if it is in MXFP4."""
+        blocks, scales = f"{name}_blocks", f"{name}_scales"
+        if name not in self.file_of and blocks in self.file_of and scales in self.file_of:
+            return mxfp4(self._tensor(blocks), self._tensor(scales)).transpose(-1, -2)
+        if name not in self.file_of:
+            raise self._error(f"lacks {name}")
+        return self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self.open(self.file_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise self._error(f"{self.file_of[name]} lacks {name} ({reason(error)})") from error
+        return tensor
+
+    def _error(self, what: str) -> ConfigError:
+        return ConfigError(f"{self._key}={self._folder}: {what}")
+
+
+def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model by our names, in the dtype that they have on disk, one after the other.
+
+    A tensor is a view of the file where that is possible: take what is wanted of it before the next one.
+
+    Raises:
+        ConfigError: a file or tensor is missing, has another shape, or is no part of the architecture.
+    """
+    assert model.hf is not None
+    family = family_of(model.hf)
+    table = parameters(model, full_residents(model.num_layers, model.num_experts), "skip")
+    ours: dict[str, list[str]] = {}
+    for name in table:
+        ours.setdefault(family.to_disk(name), []).append(name)
+    with _Shards(folder, key) as shards:
+        _check_names(shards, ours, model, folder, key)
+        for on_disk, names in ours.items():
+            whole = shards.read(on_disk)
+            for name in names:
+                try:
+                    tensor = family.cut(name, whole)
+                except (IndexError, RuntimeError) as error:
+                    raise ConfigError(f"{key}={folder}: {on_disk} has shape {list(whole.shape)}") from error
+                if tensor.shape != table[name].shape:
+                    raise ConfigError(
+                        f"{key}={folder}: {on_disk} has shape {list(whole.shape)}, which is not that of its config.json"
+                    )
+                yield from _as_held(name, tensor, model, routing)
+
+
+def _check_names(
+    shards: _Shards, ours: Mapping[str, list[str]], model: ModelConfig, folder: Path, key: str
+) -> None:
+    """What is on disk and is not ours: left out where it is known to be none of the model's, else refused."""
+    layers = int((model.hf or {}).get("num_hidden_layers") or 0)
+    left_out = set()
+    for name in shards.file_of:
+        if name in ours or name.removesuffix("_blocks").removesuffix("_scales") in ours:
+            continue
+        parts = name.split(".")
+        number = parts[2] if name.startswith("model.layers.") and len(parts) > 3 else ""
+        if name == "lm_head.weight":
+            # Tied in config.json: a file may have it all the same, but then it must be the embedding.
+            if not torch.equal(shards.read(name), shards.read("model.embed_tokens.weight")):
+                raise ConfigError(
+                    f"{key}={folder}: config.json ties the embeddings (tie_word_embeddings), but lm_head.weight is "
+                    "another than model.embed_tokens.weight"
+                )
+        elif number.isdigit() and layers and int(number) >= layers:
+            left_out.add(f"model.layers.{number}")  # DeepSeek-V3 predicts more than one token with these
+        elif not name.endswith(_COMPUTED):
+            raise ConfigError(f"{key}={folder}: {name:.200} is no part of what config.json describes")
+    if left_out:
+        log.warning(
+            "%s=%s: left out, for they are behind the last layer of config.json: %s",
+            key, folder, ", ".join(sorted(left_out)),
+        )  # fmt: skip
+
+
+def _as_held(name: str, tensor: Tensor, model: ModelConfig, routing: str) -> Iterator[tuple[str, Tensor]]:
+    """A router's rows go with the experts in partitioned mode."""
+    for layer in expert_layers(model) if routing == "partitioned" else ():
+        whole = gate_name(layer).removesuffix("weight")
+        if name.startswith(whole):
+            for expert in range(model.num_experts):
+                row = expert_name(layer, expert, "gate").removesuffix("weight")
+                yield row + name.removeprefix(whole), tensor[expert]
+            return
+    yield name, tensor
+
+
+# Sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The numbers of an MXFP4 tensor, bf16, in which each of them is exact.
+
+    Args:
+        blocks: uint8 [..., R, B, 16]: two numbers a byte, the first in the lower half.
+        scales: uint8 [..., R, B]: each block's exponent of two, plus 127.
+
+    Returns:
+        [..., R, 32·B].
+    """
+    values = torch.tensor(_E2M1)
+    pairs = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), dim=-1)
+    numbers = torch.ldexp(pairs.flatten(-2), scales.int().unsqueeze(-1) - 127)
+    return numbers.flatten(-2).to(torch.bfloat16)
+
+
+# ----- out
+
+
+def on_disk_names(model: ModelConfig) -> dict[str, list[str]]:
+    """The tensors of an export, and of which of our names (skip mode) each is made."""
+    assert model.hf is not None
+    family = family_of(model.hf)
+    found: dict[str, list[str]] = {}
+    for name in parameters(model, full_residents(model.num_layers, model.num_experts), "skip"):
+        found.setdefault(family.to_disk(name), []).append(name)
+    return found

@@ -1,0 +1,346 @@
+"""A stock class of transformers as a site's model: residents only in its stacks, its own router among all experts.
+
+Two modules of each block are exchanged: the experts by `StockExperts`, which drops ghosts before anything is
+dispatched, and the router by one that lets it choose, and counts (`StockRouter`). All else is the library's.
+What a family does in its own way is said in `families/`.
+
+Names are those of a checkpoint of Hugging Face, an expert at a time; where that has other names (Mixtral, gpt-oss), the
+family translates:
+
+    model.layers.3.mlp.gate.weight                    the router, dense
+    model.layers.3.mlp.experts.7.gate_proj.weight     an expert, [d_expert, d_model]; also up_proj and down_proj
+    model.layers.3.mlp.experts.7.gate.weight          its router row in partitioned mode, [d_model]
+
+Letters: B sequences, S positions, T tokens, D d_model, C candidates of the router, K experts a token, E resident
+experts, H d_expert, P token-expert pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.model.base import LanguageModel, MoELayer
+from fomoe_flwr.model.experts import LINEARS, rows_of
+from fomoe_flwr.model.families import family_of
+from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
+from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents
+
+_STACKS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+# ----- the stock class
+
+
+def stock_config(hf: Mapping[str, Any]) -> Any:
+    """The configuration object of transformers.
+
+    Raises:
+        ConfigError: transformers is not installed, or refuses the values.
+    """
+    family = family_of(hf)
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ConfigError(
+            f"model.hf.model_type={family.model_type}: needs transformers; pip install 'fomoe-flwr[hf]'"
+        ) from error
+    try:
+        return AutoConfig.for_model(**hf)
+    except Exception as error:  # of many kinds, some of huggingface_hub's own
+        raise ConfigError(
+            f"model.hf: transformers refuses it: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _stock_class(config: Any) -> nn.Module:
+    """An instance without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        stock: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return stock
+
+
+def _blocks(stock: nn.Module) -> dict[int, Any]:
+    """The blocks of experts, by the number of their layer."""
+    layers = enumerate(stock.model.layers)  # type: ignore[union-attr, arg-type]
+    return {number: layer.mlp for number, layer in layers if hasattr(layer.mlp, "experts")}
+
+
+@functools.lru_cache(maxsize=8)
+def _read(text: str) -> tuple[Any, nn.Module]:
+    config = stock_config(json.loads(text))
+    return config, _stock_class(config)
+
+
+def _described(hf: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+    """Configuration and an instance to look at, without memory; nobody changes them."""
+    return _read(json.dumps(hf, sort_keys=True))
+
+
+def sizes_of(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `ModelConfig` that follow from config.json.
+
+    Raises:
+        ConfigError: an architecture that is not known, values that it refuses, or no layer with experts.
+    """
+    config, stock = _described(hf)
+    family, blocks = family_of(hf), _blocks(stock)
+    if not blocks:
+        raise ConfigError("model.hf: no layer has experts")
+    block = next(iter(blocks.values()))
+    router = getattr(block, family.router)
+    return {
+        "vocab_size": config.vocab_size,
+        "d_model": config.hidden_size,
+        "num_layers": len(blocks),
+        "expert_layers": list(blocks),
+        "num_heads": config.num_attention_heads,
+        "num_experts": router.num_experts,
+        "d_expert": _d_expert(config),
+        "top_k": router.top_k,
+        "num_shared_experts": getattr(config, "n_shared_experts", None) or 0,
+        "norm_eps": config.rms_norm_eps,
+    }
+
+
+def _d_expert(config: Any) -> int:
+    return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+
+
+# ----- the table of its tensors
+
+
+def stock_table(model: ModelConfig, routing: str) -> list[Param]:
+    """`spec.table`. Every weight learns at lr; norms, biases and what is no matrix do not decay.
+
+    At random every matrix is drawn with `initializer_range`, as transformers does.
+    """
+    assert model.hf is not None
+    return list(_table(json.dumps(model.hf, sort_keys=True), routing))
+
+
+@functools.lru_cache(maxsize=16)
+def _table(text: str, routing: str) -> tuple[Param, ...]:
+    config, stock = _read(text)
+    family, blocks = family_of(json.loads(text)), _blocks(stock)
+    inside = [f"model.layers.{layer}.mlp.{part}." for layer in blocks for part in ("experts", family.router)]
+    tied = stock.lm_head.weight is stock.model.embed_tokens.weight  # type: ignore[union-attr]
+    std = config.initializer_range
+
+    def row(name: str, shape: Sequence[int], kind: str, path: str, stacked: bool = False) -> Param:
+        matrix = len(shape) == 2
+        looked_up = name == "model.embed_tokens.weight" and not tied
+        numel = torch.Size(shape).numel()
+        # A router's row is one of a matrix.
+        flops = (
+            FLOPS_PER_PARAMETER * numel if (matrix or name.endswith("gate.weight")) and not looked_up else 0
+        )
+        init = None if "norm" in name else 0.0 if name.endswith("bias") else std
+        return Param(name, tuple(shape), kind, init, 1.0, float(matrix), flops, f"stock.{path}", stacked)
+
+    rows = [
+        row(name, parameter.shape, "dense", name)
+        for name, parameter in stock.named_parameters()
+        if not name.startswith(tuple(inside))
+    ]
+    mlp, block = "model.layers.{layer}.mlp.", next(iter(blocks.values()))
+    router = getattr(block, family.router)
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        path = f"{mlp}{family.router}.router.stock.{name}"
+        if routing == "partitioned":
+            rows.append(row(f"{mlp}experts.{{expert}}.gate.{name}", tensor.shape[1:], "router", path, True))
+        else:
+            rows.append(row(f"{mlp}gate.{name}", tensor.shape, "router", path))
+    h, d = _d_expert(config), config.hidden_size
+    shapes = {"gate_proj": (h, d), "up_proj": (h, d), "down_proj": (d, h)}
+    for part, shape in shapes.items():
+        name, path = f"{mlp}experts.{{expert}}.{part}", f"{mlp}experts.{_STACKS[part]}"
+        rows.append(row(f"{name}.weight", shape, "expert", path, True))
+        if family.biases:
+            rows.append(row(f"{name}.bias", shape[:1], "expert", f"{path}_bias", True))
+    return tuple(rows)
+
+
+def stock_attention_flops(model: ModelConfig, seq_len: int) -> int:
+    """`spec.attention_flops`: by head widths that may differ, over the positions that a layer looks back to."""
+    assert model.hf is not None
+    config, _ = _described(model.hf)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "qk_nope_head_dim", None)
+    keys = width if keys is None else keys + config.qk_rope_head_dim
+    widths = keys + (getattr(config, "v_head_dim", None) or width)
+    total = 0.0
+    for kind in getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers:
+        window = seq_len
+        if kind == "sliding_attention" and config.sliding_window:
+            window = min(seq_len, config.sliding_window)
+        # The first positions look back to less than the window.
+        mean = window - window**2 / (2 * seq_len)
+        total += 6 * mean * config.num_attention_heads * widths
+    return round(total)
+
+
+# ----- the modules that are exchanged
+
+
+class StockRouter(Router):
+    """The stock router, counted, balanced and made local like ours.
+
+    In partitioned mode it has the residents' rows alone; groups of experts (DeepSeek) are of all of them, so there it
+    chooses without groups.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: Any,
+        stock: nn.Module,
+        candidates: Sequence[int],
+        residents: Sequence[int] | None,
+    ) -> None:
+        super().__init__(model, len(candidates), residents)
+        self.settings, self.stock, self.family = config, stock, family_of(model.hf or {})
+        for name, tensor in (*stock.named_parameters(), *stock.named_buffers()):
+            # A buffer is told by name and sent like a parameter, but no gradient trains it.
+            trained = isinstance(tensor, nn.Parameter)
+            stock._buffers.pop(name, None)
+            rows = torch.empty(len(candidates), *tensor.shape[1:], dtype=torch.float32)
+            setattr(stock, name, nn.Parameter(rows, requires_grad=trained))
+        if residents is None:
+            sizes = {"num_experts": len(candidates), "top_k": self.top_k, "num_group": 1, "topk_group": 1}
+            for name, size in sizes.items():
+                if hasattr(stock, name):
+                    setattr(stock, name, size)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Its rows, weight_CD."""
+        rows: nn.Parameter = self.stock.weight  # type: ignore[assignment]
+        return rows
+
+    def judge(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        bias_C = getattr(self.stock, "bias", None)
+        logits_TC = F.linear(x_TD, self.weight.to(x_TD.dtype), bias_C)
+        return logits_TC, self.family.scores(logits_TC)
+
+    def choose(self, x_TD: Tensor, scores_TC: Tensor) -> tuple[Tensor, Tensor]:
+        _, weights_TK, chosen_TK = self.stock(x_TD)
+        return weights_TK, chosen_TK
+
+    def weigh(self, logits_TC: Tensor, scores_TC: Tensor, chosen_TK: Tensor) -> Tensor:
+        return self.family.weigh(self.settings, logits_TC, scores_TC, chosen_TK)
+
+
+class StockGate(nn.Module):
+    """What a stock block calls for its choice; keeps the last one, for its losses."""
+
+    def __init__(self, router: StockRouter) -> None:
+        super().__init__()
+        self.router, self.routing = router, Routing(*[torch.empty(0)] * 4)
+
+    def forward(self, x: Tensor) -> tuple[None, Tensor, Tensor]:
+        self.routing = self.router(x.flatten(0, -2))
+        return None, self.routing.weights_TK, self.routing.chosen_TK
+
+
+class StockExperts(nn.Module):
+    """Gated experts, residents only, behind the call that a stock block makes."""
+
+    slot_C: Tensor
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: Any,
+        residents: Sequence[int],
+        candidates: Sequence[int],
+        routing: str,
+    ) -> None:
+        super().__init__()
+        self.settings, self.family, self.routing = config, family_of(model.hf or {}), routing
+        e, h, d = len(residents), model.d_expert, model.d_model
+        for part, (rows, columns) in (("gate", (h, d)), ("up", (h, d)), ("down", (d, h))):
+            setattr(self, part, nn.Parameter(torch.empty(e, rows, columns)))
+            if self.family.biases:
+                setattr(self, f"{part}_bias", nn.Parameter(torch.empty(e, rows)))
+        self.num_slots, self.slots = e, slots_of(residents, candidates)
+        self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
+        self.linear = LINEARS[model.experts_impl]
+
+    def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        y_TD: Tensor = routed(
+            x_TD, weights_TK, chosen_TK, self.slot_C, self.num_slots, self.routing, self._compute
+        )
+        return y_TD
+
+    def _compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
+        def project(part: str, x: Tensor) -> Tensor:
+            y = self.linear(x, getattr(self, part), offsets_E)
+            if self.family.biases:
+                y = y + rows_of(getattr(self, f"{part}_bias"), offsets_E, len(x)).to(y.dtype)
+            return y
+
+        hidden_PH = self.family.activation(self.settings, project("gate", x_PD), project("up", x_PD))
+        return project("down", hidden_PH)
+
+
+class StockModel(LanguageModel):
+    """A causal language model of transformers with these residents."""
+
+    def __init__(self, model: ModelConfig, residents: Residents, routing: str) -> None:
+        super().__init__(model, residents, routing)
+        assert model.hf is not None
+        config, family = stock_config(model.hf), family_of(model.hf)
+        self.stock: Any = _stock_class(config)
+        self._layers = []
+        whole = routing != "partitioned"
+        for held, block in zip(self.resident_experts, _blocks(self.stock).values(), strict=True):
+            candidates = list(range(model.num_experts)) if whole else held
+            stock = getattr(block, family.router)
+            router = StockRouter(model, config, stock, candidates, held if whole else None)
+            setattr(block, family.router, StockGate(router))
+            block.experts = StockExperts(model, config, held, candidates, routing)
+            self._layers.append((block, MoELayer(router, model.num_experts, held, candidates)))
+        self._family = family
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [layer for _, layer in self._layers]
+
+    def finish_building(self, device: str) -> None:
+        # Emptying gives each of two tied names memory of its own.
+        self.stock.tie_weights()
+        for module in self.stock.modules():
+            if "RotaryEmbedding" in type(module).__name__:
+                self.stock._init_weights(module)
+            if isinstance(module, StockExperts):
+                module.slot_C.copy_(torch.tensor(module.slots, device="cpu"))
+            if isinstance(module, StockRouter):
+                module.reset_buffers()
+
+    def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        x_BSD = self.stock.model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+        routings = [getattr(block, self._family.router).routing for block, _ in self._layers]
+        coefficient = config.load_balance
+        if coefficient is None:
+            coefficient = self._family.balance(self.stock.config)
+        loss = coefficient * torch.stack([routing.balance_loss for routing in routings]).mean()
+        if config.locality == "loss":
+            local = torch.stack([routing.locality_loss for routing in routings]).mean()
+            loss = loss + config.locality_coefficient * local
+        return x_BSD, loss
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        logits_TV: Tensor = self.stock.lm_head(hidden_TD)
+        return logits_TV
