@@ -1,6 +1,7 @@
 """`fomoe export`: a checkpoint as a folder that `transformers` loads, with its tokenizer and where it came from.
 
-The σ-MoE brings its own class (`model/modeling_fomoe.py`), so it is loaded with `trust_remote_code=True`.
+The σ-MoE brings its own class (`model/modeling_fomoe.py`), so it is loaded with `trust_remote_code=True`. A stock
+architecture (`model.hf`) is written as its checkpoints are, and needs no code.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,15 @@ from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, check_tokenizer, load
 from fomoe_flwr.files import expanded, flush, naming
+from fomoe_flwr.hf_files import on_disk
 from fomoe_flwr.model.spec import (
     depth_multiplier,
+    expert_layers,
     expert_name,
     gate_name,
     logit_multiplier,
     parameters,
+    table,
 )
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.wire import write_tensors
@@ -76,15 +81,18 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
     try:
         with naming(target):
             aside.mkdir(parents=True)
-            _write_weights(aside, {name: tensor.to(dtype) for name, tensor in state.items()})
+            model = saved.judged.model
+            tensors = state.items() if model.hf is None else on_disk(model, state)
+            _write_weights(aside, {name: tensor.to(dtype) for name, tensor in tensors})
             eos = _write_tokenizer(aside, saved)
-            config = hf_config(saved.judged.model, eos, dtype)
+            config = hf_config(model, eos, dtype) if model.hf is None else stock_json(model, eos, dtype)
             for name, content in (
                 ("config.json", config),
                 ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
             ):
                 (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            shutil.copyfile(str(files("fomoe_flwr") / "model" / CODE), aside / CODE)
+            if model.hf is None:
+                shutil.copyfile(str(files("fomoe_flwr") / "model" / CODE), aside / CODE)
             (aside / "README.md").write_text(_card(saved, dtype), encoding="utf-8")
             for file in aside.iterdir():
                 flush(file)
@@ -105,11 +113,35 @@ def whole_state(saved: Saved) -> dict[str, Tensor]:
     for name, param in parameters(model, everything, routing).items():
         if name not in state or tuple(state[name].shape) != tuple(param.shape):
             raise CheckpointError(f"checkpoint {saved.checkpoint.path}: not of the model it names: {name}")
-    if routing == "partitioned" and model.router != "grap":
-        for layer in range(model.num_layers):
-            rows = [state.pop(expert_name(layer, expert, "gate")) for expert in range(model.num_experts)]
-            state[gate_name(layer)] = torch.stack(rows)
+    if routing == "partitioned":
+        # A router may have more than its weight (gpt-oss, DeepSeek-V3).
+        for param in table(model, "skip"):
+            if param.kind == "router":
+                part = param.name.removeprefix(
+                    gate_name(0).replace(".0.", ".{layer}.").removesuffix("weight")
+                )
+                for layer in expert_layers(model):
+                    rows = [
+                        state.pop(expert_name(layer, expert, "gate").removesuffix("weight") + part)
+                        for expert in range(model.num_experts)
+                    ]
+                    state[param.name.format(layer=layer)] = torch.stack(rows)
     return state
+
+
+def stock_json(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json` of a stock architecture."""
+    # Not needed for the σ-MoE.
+    from fomoe_flwr.model.stock import class_name
+
+    hf = model.hf or {}
+    return {
+        "architectures": [class_name(hf)],
+        "eos_token_id": eos,
+        **hf,
+        "dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": version("transformers"),
+    }
 
 
 def hf_config(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -149,21 +149,19 @@ def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iter
     assert model.hf is not None
     family = family_of(model.hf)
     table = parameters(model, full_residents(model.num_layers, model.num_experts), "skip")
-    ours: dict[str, list[str]] = {}
-    for name in table:
-        ours.setdefault(family.to_disk(name), []).append(name)
+    ours = _by_disk_name(model)
     with _Shards(folder, key) as shards:
         _check_names(shards, ours, model, folder, key)
-        for on_disk, names in ours.items():
-            whole = shards.read(on_disk)
+        for there, names in ours.items():
+            whole = shards.read(there)
             for name in names:
                 try:
                     tensor = family.cut(name, whole)
                 except (IndexError, RuntimeError) as error:
-                    raise ConfigError(f"{key}={folder}: {on_disk} has shape {list(whole.shape)}") from error
+                    raise ConfigError(f"{key}={folder}: {there} has shape {list(whole.shape)}") from error
                 if tensor.shape != table[name].shape:
                     raise ConfigError(
-                        f"{key}={folder}: {on_disk} has shape {list(whole.shape)}, which is not that of its config.json"
+                        f"{key}={folder}: {there} has shape {list(whole.shape)}, which is not that of its config.json"
                     )
                 yield from _as_held(name, tensor, model, routing)
 
@@ -232,10 +230,17 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 # ----- out
 
 
-def on_disk_names(model: ModelConfig) -> dict[str, list[str]]:
-    """The tensors of an export, and of which of our names (skip mode) each is made."""
+def on_disk(model: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an export, one after the other, from a state whose routers are whole."""
     assert model.hf is not None
     family = family_of(model.hf)
+    for name, ours in _by_disk_name(model).items():
+        yield name, family.join({one: state[one] for one in ours})
+
+
+def _by_disk_name(model: ModelConfig) -> dict[str, list[str]]:
+    """Of which of our names (skip mode) each tensor of a checkpoint is made."""
+    family = family_of(model.hf or {})
     found: dict[str, list[str]] = {}
     for name in parameters(model, full_residents(model.num_layers, model.num_experts), "skip"):
         found.setdefault(family.to_disk(name), []).append(name)

@@ -29,6 +29,7 @@ END_TOKENS = (
     "<|eot_id|>",
     "<|im_end|>",
     "[SEP]",
+    "<｜end▁of▁sentence｜>",
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 

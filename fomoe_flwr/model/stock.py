@@ -87,6 +87,12 @@ def _described(hf: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     return _read(json.dumps(hf, sort_keys=True))
 
 
+def class_name(hf: Mapping[str, Any]) -> str:
+    """Of the stock class, as config.json has it in `architectures`."""
+    _, stock = _described(hf)
+    return type(stock).__name__
+
+
 def sizes_of(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `ModelConfig` that follow from config.json.
 

@@ -17,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from fomoe_flwr.checkpoint import (
     Checkpoint,
@@ -54,6 +56,7 @@ from fomoe_flwr.evaluation import (
     text_of,
 )
 from fomoe_flwr.files import write_atomically
+from fomoe_flwr.hf_files import read_state
 from fomoe_flwr.inputs import FREE_MODEL_KEYS, UNKNOWN, Inputs, differences, inputs_of, run_inputs
 from fomoe_flwr.messages import deals
 from fomoe_flwr.model.build import build, initial_state
@@ -95,8 +98,7 @@ class Run:
         """Give the server its model, fresh or from the checkpoint; returns the rounds that are done."""
         checkpoint = self.checkpoint
         if checkpoint is None:
-            everything = full_residents(config.model.num_layers, config.model.num_experts)
-            server.load(initial_state(config.model, everything, config.strategy.routing, config.seed))
+            server.load(first_state(config))
             return 0
         log.info("resuming run %s after round %d", self.name, checkpoint.round)
         memory = checkpoint.manifest["memory"]
@@ -169,6 +171,22 @@ def open_run(composed: Composed) -> Iterator[Run]:
         failed = False
     finally:
         telemetry.close(failed)
+
+
+def first_state(config: RunConfig) -> dict[str, Tensor]:
+    """The parameters at step 0, fp32: at random, or those of a checkpoint of Hugging Face.
+
+    Raises:
+        ConfigError: model.path cannot be read, or is not what its config.json describes.
+    """
+    model, routing = config.model, config.strategy.routing
+    if model.init == "random":
+        everything = full_residents(model.num_layers, model.num_experts)
+        return initial_state(model, everything, routing, config.seed)
+    assert model.path is not None
+    log.info("weights of %s", model.path)
+    tensors = read_state(Path(model.path), model, routing, "model.path")
+    return {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors}
 
 
 class RunRecorder(RoundObserver):
