@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fomoe_flwr import __version__
 from fomoe_flwr.checkpoint import Checkpoint
-from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
@@ -77,8 +76,8 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
         with naming(target):
             aside.mkdir(parents=True)
             _write_weights(aside, {name: tensor.to(dtype) for name, tensor in state.items()})
-            eos = _write_tokenizer(aside, saved)
-            config = hf_config(saved.judged.model, eos, dtype)
+            eos = write_tokenizer(aside, saved)
+            config = hf_config(saved, eos, dtype)
             for name, content in (
                 ("config.json", config),
                 ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
@@ -112,8 +111,9 @@ def whole_state(saved: Saved) -> dict[str, Tensor]:
     return state
 
 
-def hf_config(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(saved: Saved, eos: int, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`."""
+    model = saved.judged.model
     module = CODE.removesuffix(".py")
     return {
         "architectures": ["FomoeForCausalLM"],
@@ -124,6 +124,8 @@ def hf_config(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any
         "model_type": "fomoe",
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": model.vocab_size,
+        # By which tools choose the length of their texts. The model itself has no limit, but it never saw more.
+        "max_position_embeddings": saved.train.seq_len,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
@@ -164,7 +166,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, saved: Saved) -> int:
+def write_tokenizer(folder: Path, saved: Saved) -> int:
     """`tokenizer.json` and its configuration; returns the id that ends a document."""
     spec = saved.data.tokenizer
     tokenizer = load_tokenizer(spec)
@@ -236,6 +238,6 @@ Exported by fomoe-flwr {__version__} from round {checkpoint.round} of run {manif
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)
 ```
 """
