@@ -1,4 +1,5 @@
-"""The console command: `fomoe train [overrides]`, `plan`, `eval`, `report DIR`, and `fomoe server`, `site`, `submit`.
+"""The console command: `fomoe train [overrides]`, `plan`, `eval`, `export`, `generate`, `report DIR`, and those of a
+deployment, `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
 """
@@ -54,13 +55,14 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe plan [OVERRIDE ...]      what a run would cost each site, and advice (--help: pictures, JSON)
        fomoe eval CHECKPOINT [OVERRIDE ...]   a checkpoint judged on any text (--help: reference, JSON)
        fomoe export CHECKPOINT --to DIR [--dtype bf16]     a checkpoint as transformers loads it
+       fomoe generate CHECKPOINT|DIR --prompt TEXT         text by a checkpoint or an export (--help: sampling)
        fomoe report DIR               tables and picture of a run, or the table of a sweep
        fomoe server [OPTION ...]      Flower's SuperLink, with flower-superlink's options
        fomoe site --superlink HOST:PORT --name NAME ...    a site of a federation (--help: its options)
        fomoe submit CONNECTION [OVERRIDE ...]              a run on the sites that are connected
        fomoe --version
 TAB completes after  eval "$(fomoe train -sc install=bash)"  (or zsh=, fish=)"""
-COMMANDS = ("train", "plan", "eval", "export", "report", "server", "site", "submit")
+COMMANDS = ("train", "plan", "eval", "export", "generate", "report", "server", "site", "submit")
 KEYS_HELP = """Every key, with its default, what is allowed, and what it means. A file of conf/ may say otherwise: --cfg
 job shows the values of a run. null is none, and a path is kept absolute."""
 
@@ -87,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from fomoe_flwr.export import export_command
 
                 export_command(options)
+            case ["generate", *options]:
+                from fomoe_flwr.generate import generate_command
+
+                generate_command(options)
             case ["report", directory] if not directory.startswith("-"):
                 if not directory.strip():
                     raise ConfigError("fomoe report: '' is empty; give the directory of a run or of a sweep")
@@ -124,7 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A name too long for any is a wrong command.
         sys.exit(2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
-        print("interrupted; resume=RUN_DIR goes on from the last checkpoint", file=sys.stderr, flush=True)
+        hint = (
+            "; resume=RUN_DIR goes on from the last checkpoint"
+            if arguments[:1] in (["train"], ["submit"])
+            else ""
+        )
+        print(f"interrupted{hint}", file=sys.stderr, flush=True)
         # Not sys.exit: it would wait for a thread of Flower's engine that may wait for a site that is gone.
         os._exit(130)
 

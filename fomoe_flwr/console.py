@@ -30,6 +30,14 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}")
 
 
+def at_least_1(text: str) -> int:
+    """Type of an argument that counts something."""
+    # Python refuses to read very many digits.
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text:.40}: needs a whole number from 1 to 999999999")
+    return int(text)
+
+
 def setup_logging(verbose: bool = False) -> None:
     """Send the program's own log to stderr; the sites' log of each step only if `verbose`.
 

@@ -20,7 +20,7 @@ from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from fomoe_flwr.checks import FILE_SOURCES
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
-from fomoe_flwr.console import Parser
+from fomoe_flwr.console import Parser, at_least_1
 from fomoe_flwr.data import LabelledBatch, TokenCorpus, check_vocabulary, load_tokenizer, prepare
 from fomoe_flwr.data.tokenizer import Tokenizer
 from fomoe_flwr.engine.device import resolve_device, use_cpu
@@ -300,11 +300,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="a centralised run; the table shows routing necessity as a share of this run's",
     )  # fmt: skip
     parser.add_argument(
-        "--batches", metavar="N", type=_at_least_1,
+        "--batches", metavar="N", type=at_least_1,
         help=f"at most N batches, spread over the text; default: all of it, for necessity {NECESSITY_BATCHES}",
     )  # fmt: skip
     parser.add_argument(
-        "--draws", metavar="N", type=_at_least_1, default=DRAWS,
+        "--draws", metavar="N", type=at_least_1, default=DRAWS,
         help="draws of random routing, of which necessity is the mean; default: %(default)s",
     )  # fmt: skip
     given = parser.parse_intermixed_args(list(arguments))
@@ -331,10 +331,3 @@ def _name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("needs the checkpoint of another run")
     return text
-
-
-def _at_least_1(text: str) -> int:
-    # Python refuses to read very many digits.
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text:.40}: needs a whole number from 1 to 999999999")
-    return int(text)

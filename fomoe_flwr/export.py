@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fomoe_flwr import __version__
 from fomoe_flwr.checkpoint import Checkpoint
-from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
@@ -84,8 +83,8 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
             model = saved.judged.model
             tensors = state.items() if model.hf is None else on_disk(model, state)
             _write_weights(aside, {name: tensor.to(dtype) for name, tensor in tensors})
-            eos = _write_tokenizer(aside, saved)
-            config = hf_config(model, eos, dtype) if model.hf is None else stock_json(model, eos, dtype)
+            eos = write_tokenizer(aside, saved)
+            config = hf_config(saved, eos, dtype) if model.hf is None else stock_json(model, eos, dtype)
             for name, content in (
                 ("config.json", config),
                 ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
@@ -144,8 +143,9 @@ def stock_json(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, An
     }
 
 
-def hf_config(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(saved: Saved, eos: int, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`."""
+    model = saved.judged.model
     module = CODE.removesuffix(".py")
     return {
         "architectures": ["FomoeForCausalLM"],
@@ -156,6 +156,8 @@ def hf_config(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any
         "model_type": "fomoe",
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": model.vocab_size,
+        # By which tools choose the length of their texts. The model itself has no limit, but it never saw more.
+        "max_position_embeddings": saved.train.seq_len,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
@@ -196,7 +198,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, saved: Saved) -> int:
+def write_tokenizer(folder: Path, saved: Saved) -> int:
     """`tokenizer.json` and its configuration; returns the id that ends a document."""
     spec = saved.data.tokenizer
     tokenizer = load_tokenizer(spec)
@@ -268,6 +270,6 @@ Exported by fomoe-flwr {__version__} from round {checkpoint.round} of run {manif
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)
 ```
 """

@@ -183,12 +183,14 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embed_tokens = value
 
     def forward(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None, use_cache=None,
-        **kwargs,
+        self, input_ids, attention_mask=None, position_ids=None, cache=None, past_key_values=None, labels=None,
+        use_cache=None, **kwargs,
     ):  # fmt: skip
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # Before transformers 5.24 `cache` is called `past_key_values`, there and in what is returned.
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        before = 0 if cache is None else cache.get_seq_length()
         length, device = input_ids.shape[1], input_ids.device
         place_S = before + torch.arange(length, device=device)
         mask_B1SC = (torch.arange(before + length, device=device) <= place_S[:, None])[None, None]
@@ -205,10 +207,11 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):
         angles_BSF = position_ids[..., None].float() * self.config.rope_theta**-exponents_F
         x_BSD = self.model.embed_norm(self.model.embed_tokens(input_ids))
         for block in self.model.layers:
-            x_BSD = block(x_BSD, angles_BSF.cos(), angles_BSF.sin(), mask_B1SC, past_key_values)
+            x_BSD = block(x_BSD, angles_BSF.cos(), angles_BSF.sin(), mask_B1SC, cache)
         x_BSD = self.model.norm(x_BSD)
         logits_BSV = F.linear(x_BSD, self.model.embed_tokens.weight) * self.config.logit_multiplier
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=past_key_values)
+        name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, **{name: cache})
