@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fomoe_flwr import __version__
 from fomoe_flwr.checkpoint import Checkpoint
+from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
