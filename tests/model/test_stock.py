@@ -1,0 +1,273 @@
+"""A stock class with residents is the library's own class, from which the ghosts' outputs have been taken away.
+
+The reference is always a model that transformers itself has loaded from a checkpoint on disk.
+
+Letters: B sequences, S positions, T tokens, V vocabulary, K experts a token, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.export import stock_json
+from fomoe_flwr.hf_files import on_disk
+from fomoe_flwr.model.base import named_views
+from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.families import FAMILIES, family_of
+from fomoe_flwr.model.spec import expert_layers, parameters
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.wire import write_tensors
+from tests.model.helpers import poisoned_memory
+from tests.model.stock_models import CONFIGS, stock
+
+transformers = pytest.importorskip("transformers")
+
+families = pytest.mark.parametrize("family", CONFIGS)
+TOKENS_BT = torch.randint(0, 300, (2, 19), generator=torch.Generator().manual_seed(0))
+State = dict[str, Tensor]
+
+
+def everything(model: ModelConfig) -> list[list[int]]:
+    return full_residents(model.num_layers, model.num_experts)
+
+
+def half(model: ModelConfig) -> list[list[int]]:
+    """Other experts in each layer."""
+    return [[0, 2, 5, 7], [1, 2, 3, 6]][: model.num_layers]
+
+
+def random_state(model: ModelConfig) -> State:
+    """With gains, biases and sinks that are not 1 or 0, so that one nobody applies shows."""
+    state = initial_state(model, everything(model), "skip", 0)
+    generator = torch.Generator().manual_seed(1)
+    for value in state.values():
+        if value.ndim == 1:
+            value += 0.3 * torch.randn(value.shape, generator=generator)
+    return state
+
+
+def reference(model: ModelConfig, state: State, folder: Path) -> Any:
+    """transformers' own model of this state, read from files."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(stock_json(model, 256, torch.float32)))
+    write_tensors(folder / "model.safetensors", dict(on_disk(model, state)))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded).__module__.startswith("transformers.")
+    return loaded
+
+
+def reference_gradients(model: ModelConfig, loaded: Any) -> State:
+    """By our names: what transformers has in stacks comes apart as it does when it saves them."""
+    family = family_of(model.hf or {})
+    found = {
+        name.replace(f".mlp.{family.router}.", ".mlp.gate."): parameter.grad
+        for name, parameter in loaded.named_parameters()
+        if ".mlp.experts." not in name
+    }
+    for layer in expert_layers(model):
+        experts = loaded.model.layers[layer].mlp.experts
+        for expert in range(model.num_experts):
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+            if family.biases:
+                # Columns of gate and up alternate, and matrices are the other way round.
+                both, down = experts.gate_up_proj.grad[expert], experts.down_proj.grad[expert]
+                found |= {
+                    f"{prefix}gate_proj.weight": both[:, ::2].T,
+                    f"{prefix}up_proj.weight": both[:, 1::2].T,
+                    f"{prefix}down_proj.weight": down.T,
+                    f"{prefix}gate_proj.bias": experts.gate_up_proj_bias.grad[expert, ::2],
+                    f"{prefix}up_proj.bias": experts.gate_up_proj_bias.grad[expert, 1::2],
+                    f"{prefix}down_proj.bias": experts.down_proj_bias.grad[expert],
+                }
+            else:
+                gate, up = experts.gate_up_proj.grad[expert].chunk(2)
+                down = experts.down_proj.grad[expert]
+                found |= {
+                    f"{prefix}{part}_proj.weight": value
+                    for part, value in (("gate", gate), ("up", up), ("down", down))
+                }
+    return found
+
+
+def without_ghosts(
+    model: ModelConfig, loaded: Any, residents: list[list[int]], change: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Have the blocks weigh what ghosts give by zero, and the rest by what `change` makes of weights and mask."""
+    for layer, held in zip(expert_layers(model), residents, strict=True):
+        experts = loaded.model.layers[layer].mlp.experts
+        resident_E = torch.tensor([expert in held for expert in range(model.num_experts)])
+
+        def masked(
+            module: nn.Module, arguments: tuple[Tensor, ...], resident_E: Tensor = resident_E
+        ) -> tuple[Tensor, ...]:
+            x_TD, chosen_TK, weights_TK = arguments
+            return x_TD, chosen_TK, change(weights_TK, resident_E[chosen_TK])
+
+        experts.register_forward_pre_hook(masked)
+
+
+def keep(weights_TK: Tensor, resident_TK: Tensor) -> Tensor:
+    return weights_TK * resident_TK
+
+
+def share_out(weights_TK: Tensor, resident_TK: Tensor) -> Tensor:
+    """Token by token: what residents have, scaled to what all would have."""
+    rows = []
+    for weights_K, resident_K in zip(weights_TK, resident_TK, strict=True):
+        kept_K = weights_K * resident_K
+        rows.append(kept_K / kept_K.sum() * weights_K.sum() if resident_K.any() else kept_K * 0)
+    return torch.stack(rows)
+
+
+def loss_of(loaded: Any) -> Tensor:
+    logits_BSV = loaded(input_ids=TOKENS_BT[:, :-1]).logits
+    return F.cross_entropy(logits_BSV.flatten(0, 1), TOKENS_BT[:, 1:].flatten())
+
+
+def compare(model: ModelConfig, ours: State, theirs: State) -> None:
+    for name, value in ours.items():
+        size = theirs[name].norm().clamp(min=1e-4)
+        assert float((value - theirs[name]).norm() / size) < 1e-6, name
+
+
+def gradients_of(
+    model: ModelConfig, state: State, residents: list[list[int]], routing: str
+) -> tuple[float, State]:
+    names = parameters(model, residents, routing)
+    module = build(model, residents, routing, {name: state[name] for name in names}, "cpu")
+    losses = module(TOKENS_BT)
+    losses.cross_entropy.backward()
+    return float(losses.cross_entropy.detach()), {
+        view.name: view.of(view.parameter.grad)
+        for view in named_views(module)
+        if view.parameter.grad is not None
+    }
+
+
+@families
+def test_with_all_experts_it_is_the_stock_model(family: str, tmp_path: Path) -> None:
+    model = stock(family)
+    state = random_state(model)
+    loaded = reference(model, state, tmp_path / "hf")
+    expected = loss_of(loaded)
+    expected.backward()
+    module = build(model, everything(model), "skip", state, "cpu").eval()
+    with torch.no_grad():
+        hidden_BSD, _ = module.hidden(TOKENS_BT)
+        theirs = loaded(input_ids=TOKENS_BT).logits
+    torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)
+    loss, gradients = gradients_of(model, state, everything(model), "skip")
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    # All but DeepSeek-V3's bias, which no gradient trains.
+    assert {name for name in state if "correction" not in name} == gradients.keys()
+    compare(model, gradients, reference_gradients(model, loaded))
+
+
+@families
+@pytest.mark.parametrize(("routing", "change"), [("skip", keep), ("skip_renormalised", share_out)])
+@pytest.mark.parametrize("impl", ["grouped", "loop"])
+def test_with_half_of_the_experts_only_the_ghosts_outputs_are_missing(
+    family: str, routing: str, change: Any, impl: str, tmp_path: Path
+) -> None:
+    model = stock(family)
+    model.experts_impl = impl
+    state, residents = random_state(model), half(model)
+    loaded = reference(model, state, tmp_path / "hf")
+    without_ghosts(model, loaded, residents, change)
+    expected = loss_of(loaded)
+    expected.backward()
+    with poisoned_memory():
+        loss, gradients = gradients_of(model, state, residents, routing)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    held = parameters(model, residents, routing)
+    assert {name for name in held if "correction" not in name} == gradients.keys()
+    compare(model, gradients, reference_gradients(model, loaded))
+
+
+@families
+def test_partitioned_is_the_stock_model_with_these_experts_alone(family: str, tmp_path: Path) -> None:
+    """Where the layers hold equally many, that is a smaller model of the same family, numbered anew."""
+    small = {"olmoe": "num_experts", "qwen3_moe": "num_experts", "deepseek_v2": "n_routed_experts",
+             "deepseek_v3": "n_routed_experts"}  # fmt: skip
+    # Groups are of all experts, and a partitioned router has none.
+    groups = {"n_group": 1, "topk_group": 1} if family.startswith("deepseek") else {}
+    model, residents = stock(family), half(stock(family))
+    reduced = stock(family, **{small.get(family, "num_local_experts"): 4, **groups})
+    whole = random_state(model)
+    state, smaller = {}, {}
+    for name in parameters(model, residents, "partitioned"):
+        row = name.split(".gate.")
+        if ".experts." in name and len(row) == 2:
+            prefix, _, expert = row[0].partition(".experts.")
+            state[name] = whole[f"{prefix}.gate.{row[1]}"][int(expert)]
+        else:
+            state[name] = whole[name]
+    for name in parameters(reduced, everything(reduced), "skip"):
+        layer = int(name.split(".")[2]) if ".layers." in name else -1
+        held = residents[list(expert_layers(model)).index(layer)] if layer in expert_layers(model) else []
+        if ".experts." in name:
+            prefix, _, rest = name.partition(".experts.")
+            expert, _, part = rest.partition(".")
+            smaller[name] = whole[f"{prefix}.experts.{held[int(expert)]}.{part}"]
+        else:
+            smaller[name] = whole[name][held] if ".mlp.gate." in name else whole[name]
+    loaded = reference(reduced, smaller, tmp_path / "hf")
+    module = build(model, residents, "partitioned", state, "cpu")
+    assert float(module(TOKENS_BT).cross_entropy.detach()) == pytest.approx(float(loss_of(loaded).detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_the_balance_loss_is_the_librarys_of_each_layer(family: str) -> None:
+    model = stock(family)
+    module = build(model, half(model), "skip", {
+        name: value
+        for name, value in random_state(model).items()
+        if name in parameters(model, half(model), "skip")
+    }, "cpu")  # fmt: skip
+    logits: list[Tensor] = []
+    for layer in module.moe_layers:
+        layer.gate.register_forward_pre_hook(
+            lambda gate, arguments: logits.append(gate.judge(arguments[0])[0].detach())
+        )
+    loss = float(module(TOKENS_BT).balance.detach())
+    library = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["x"])
+    theirs = [
+        library.load_balancing_loss_func((logits_TE,), model.num_experts, model.top_k) for logits_TE in logits
+    ]
+    coefficient = module.stock.config.router_aux_loss_coef
+    assert loss == pytest.approx(coefficient * float(sum(theirs)) / len(theirs), rel=1e-5)
+
+
+@families
+def test_the_weights_of_another_choice_are_those_the_library_would_give(family: str) -> None:
+    """For its own choice ours are the stock router's; so a choice that somebody else makes is weighed alike."""
+    model = stock(family)
+    module = build(model, everything(model), "skip", random_state(model), "cpu").eval()
+    x_TD = torch.randn(40, model.d_model, generator=torch.Generator().manual_seed(2))
+    for layer in module.moe_layers:
+        routing = layer.gate(x_TD)
+        torch.testing.assert_close(layer.gate.weights(x_TD, routing.chosen_TK), routing.weights_TK)
+
+
+@families
+def test_dense_layers_have_no_experts_and_every_tensor_is_told_once(family: str) -> None:
+    model = stock(family)
+    for routing in ("skip", "partitioned"):
+        names = [view.name for view in named_views(build(model, half(model), routing, None, "cpu"))]
+        assert sorted(names) == sorted(parameters(model, half(model), routing))
+    dense = set(range(3 if family in ("qwen3_moe", "deepseek_v2", "deepseek_v3") else 2)) - set(
+        expert_layers(model)
+    )
+    for layer in dense:
+        assert f"model.layers.{layer}.mlp.up_proj.weight" in names
+        assert not any(name.startswith(f"model.layers.{layer}.mlp.experts") for name in names)
+    assert set(FAMILIES) == set(CONFIGS)
