@@ -165,7 +165,7 @@ class Router(nn.Module):
             else:
                 weights_TK, chosen_TK = self.choose(_exact(x_TD), scores_TC)
             load_C = torch.zeros_like(scores_TC[0]).scatter_add(
-                0, chosen_TK.flatten(), torch.ones_like(weights_TK).flatten()
+                0, chosen_TK.flatten(), torch.ones_like(chosen_TK, dtype=scores_TC.dtype).flatten()
             )
             share_C = (scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0)
             assigned_C = load_C / chosen_TK.numel()
