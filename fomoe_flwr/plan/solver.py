@@ -129,6 +129,9 @@ def _best(options: Options, round_s: float, needed: int) -> tuple[Ints, Ints] | 
 def _best_covering(useful_MR: Floats, needed: int) -> Ints | None:
     """The columns of greatest sum with at least `needed` residents together: a knapsack, exact."""
     num_sites = len(useful_MR)
+    # More residents that do more, too, are always better; most columns fall away.
+    best_from_MR = np.maximum.accumulate(useful_MR[:, ::-1], axis=1)[:, ::-1]
+    worth_it_MR = np.isfinite(useful_MR) & (useful_MR >= best_from_MR)
     # value_C[c]: the best of the sites so far with c residents together, c = needed meaning that or more.
     value_C = np.full(needed + 1, -np.inf)
     value_C[0] = 0.0
@@ -137,7 +140,7 @@ def _best_covering(useful_MR: Floats, needed: int) -> Ints | None:
     at_C = np.arange(needed + 1)
     for site in range(num_sites):
         next_C = np.full(needed + 1, -np.inf)
-        for column in np.flatnonzero(np.isfinite(useful_MR[site])):
+        for column in np.flatnonzero(worth_it_MR[site]):
             step = min(int(column) + 1, needed)
             # c - step residents before; for the last cell the best of all that reach it.
             from_C = at_C - step
