@@ -28,7 +28,7 @@ _SLACK = 1e-9  # of a step: so much rounding does not cost a site its last step
 class Options:
     """What each site could do: rows are sites, column R-1 is a site with R residents a layer."""
 
-    fits_MR: NDArray[np.bool_]  # in its memory
+    fits_MR: NDArray[np.bool_]  # in its memory, and enough to choose from: true from one column to another
     step_s_MR: Floats
     communication_s_MR: Floats  # of a round
     worth_MR: Floats  # of a token; 1: all of its assignments are resident
@@ -38,6 +38,18 @@ class Options:
     @property
     def num_experts(self) -> int:
         return int(self.fits_MR.shape[1])
+
+    @property
+    def least_M(self) -> Ints:
+        """The fewest residents a layer that each site may have."""
+        least_M: Ints = self.fits_MR.argmax(axis=1) + 1
+        return least_M
+
+    @property
+    def most_M(self) -> Ints:
+        """The most."""
+        most_M: Ints = self.num_experts - self.fits_MR[:, ::-1].argmax(axis=1)
+        return most_M
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ def finish_s(options: Options, residents_M: Ints, steps_M: Ints) -> Floats:
 def solve(options: Options, target: float, holders: int) -> Choice:
     """The least round time in which `target` useful tokens can be done, and who does what in it.
 
-    Every site holds at least one expert of each layer and takes at least one step.
+    Every site holds its least number of experts of each layer, or more, and takes at least one step.
 
     Args:
         holders: rho; every expert is on at least so many sites.
@@ -99,7 +111,7 @@ def needed_copies(options: Options, holders: int) -> int:
     Raises:
         ConfigError: all sites' memory together has no room for them.
     """
-    needed, room = holders * options.num_experts, int(options.fits_MR.sum())
+    needed, room = holders * options.num_experts, int(options.most_M.sum())
     if room < needed:
         raise ConfigError(
             f"plan.holders={holders}: {needed} experts a layer must be held, and all sites' memory together has "
