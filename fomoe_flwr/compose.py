@@ -165,6 +165,7 @@ def _complete_model(model: ModelConfig, architecture: Mapping[str, Any] | None) 
         if (given := getattr(model, key)) not in (getattr(usual, key), size):
             raise ConfigError(f"model.{key}={given}: follows from model.hf, which has {size}; leave it out")
         setattr(model, key, size)
+    check_fields(model, "model.")
 
 
 def _check_known(model: ModelConfig, given: Sequence[Override]) -> None:

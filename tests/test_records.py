@@ -74,7 +74,7 @@ def test_a_damaged_line_is_named_and_the_others_are_kept(
 def drawn(run_of: Run, monkeypatch: pytest.MonkeyPatch) -> Placement:
     """The placement that the expert map shows."""
     seen: list[Placement] = []
-    monkeypatch.setattr(picture, "_grids", lambda axes, placement, names: seen.append(placement))
+    monkeypatch.setattr(picture, "_grids", lambda axes, placement, names, layers: seen.append(placement))
     monkeypatch.setattr(picture, "dress", lambda *_: None)
     picture.expert_map(None, run_of)  # type: ignore[arg-type]
     return seen[0]

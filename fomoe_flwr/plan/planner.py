@@ -113,26 +113,40 @@ def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) 
     """
     model, routing = config.model, config.strategy.routing
     counts = range(1, model.num_experts + 1)
-    memory_R = np.array([state_bytes(config, count) for count in counts])
+    counts_R = np.array(counts, dtype=np.float64)
+    memory_R = state_bytes(config, counts_R)
     token_s_R = np.array([cost.seconds(model, routing, count) for count in counts])
     share_R = np.array([held_share(config, count) for count in counts])
     worth_R = 1 - config.skip_price * (1 - share_R)
+    least = _fewest(config)
+    needed = float(memory_R[least - 1])
     for site in sites:
-        if memory_R[0] > site.memory_bytes:
+        if needed > site.memory_bytes:
             raise ConfigError(
                 f"federation: site {site.name} has memory_gib={site.memory_bytes / BYTES_A_GIB:.4g}, but the dense "
-                f"part and one expert a layer need {memory_R[0] / BYTES_A_GIB:.4g} GiB "
+                f"part and {'one expert' if least == 1 else f'{least} experts'} a layer need "
+                f"{needed / BYTES_A_GIB:.4g} GiB "
                 f"(plan.bytes_per_parameter={config.plan.bytes_per_parameter:g})"
             )
-    sent_R = [one_way_bytes(config, count) for count in counts]
+    sent_R = one_way_bytes(config, counts_R)
     return Options(
-        fits_MR=np.array([memory_R <= site.memory_bytes for site in sites]),
+        fits_MR=np.array([(memory_R <= site.memory_bytes) & (counts_R >= least) for site in sites]),
         step_s_MR=np.array([token_s_R * site.step_tokens / site.speed for site in sites]),
-        communication_s_MR=np.array([[exchange_s(site, sent, sent) for sent in sent_R] for site in sites]),
+        communication_s_MR=np.array([exchange_s(site, sent_R, sent_R) for site in sites]),
         worth_MR=np.broadcast_to(worth_R, (len(sites), len(worth_R))),
         step_tokens_M=np.array([site.step_tokens for site in sites]),
         max_steps=int(config.plan.max_steps_ratio * config.train.local_steps),
     )
+
+
+def _fewest(config: RunConfig) -> int:
+    """Residents a layer that a site needs to choose from."""
+    if config.model.hf is None or config.strategy.routing != "partitioned":
+        return 1
+    # Slow to import, as what has read model.hf was.
+    from fomoe_flwr.model.families import family_of
+
+    return family_of(config.model.hf).fewest
 
 
 def describe(
@@ -151,10 +165,13 @@ def describe(
     if hit_M is None:
         hit_M = np.array([held_share(config, residents) for residents in residents_M.tolist()])
     done_s = finish_s(options, residents_M, steps_M)
+    # A table of tensors is read for each of these, so once for all sites.
+    memory_M = state_bytes(config, residents_M.astype(np.float64))
+    sent_M = one_way_bytes(config, residents_M.astype(np.float64))
     planned = []
     for row, site in enumerate(sites):
         residents, steps = int(residents_M[row]), int(steps_M[row])
-        sent = int(one_way_bytes(config, residents))
+        sent = int(sent_M[row])
         communication_s = float(options.communication_s_MR[row, residents - 1])
         planned.append(
             SitePlan(
@@ -163,7 +180,7 @@ def describe(
                 local_steps=steps,
                 batch_size=site.batch_size,
                 tokens=steps * site.step_tokens,
-                memory_bytes=state_bytes(config, residents),
+                memory_bytes=float(memory_M[row]),
                 bytes_down=sent,
                 bytes_up=sent,
                 compute_s=float(done_s[row]) - communication_s,
@@ -201,11 +218,11 @@ def _by_memory(config: RunConfig, options: Options) -> Ints:
     Raises:
         ConfigError: all sites full, and still an expert without a holder.
     """
-    most_M: Ints = options.fits_MR.sum(axis=1).astype(np.int64)
+    most_M = options.most_M
     wanted = min(config.model.num_experts * config.overlap, int(most_M.sum()))
     needed = needed_copies(options, config.plan.holders)
     for scale in np.unique(np.outer(1 / most_M, np.arange(1, config.model.num_experts + 1))):
-        residents_M: Ints = np.clip(np.floor(scale * most_M + 1e-9).astype(np.int64), 1, most_M)
+        residents_M: Ints = np.clip(np.floor(scale * most_M + 1e-9).astype(np.int64), options.least_M, most_M)
         if residents_M.sum() >= max(wanted, needed):
             break
     else:

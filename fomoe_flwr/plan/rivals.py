@@ -125,6 +125,11 @@ def fomoe_overlap(config: RunConfig) -> int:
     return wanted if wanted in shared else min(shared, default=wanted)
 
 
+def skipping_mode(config: RunConfig) -> str:
+    """The routing in which ghosts are skipped: this run's, if it is one."""
+    return "skip" if config.strategy.routing == "partitioned" else config.strategy.routing
+
+
 def too_small(plan: Plan, sites: list[PlanSite]) -> tuple[str, ...]:
     """The sites whose memory does not hold what the plan gives them."""
     return tuple(
@@ -159,13 +164,14 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
     equal = with_strategy(fomoe, overlap=overlap, placement="fixed")
     shared_out = with_strategy(fomoe, overlap=config.overlap if planned else overlap, placement="planned")
+    skipping = skipping_mode(config)
     suffix = ", LocalAdamW" if fomoe.strategy.outer == "local_adamw" else ""
     return [
         _Candidate(DDP, ddp, exchanges=config.train.local_steps),
         _Candidate(DILOCO, replica),
         _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw")),
         _Candidate(f"{FOMOE_EQUAL}, partitioned{suffix}", with_strategy(equal, routing="partitioned")),
-        _Candidate(f"{FOMOE_EQUAL}, skip{suffix}", with_strategy(equal, routing="skip")),
+        _Candidate(f"{FOMOE_EQUAL}, {skipping}{suffix}", with_strategy(equal, routing=skipping)),
         _Candidate(f"{FOMOE_PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),
     ]
 

@@ -17,7 +17,7 @@ from fomoe_flwr.config import SKIP_PRICES, RunConfig
 from fomoe_flwr.console import print_whole
 from fomoe_flwr.model.spec import parameter_counts
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.rivals import Row, some
+from fomoe_flwr.plan.rivals import Row, skipping_mode, some
 from fomoe_flwr.plan.system import PlanSite
 from fomoe_flwr.units import NONE, count, finite, in_bits, in_bytes, percent, time_span
 
@@ -54,9 +54,10 @@ def facts_table(outlook: Outlook) -> Table:
     table = Table(title="plan", box=SIMPLE, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
+    kind = "" if config.model.hf is None else f" ({config.model.hf['model_type']})"
     table.add_row(
         "model",
-        f"{escape(config.model.name)}: {count(counts.total)} parameters, {count(counts.dense)} dense, "
+        f"{escape(config.model.name + kind)}: {count(counts.total)} parameters, {count(counts.dense)} dense, "
         f"{count(counts.experts)} in experts, {count(counts.router)} in routers",
     )
     table.add_row(
@@ -238,7 +239,8 @@ def assumptions_in_words(outlook: Outlook) -> list[str]:
     link = f"{in_bits(plan.assumed_mbps * 1e6 / 8)} and {plan.assumed_latency_ms:g} ms"
     links = f"; {unlinked} of {_sites(total)} with an assumed link ({link})" if unlinked else ""
     measured = " or ".join(
-        f"{percent(price)} less in {routing} mode" for routing, price in SKIP_PRICES.items()
+        f"{percent(SKIP_PRICES[routing])} less in {routing} mode"
+        for routing in (skipping_mode(outlook.config), "partitioned")
     )
     less = measured if plan.skip_price is None else f"{percent(plan.skip_price)} less"
     return [

@@ -28,7 +28,7 @@ _SLACK = 1e-9  # of a step: so much rounding does not cost a site its last step
 class Options:
     """What each site could do: rows are sites, column R-1 is a site with R residents a layer."""
 
-    fits_MR: NDArray[np.bool_]  # in its memory
+    fits_MR: NDArray[np.bool_]  # in its memory, and enough to choose from: true from one column to another
     step_s_MR: Floats
     communication_s_MR: Floats  # of a round
     worth_MR: Floats  # of a token; 1: all of its assignments are resident
@@ -38,6 +38,18 @@ class Options:
     @property
     def num_experts(self) -> int:
         return int(self.fits_MR.shape[1])
+
+    @property
+    def least_M(self) -> Ints:
+        """The fewest residents a layer that each site may have."""
+        least_M: Ints = self.fits_MR.argmax(axis=1) + 1
+        return least_M
+
+    @property
+    def most_M(self) -> Ints:
+        """The most."""
+        most_M: Ints = self.num_experts - self.fits_MR[:, ::-1].argmax(axis=1)
+        return most_M
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ def finish_s(options: Options, residents_M: Ints, steps_M: Ints) -> Floats:
 def solve(options: Options, target: float, holders: int) -> Choice:
     """The least round time in which `target` useful tokens can be done, and who does what in it.
 
-    Every site holds at least one expert of each layer and takes at least one step.
+    Every site holds its least number of experts of each layer, or more, and takes at least one step.
 
     Args:
         holders: rho; every expert is on at least so many sites.
@@ -99,7 +111,7 @@ def needed_copies(options: Options, holders: int) -> int:
     Raises:
         ConfigError: all sites' memory together has no room for them.
     """
-    needed, room = holders * options.num_experts, int(options.fits_MR.sum())
+    needed, room = holders * options.num_experts, int(options.most_M.sum())
     if room < needed:
         raise ConfigError(
             f"plan.holders={holders}: {needed} experts a layer must be held, and all sites' memory together has "
@@ -129,6 +141,9 @@ def _best(options: Options, round_s: float, needed: int) -> tuple[Ints, Ints] | 
 def _best_covering(useful_MR: Floats, needed: int) -> Ints | None:
     """The columns of greatest sum with at least `needed` residents together: a knapsack, exact."""
     num_sites = len(useful_MR)
+    # More residents that do more, too, are always better; most columns fall away.
+    best_from_MR = np.maximum.accumulate(useful_MR[:, ::-1], axis=1)[:, ::-1]
+    worth_it_MR = np.isfinite(useful_MR) & (useful_MR >= best_from_MR)
     # value_C[c]: the best of the sites so far with c residents together, c = needed meaning that or more.
     value_C = np.full(needed + 1, -np.inf)
     value_C[0] = 0.0
@@ -137,7 +152,7 @@ def _best_covering(useful_MR: Floats, needed: int) -> Ints | None:
     at_C = np.arange(needed + 1)
     for site in range(num_sites):
         next_C = np.full(needed + 1, -np.inf)
-        for column in np.flatnonzero(np.isfinite(useful_MR[site])):
+        for column in np.flatnonzero(worth_it_MR[site]):
             step = min(int(column) + 1, needed)
             # c - step residents before; for the last cell the best of all that reach it.
             from_C = at_C - step

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 BYTES_PER_S_A_MBPS = 1e6 / 8
 BYTES_A_GIB = 2**30
+
+# A number, or one for each of many cases at once.
+Amounts = TypeVar("Amounts", float, NDArray[np.float64])
 
 # Two unknowns cannot be told apart where the sites' expert work differs by less.
 LEAST_SPREAD = 0.05
@@ -87,7 +91,7 @@ class Split(NamedTuple):
     dense: int  # at every site
     per_expert: int  # goes with one expert
 
-    def held(self, experts: float) -> float:
+    def held(self, experts: Amounts) -> Amounts:
         """Parameters of a site with so many experts over all its layers; a mean need not be whole."""
         return self.dense + experts * self.per_expert
 
@@ -101,18 +105,18 @@ def split_parameters(model: ModelConfig, routing: str) -> Split:
     return Split(counts.dense, expert_parameters(model) + row)
 
 
-def held_parameters(config: RunConfig, residents: float) -> float:
+def held_parameters(config: RunConfig, residents: Amounts) -> Amounts:
     """Parameters of a site's shard with so many residents a layer; a mean over layers or sites need not be whole."""
     split = split_parameters(config.model, config.strategy.routing)
     return split.held(config.model.num_layers * residents)
 
 
-def state_bytes(config: RunConfig, residents: float) -> float:
+def state_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     """Memory of a site's weights, gradients and moments; activations come on top."""
     return held_parameters(config, residents) * config.plan.bytes_per_parameter
 
 
-def one_way_bytes(config: RunConfig, residents: float) -> float:
+def one_way_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     """From the server to a site with so many residents a layer, or back: its dense part and its residents.
 
     Unlike a ring of sites, a server also receives experts of a single holder. A redrawn placement costs nothing more:
@@ -123,12 +127,12 @@ def one_way_bytes(config: RunConfig, residents: float) -> float:
     return copies * bytes_a_number * held_parameters(config, residents)
 
 
-def transfer_s(num_bytes: float, bytes_per_s: float, latency_s: float) -> float:
+def transfer_s(num_bytes: Amounts, bytes_per_s: float, latency_s: float) -> Amounts:
     """`t_comm = B / B_eff`, and the latency once."""
     return latency_s + num_bytes / bytes_per_s
 
 
-def exchange_s(site: PlanSite, down_bytes: float, up_bytes: float) -> float:
+def exchange_s(site: PlanSite, down_bytes: Amounts, up_bytes: Amounts) -> Amounts:
     """Down to a site and up again, one after the other."""
     down_s = transfer_s(down_bytes, site.down_bytes_per_s, site.latency_s)
     return down_s + transfer_s(up_bytes, site.up_bytes_per_s, site.latency_s)

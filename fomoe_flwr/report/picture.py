@@ -20,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.model.spec import expert_layers
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.rivals import compare_strategies
 from fomoe_flwr.report.load import CLASSES, Run, SiteRound
@@ -219,7 +220,7 @@ def expert_map(axes: Axes, run: Run) -> None:
     when = f" in round {round_}" if changed else ""
     if len(sites) * model.num_layers <= MAX_ROWS and model.num_experts <= MAX_EXPERTS:
         dress(axes, f"Experts held by each site{when}", "")
-        _grids(axes, placement, names)
+        _grids(axes, placement, names, expert_layers(model))
     else:
         dress(axes, f"Experts held by each site{when}, all {model.num_layers} layers", "experts")
         _counts(axes, placement, names)
@@ -230,7 +231,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
 
 
-def _grids(axes: Axes, placement: Placement, names: list[str]) -> None:
+def _grids(axes: Axes, placement: Placement, names: list[str], layers: Sequence[int]) -> None:
     num_layers, num_experts, num_sites = placement.holds_LEM.shape
     colors = site_colors(num_sites)
     cells = np.empty((num_sites, num_layers, num_experts, 3))
@@ -248,7 +249,9 @@ def _grids(axes: Axes, placement: Placement, names: list[str]) -> None:
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     rows_are = (
-        "one row: the only layer" if num_layers == 1 else f"rows: layers 0 to {num_layers - 1} from the top"
+        f"one row: the only layer{'' if layers[0] == 0 else ' with experts'}"
+        if num_layers == 1
+        else f"rows: layers {layers[0]} to {layers[-1]} from the top"
     )
     axes.set_xlabel(f"expert   ({rows_are}; coloured: held, grey: not)", color=INK)
     axes.spines[:].set_visible(False)
