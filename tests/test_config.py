@@ -181,7 +181,7 @@ ALONE = [
     ("model.locality", "loss", []),
     ("model.locality_target", 0.75, ["model.locality=bias"]),
     ("model.path", "/some/where", ["model=olmoe_tiny"]),
-    ("model.init", "checkpoint", ["model=olmoe_tiny", "model.path=/some/where"]),
+    ("model.init", "checkpoint", ["model=olmoe_tiny", "model.path=/some/where", "data.tokenizer=bytes"]),
     ("strategy.routing", "partitioned", []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
@@ -227,6 +227,17 @@ def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:
     assert (model.d_expert, model.vocab_size, model.num_heads, model.num_shared_experts) == (64, 264, 4, 0)
     assert model.expert_layers == [0, 2, 3]
     assert config_of().model.hf is None
+
+
+def test_a_checkpoint_goes_on_with_its_own_tokenizer(tmp_path: Path) -> None:
+    given = ["model=olmoe_tiny", f"model.path={tmp_path}", "model.init=checkpoint"]
+    told = f"data.tokenizer=bytes: model.path={tmp_path} has no tokenizer.json; give data.tokenizer=FILE"
+    assert told in refusal(*given)
+    assert config_of(*given, "data.tokenizer=bytes").data.tokenizer == "bytes"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert config_of(*given).data.tokenizer == str(tmp_path / "tokenizer.json")
+    assert config_of(*given, "data.tokenizer=/other.json").data.tokenizer == "/other.json"
+    assert config_of(*given[:2]).data.tokenizer == "bytes"
 
 
 @pytest.mark.parametrize("model", ["tiny", "proxy", "medium", "large", "xl", "xxl"])
@@ -289,6 +300,7 @@ def test_each_option_in_conf_is_a_valid_one(group: str, tmp_path: Path) -> None:
     }
     (tmp_path / "sites.yaml").write_text("num_sites: 4\n")
     (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 1}')
+    (tmp_path / "tokenizer.json").write_text("{}")
     options = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
     assert options
     for option in options:
