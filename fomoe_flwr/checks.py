@@ -111,7 +111,7 @@ def check_combinations(config: RunConfig) -> None:
         check_overlap(num_sites, model.num_experts, config.overlap)
     elif config.overlap > num_sites:
         raise ConfigError(f"strategy.overlap={config.overlap}: at most the number of sites, {num_sites}")
-    if model.hf is None and (model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2):
+    if not model.hf and (model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2):
         raise ConfigError(
             f"model.num_heads={model.num_heads}: must divide d_model={model.d_model} into heads of even width"
         )
@@ -123,7 +123,7 @@ def check_combinations(config: RunConfig) -> None:
     if model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
     _check_routing(config)
-    if model.hf is not None:
+    if model.hf:
         _check_stock(config, model.hf)
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:

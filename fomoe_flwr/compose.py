@@ -149,15 +149,15 @@ def _complete_model(model: ModelConfig, architecture: Mapping[str, Any] | None) 
     """
     if model.init == "checkpoint" and model.path is None:
         raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")
-    if model.path is not None and model.hf is None:
+    if model.path is not None and (model.init == "checkpoint" or not model.hf):
         # Slow to import, as is all that follows.
         from fomoe_flwr.hf_files import read_architecture
 
-        model.hf = dict(architecture) if architecture else read_architecture(Path(model.path), "model.path")
-    if model.hf is None:
+        model.hf = {**(architecture or read_architecture(Path(model.path), "model.path")), **model.hf}
+    if not model.hf:
         if model.expert_layers is not None:
             raise ConfigError(
-                f"model.expert_layers={model.expert_layers}: follows from model.hf, which is null; leave it out"
+                f"model.expert_layers={model.expert_layers}: follows from model.hf, which is empty; leave it out"
             )
         return
     from fomoe_flwr.model.stock import sizes_of
@@ -192,7 +192,7 @@ def _check_known(model: ModelConfig, given: Sequence[Override]) -> None:
     """A file of somebody else's may have keys that transformers does not know, an override must not."""
     for key in (override.key_or_group for override in given):
         name = key.removeprefix("model.hf.")
-        if model.hf is not None and name != key:
+        if model.hf and name != key:
             from fomoe_flwr.model.stock import stock_config
 
             rest = {other: value for other, value in model.hf.items() if other != name}

@@ -74,16 +74,15 @@ class ModelConfig:
     """Sizes of the model (FoMoE, appendix B). `base_*` are those of the model whose lr was tuned (CompleteP)."""
 
     name: str = "tiny"  # as it is called in tables; model=NAME chooses all of this
-    # Null: the σ-MoE. Else an architecture of transformers, by the keys of its config.json; the sizes below follow from
-    # them. model=hf takes them from the config.json in model.path.
-    hf: dict[str, Any] | None = None
+    # Empty: the σ-MoE. Else an architecture of transformers, by the keys of its config.json, from which the sizes below
+    # follow. model=hf takes them from the config.json in model.path; what is given here comes on top.
+    hf: dict[str, Any] = field(default_factory=dict)
     path: str | None = a_path()  # with model.hf: a checkpoint of Hugging Face, a folder
     init: str = choice(
         "random", "random", "checkpoint"
     )  # the weights at step 0; checkpoint: those in model.path
-    expert_layers: list[int] | None = (
-        None  # null: all; with model.hf: those that have experts, the others are dense
-    )
+    # Null: all. With model.hf those that have experts; the others are dense.
+    expert_layers: list[int] | None = None
     vocab_size: int = at_least(264, 2)  # rows of the embedding; at least the ids of data.tokenizer
     d_model: int = at_least(128, 8)  # width; a multiple of 8 and of 2 num_heads
     num_layers: int = at_least(4, 1)  # those with experts; in the σ-MoE all have

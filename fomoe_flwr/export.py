@@ -82,16 +82,16 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
         with naming(target):
             aside.mkdir(parents=True)
             model = saved.judged.model
-            tensors = state.items() if model.hf is None else on_disk(model, state)
+            tensors = state.items() if not model.hf else on_disk(model, state)
             _write_weights(aside, {name: tensor.to(dtype) for name, tensor in tensors})
             eos = write_tokenizer(aside, saved)
-            config = hf_config(saved, eos, dtype) if model.hf is None else stock_json(model, eos, dtype)
+            config = hf_config(saved, eos, dtype) if not model.hf else stock_json(model, eos, dtype)
             for name, content in (
                 ("config.json", config),
                 ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
             ):
                 (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            if model.hf is None:
+            if not model.hf:
                 shutil.copyfile(str(files("fomoe_flwr") / "model" / CODE), aside / CODE)
             (aside / "README.md").write_text(_card(saved, dtype), encoding="utf-8")
             for file in aside.iterdir():
@@ -134,7 +134,7 @@ def stock_json(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, An
     # Not needed for the σ-MoE.
     from fomoe_flwr.model.stock import class_name
 
-    hf = model.hf or {}
+    hf = model.hf
     return {
         "architectures": [class_name(hf)],
         "eos_token_id": eos,

@@ -159,7 +159,7 @@ def from_checkpoint(saved: Saved) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         eos = write_tokenizer(Path(folder), saved)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    if saved.judged.model.hf is None:
+    if not saved.judged.model.hf:
         ours = our_class()
         config = ours.FomoeConfig(**hf_config(saved, eos, torch.float32))
         # The checkpoint's tensors become the parameters; there is no second set.

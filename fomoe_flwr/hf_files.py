@@ -146,7 +146,6 @@ def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iter
     Raises:
         ConfigError: a file or tensor is missing, has another shape, or is no part of the architecture.
     """
-    assert model.hf is not None
     family = family_of(model.hf)
     table = parameters(model, full_residents(model.num_layers, model.num_experts), "skip")
     ours = _by_disk_name(model)
@@ -170,7 +169,7 @@ def _check_names(
     shards: _Shards, ours: Mapping[str, list[str]], model: ModelConfig, folder: Path, key: str
 ) -> None:
     """What is on disk and is not ours: left out where it is known to be none of the model's, else refused."""
-    layers = int((model.hf or {}).get("num_hidden_layers") or 0)
+    layers = int(model.hf.get("num_hidden_layers") or 0)
     left_out = set()
     for name in shards.file_of:
         if name in ours or name.removesuffix("_blocks").removesuffix("_scales") in ours:
@@ -232,7 +231,6 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 def on_disk(model: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of an export, one after the other, from a state whose routers are whole."""
-    assert model.hf is not None
     family = family_of(model.hf)
     for name, ours in _by_disk_name(model).items():
         yield name, family.join({one: state[one] for one in ours})
@@ -240,7 +238,7 @@ def on_disk(model: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[s
 
 def _by_disk_name(model: ModelConfig) -> dict[str, list[str]]:
     """Of which of our names (skip mode) each tensor of a checkpoint is made."""
-    family = family_of(model.hf or {})
+    family = family_of(model.hf)
     found: dict[str, list[str]] = {}
     for name in parameters(model, full_residents(model.num_layers, model.num_experts), "skip"):
         found.setdefault(family.to_disk(name), []).append(name)

@@ -96,7 +96,7 @@ def run_inputs(config: RunConfig, tokenizer: str, corpus: TokenCorpus | None, de
     model = {
         key: value
         for key, value in dataclasses.asdict(config.model).items()
-        if key not in FREE_MODEL_KEYS and not (key in _NEW_MODEL_KEYS and value is None)
+        if key not in FREE_MODEL_KEYS and not (key in _NEW_MODEL_KEYS and not value)
     }
     data = config.data
     alpha = data.dirichlet_alpha if data.partition == "dirichlet" else None

@@ -36,6 +36,8 @@ def all_keys(config_type: type = RunConfig, prefix: str = "") -> Iterator[Key]:
         section: Any = spec.default_factory
         if dataclasses.is_dataclass(section):
             yield from all_keys(section, f"{name}.")  # type: ignore[arg-type]
+        elif section is dict:
+            yield Key(name, "{}", "", told[spec.name])
         elif section is list:
             yield from all_keys(SiteConfig, f"{name}[].")
         else:

@@ -181,7 +181,6 @@ ALONE = [
     ("model.locality", "loss", []),
     ("model.locality_target", 0.75, ["model.locality=bias"]),
     ("model.path", "/some/where", ["model=olmoe_tiny"]),
-    ("model.init", "checkpoint", ["model=olmoe_tiny", "model.path=/some/where", "data.tokenizer=bytes"]),
     ("strategy.routing", "partitioned", []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
@@ -216,28 +215,30 @@ def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
 
 def test_no_key_is_left_out_of_the_tables_above() -> None:
     sections = {field.name for field in dataclasses.fields(RunConfig)} - {"seed", "resume"}
-    tested_below = {"federation.path", "federation.sites", "model.hf", "model.expert_layers"}
+    tested_below = {"federation.path", "federation.sites", "model.hf", "model.expert_layers", "model.init"}
     assert set(known_keys()) - sections - tested_below == {*TOGETHER, *(key for key, _, _ in ALONE)}
 
 
 def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:
     model = config_of("model=qwen3_moe_tiny", "model.hf.hidden_size=64", "model.hf.mlp_only_layers=[1]").model
-    assert model.hf is not None
     assert (model.d_model, model.num_layers, model.num_experts, model.top_k) == (64, 3, 16, 4)
     assert (model.d_expert, model.vocab_size, model.num_heads, model.num_shared_experts) == (64, 264, 4, 0)
     assert model.expert_layers == [0, 2, 3]
-    assert config_of().model.hf is None
+    assert config_of().model.hf == {}
 
 
 def test_a_checkpoint_goes_on_with_its_own_tokenizer(tmp_path: Path) -> None:
-    given = ["model=olmoe_tiny", f"model.path={tmp_path}", "model.init=checkpoint"]
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
+    given = ["model=hf", f"model.path={tmp_path}", "model.init=checkpoint", "+model.hf.num_experts=8"]
     told = f"data.tokenizer=bytes: model.path={tmp_path} has no tokenizer.json; give data.tokenizer=FILE"
     assert told in refusal(*given)
     assert config_of(*given, "data.tokenizer=bytes").data.tokenizer == "bytes"
     (tmp_path / "tokenizer.json").write_text("{}")
     assert config_of(*given).data.tokenizer == str(tmp_path / "tokenizer.json")
     assert config_of(*given, "data.tokenizer=/other.json").data.tokenizer == "/other.json"
-    assert config_of(*given[:2]).data.tokenizer == "bytes"
+    model = config_of(*given).model
+    assert (model.init, model.num_layers, model.num_experts) == ("checkpoint", 3, 8)
+    assert config_of("model=olmoe_tiny", given[1]).data.tokenizer == "bytes"
 
 
 @pytest.mark.parametrize("model", ["tiny", "proxy", "medium", "large", "xl", "xxl"])
@@ -471,7 +472,7 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["model=hf", "model.path=/nowhere"], "model.path=/nowhere: no such folder"),
         (
             ["model.expert_layers=[1]"],
-            "model.expert_layers=[1]: follows from model.hf, which is null; leave it out",
+            "model.expert_layers=[1]: follows from model.hf, which is empty; leave it out",
         ),
         (
             ["model=olmoe_tiny", "model.d_model=512"],

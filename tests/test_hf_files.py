@@ -29,7 +29,7 @@ families = pytest.mark.parametrize("family", CONFIGS)
 def saved(family: str, folder: Path, shard: str = "5GB", **changes: Any) -> dict[str, Tensor]:
     """A checkpoint as transformers writes it, in bf16; all that is on disk."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**(stock(family, **changes).hf or {}))
+    config = transformers.AutoConfig.for_model(**stock(family, **changes).hf)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard)
     return everything_in(folder)

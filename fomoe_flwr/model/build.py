@@ -33,7 +33,7 @@ def build(
 
 
 def _architecture(model: ModelConfig) -> type[LanguageModel]:
-    if model.hf is None:
+    if not model.hf:
         return Transformer
     # It imports transformers, which an installation for the σ-MoE need not have.
     from fomoe_flwr.model.stock import StockModel

@@ -65,7 +65,7 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
     Args:
         routing: in `partitioned` mode the router's rows go with the experts, else it is one dense tensor a layer.
     """
-    if model.hf is not None:
+    if model.hf:
         # Its table is read off the stock class, which needs PyTorch and transformers.
         from fomoe_flwr.model.stock import stock_table
 
@@ -250,7 +250,7 @@ def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
 
 def attention_flops(model: ModelConfig, seq_len: int) -> int:
     """Scores and values of one token in all layers; as much again is masked away."""
-    if model.hf is not None:
+    if model.hf:
         from fomoe_flwr.model.stock import stock_attention_flops
 
         return stock_attention_flops(model, seq_len)

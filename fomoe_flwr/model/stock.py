@@ -131,7 +131,6 @@ def stock_table(model: ModelConfig, routing: str) -> list[Param]:
 
     At random every matrix is drawn with `initializer_range`, as transformers does.
     """
-    assert model.hf is not None
     return list(_table(json.dumps(model.hf, sort_keys=True), routing))
 
 
@@ -179,7 +178,6 @@ def _table(text: str, routing: str) -> tuple[Param, ...]:
 
 def stock_attention_flops(model: ModelConfig, seq_len: int) -> int:
     """`spec.attention_flops`: by head widths that may differ, over the positions that a layer looks back to."""
-    assert model.hf is not None
     config, _ = _described(model.hf)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "qk_nope_head_dim", None)
@@ -215,7 +213,7 @@ class StockRouter(Router):
         residents: Sequence[int] | None,
     ) -> None:
         super().__init__(model, len(candidates), residents)
-        self.settings, self.stock, self.family = config, stock, family_of(model.hf or {})
+        self.settings, self.stock, self.family = config, stock, family_of(model.hf)
         for name, tensor in (*stock.named_parameters(), *stock.named_buffers()):
             # A buffer is told by name and sent like a parameter, but no gradient trains it.
             trained = isinstance(tensor, nn.Parameter)
@@ -273,7 +271,7 @@ class StockExperts(nn.Module):
         routing: str,
     ) -> None:
         super().__init__()
-        self.settings, self.family, self.routing = config, family_of(model.hf or {}), routing
+        self.settings, self.family, self.routing = config, family_of(model.hf), routing
         e, h, d = len(residents), model.d_expert, model.d_model
         for part, (rows, columns) in (("gate", (h, d)), ("up", (h, d)), ("down", (d, h))):
             setattr(self, part, nn.Parameter(torch.empty(e, rows, columns)))
@@ -305,7 +303,6 @@ class StockModel(LanguageModel):
 
     def __init__(self, model: ModelConfig, residents: Residents, routing: str) -> None:
         super().__init__(model, residents, routing)
-        assert model.hf is not None
         config, family = stock_config(model.hf), family_of(model.hf)
         self.stock: Any = _stock_class(config)
         self._layers = []

@@ -141,7 +141,7 @@ def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) 
 
 def _fewest(config: RunConfig) -> int:
     """Residents a layer that a site needs to choose from."""
-    if config.model.hf is None or config.strategy.routing != "partitioned":
+    if not config.model.hf or config.strategy.routing != "partitioned":
         return 1
     # Slow to import, as what has read model.hf was.
     from fomoe_flwr.model.families import family_of

@@ -54,7 +54,7 @@ def facts_table(outlook: Outlook) -> Table:
     table = Table(title="plan", box=SIMPLE, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    kind = "" if config.model.hf is None else f" ({config.model.hf['model_type']})"
+    kind = "" if not config.model.hf else f" ({config.model.hf['model_type']})"
     table.add_row(
         "model",
         f"{escape(config.model.name + kind)}: {count(counts.total)} parameters, {count(counts.dense)} dense, "

@@ -70,7 +70,7 @@ def reference(model: ModelConfig, state: State, folder: Path) -> Any:
 
 def reference_gradients(model: ModelConfig, loaded: Any) -> State:
     """By our names: what transformers has in stacks comes apart as it does when it saves them."""
-    family = family_of(model.hf or {})
+    family = family_of(model.hf)
     found = {
         name.replace(f".mlp.{family.router}.", ".mlp.gate."): parameter.grad
         for name, parameter in loaded.named_parameters()
