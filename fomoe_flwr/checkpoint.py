@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from hydra.core.override_parser.types import Override
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fomoe_flwr.compose import Composed, compose, earlier_placement
-from fomoe_flwr.errors import CheckpointError, ConfigError
+from fomoe_flwr.errors import CheckpointError, ConfigError, WireError
 from fomoe_flwr.files import expanded, flush, naming
+from fomoe_flwr.mapped import map_file
 from fomoe_flwr.overrides import (
     check_single,
     is_plain,
@@ -39,7 +38,7 @@ from fomoe_flwr.overrides import (
     spelled,
 )
 from fomoe_flwr.reading import Amount, Number, load_json, reason
-from fomoe_flwr.wire import write_tensors
+from fomoe_flwr.wire import decode, write_tensors
 
 log = logging.getLogger("fomoe")
 
@@ -120,7 +119,7 @@ class Manifest(_Head, Facts, total=False):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, read and verified."""
+    """A whole checkpoint, verified. Its tensors are read where they lie in its files, and must not be written to."""
 
     path: Path
     manifest: dict[str, Any]
@@ -178,9 +177,10 @@ def save_checkpoint(
             aside.mkdir(parents=True)
             for name, tensors in (("parameters", parameters), ("outer", outer)):
                 file = aside / f"{name}.safetensors"
-                write_tensors(file, tensors)
+                digest = hashlib.sha256()
+                write_tensors(file, tensors, seen=digest.update)
                 flush(file)
-                digests[file.name] = _digest(file)
+                digests[file.name] = digest.hexdigest()
             manifest = {"format": FORMAT, "round": round_, "sha256": digests, **facts}
             digests["manifest.json"] = _manifest_digest(manifest)
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -254,12 +254,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(
                     f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)"
                 )
-            tensors[name] = load_file(file)
+            tensors[name] = decode(map_file(file))
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} cannot be read ({reason(error)})"
             ) from error
-        except SafetensorError as error:  # as it was written, but not by this program
+        except (WireError, ValueError) as error:  # as it was written, but not by this program
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} holds no tensors ({reason(error)})"
             ) from error
@@ -381,5 +381,5 @@ def compose_run(overrides: Sequence[str | Override]) -> Composed:
     architecture = None
     if isinstance(where := last_value(completed, "resume"), str) and "model.path" not in asked:
         # The folder that the model was read from may be gone.
-        architecture = resume_from(where)[1].manifest["config"]["model"].get("hf")
+        architecture = resume_from(where)[1].manifest["config"].get("model", {}).get("hf")
     return replace(compose(completed, architecture), asked=asked)

@@ -144,6 +144,11 @@ def check_combinations(config: RunConfig) -> None:
             )
     if config.plan.holders > num_sites:
         raise ConfigError(f"plan.holders={config.plan.holders}: at most the number of sites, {num_sites}")
+    if config.checkpoint.state == "files" and (strategy.inner, strategy.outer) == ("gradient", "adamw"):
+        raise ConfigError(
+            "checkpoint.state=files: not with strategy.inner=gradient strategy.outer=adamw, which clips the gradients "
+            "of the whole model at once; use memory"
+        )
     if not 0 < data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction={data.val_fraction}: must lie between 0 and 1")
     if train.threads > MOST_THREADS:

@@ -304,6 +304,9 @@ class CheckpointConfig:
     every: int = at_least(1, 0)  # rounds; 0: only the last round
     # Newest checkpoints kept, on the server and of each site's state; the server also keeps that of lowest loss.
     keep: int = at_least(3, 1)
+    # Where the server's model and its outer optimizer lie while it runs; files: in the run directory, where a server
+    # with less memory works on them a piece at a time.
+    state: str = choice("memory", "memory", "files")
 
 
 @dataclass

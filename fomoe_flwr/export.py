@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, check_tokenizer, load
 from fomoe_flwr.files import expanded, flush, naming
-from fomoe_flwr.hf_files import on_disk
+from fomoe_flwr.hf_files import Maker, on_disk
 from fomoe_flwr.model.spec import (
     depth_multiplier,
     expert_layers,
@@ -36,7 +37,7 @@ from fomoe_flwr.model.spec import (
     table,
 )
 from fomoe_flwr.placement import full_residents
-from fomoe_flwr.wire import write_tensors
+from fomoe_flwr.wire import split_bundle, write_tensors
 
 CODE = "modeling_fomoe.py"
 SHARD_BYTES = 5 * 10**9  # of a file of weights, as huggingface_hub has it
@@ -82,8 +83,8 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
         with naming(target):
             aside.mkdir(parents=True)
             model = saved.judged.model
-            tensors = state.items() if not model.hf else on_disk(model, state)
-            _write_weights(aside, {name: tensor.to(dtype) for name, tensor in tensors})
+            makers = {name: itemgetter(name) for name in state} if not model.hf else on_disk(model)
+            _write_weights(aside, state, makers, dtype)
             eos = write_tokenizer(aside, saved)
             config = hf_config(saved, eos, dtype) if not model.hf else stock_json(model, eos, dtype)
             for name, content in (
@@ -176,26 +177,25 @@ def hf_config(saved: Saved, eos: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """One file, or several and their index, named as transformers looks for them."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(state):
-        if shards[-1] and size + state[name].nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = state[name].contiguous()
-        size += state[name].nbytes
-    if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", shards[0])
-        return
+def _write_weights(
+    folder: Path, state: Mapping[str, Tensor], makers: Mapping[str, Maker], dtype: torch.dtype
+) -> None:
+    """One file, or several and their index, named as transformers looks for them; one tensor is in memory at a time."""
+    # Sizes and shapes, before anything is read.
+    blank = {name: tensor.to("meta") for name, tensor in state.items()}
+    shapes = {name: make(blank) for name, make in makers.items()}
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in shapes.items()}
+    shards = list(split_bundle(sorted(shapes), sizes, SHARD_BYTES))
     where: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, shard)
-        where |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+        file = file if len(shards) > 1 else "model.safetensors"
+        shard = {name: shapes[name] for name in names}
+        write_tensors(folder / file, shard, dtype=dtype, read=lambda name: makers[name](state))
+        where |= dict.fromkeys(names, file)
+    if len(shards) == 1:
+        return
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 

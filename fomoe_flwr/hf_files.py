@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.mapped import PIECE_BYTES
 from fomoe_flwr.model.families import family_of
 from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, parameters
 from fomoe_flwr.placement import full_residents
@@ -83,6 +84,7 @@ class _Shards:
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
         self._opened: dict[str, Any] = {}
+        self._touched = 0  # bytes that were read of the open files
         self._stack = contextlib.ExitStack()
         self.file_of = self._find()
 
@@ -128,8 +130,14 @@ class _Shards:
         return self._tensor(name)
 
     def _tensor(self, name: str) -> Tensor:
+        # What was read counts as this process's memory until its file is closed.
+        if self._touched >= PIECE_BYTES:
+            self._stack.close()
+            self._opened.clear()
+            self._touched = 0
         try:
             tensor: Tensor = self.open(self.file_of[name]).get_tensor(name)
+            self._touched += tensor.nbytes
         except SafetensorError as error:
             raise self._error(f"{self.file_of[name]} lacks {name} ({reason(error)})") from error
         return tensor
@@ -229,11 +237,18 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 # ----- out
 
 
-def on_disk(model: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an export, one after the other, from a state whose routers are whole."""
+# Makes a tensor of an export from a state whose routers are whole.
+Maker = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def on_disk(model: ModelConfig) -> dict[str, Maker]:
+    """The tensors of an export by their names, and how each is made."""
     family = family_of(model.hf)
-    for name, ours in _by_disk_name(model).items():
-        yield name, family.join({one: state[one] for one in ours})
+
+    def maker(ours: Sequence[str]) -> Maker:
+        return lambda state: family.join({one: state[one] for one in ours})
+
+    return {name: maker(ours) for name, ours in _by_disk_name(model).items()}
 
 
 def _by_disk_name(model: ModelConfig) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import json
 import math
 import mmap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from torch import Tensor
 from fomoe_flwr.codecs import Codec, CodecState, Parts
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.errors import WireError
+from fomoe_flwr.mapped import in_pieces
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.untrusted import parse_json
 
@@ -33,10 +34,11 @@ MAX_HEADER_BYTES = 100 * 2**20  # of a bundle, as in safetensors
 MAX_NAME, MAX_DIMENSIONS = 200, 8  # characters; of a tensor
 
 _DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.int32: "I32", torch.int64: "I64",
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8",
+    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
-_DTYPES_BACK = {text: dtype for dtype, text in _DTYPES.items()}
+# Half precision is for exports: nothing here reads it.
+_DTYPES_BACK = {text: dtype for dtype, text in _DTYPES.items() if dtype != torch.float16}
 
 # A bundle is read where it lies, and nobody writes to what arrived. PyTorch warns of that once a process:
 # let it do so here, unheard, instead of in the middle of a run.
@@ -59,7 +61,7 @@ def encode(parts: Parts) -> bytes:
     blob = io.BytesIO(bytes(start + size))
     with blob.getbuffer() as memory:
         memory[:start] = text
-        for name, (tensor, dtype) in parts.items():
+        for name, (tensor, dtype) in in_pieces(parts.items(), lambda item: item[1].tensor.nbytes):
             begin, end = header[name]["data_offsets"]
             if begin < end:
                 target = torch.frombuffer(memory[start + begin : start + end], dtype=dtype)
@@ -68,7 +70,14 @@ def encode(parts: Parts) -> bytes:
     return blob.getvalue()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    read: Callable[[str], Tensor] | None = None,
+    seen: Callable[[bytes | memoryview], object] = lambda piece: None,
+) -> None:
     """Write a safetensors file, the same bytes for the same tensors, marked as PyTorch's.
 
     Not by safetensors 0.8: that makes every file readable by its owner only, orders metadata by chance, and says in an
@@ -76,27 +85,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
     Args:
         facts: more metadata.
+        dtype: to which each is cast while it is written; None: as it is.
+        read: a tensor by its name, when its turn has come; `tensors` may then be without content (`meta`).
+        seen: is given all that is written, in order.
 
     Raises:
         OSError: the file cannot be written.
     """
     # The widest numbers first, so that each lies at a multiple of its size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    read = read or tensors.__getitem__
+    dtypes = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     # transformers opens no file without `format`.
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(facts or {})}}
     size = 0
     for name in order:
-        dtype, end = tensors[name].dtype, size + tensors[name].nbytes
+        end = size + tensors[name].numel() * dtypes[name].itemsize
         header[name] = {
-            "dtype": _DTYPES[dtype],
+            "dtype": _DTYPES[dtypes[name]],
             "shape": list(tensors[name].shape),
             "data_offsets": [size, end],
         }
         size = end
     with path.open("wb") as file:
-        file.write(_header_bytes(header))
-        for name in order:
-            file.write(raw_bytes(tensors[name]))
+
+        def write(piece: bytes | memoryview) -> None:
+            file.write(piece)
+            seen(piece)
+
+        write(_header_bytes(header))
+        for name in in_pieces(order, lambda name: tensors[name].nbytes):
+            write(raw_bytes(read(name).to(dtypes[name])))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -179,7 +179,7 @@ def crash(*_args: Any, **_kwargs: Any) -> None:
     raise Crash
 
 
-@pytest.mark.parametrize("step", ["write_tensors", "_digest", "flush", "rename"])
+@pytest.mark.parametrize("step", ["write_tensors", "_manifest_digest", "flush", "rename"])
 def test_a_crash_before_the_end_leaves_the_checkpoint_before(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,11 +346,16 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_begun_again(tmp_pat
         resume_from(str(tmp_path))
 
 
+def something_else(file: Path, _: Any, seen: Callable[[bytes], object]) -> None:
+    file.write_bytes(b"something else")
+    seen(b"something else")
+
+
 def test_a_file_that_its_digest_calls_whole_but_holds_no_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", lambda file, _: file.write_bytes(b"something else"))
+        patch.setattr(checkpoint, "write_tensors", something_else)
         path = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"parameters\.safetensors holds no tensors"):
         read_checkpoint(path)

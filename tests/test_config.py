@@ -171,6 +171,7 @@ TOGETHER = {
     "runtime.gpus_per_site": 0.5,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.state": "files",
     "wandb.mode": "disabled",
     "wandb.project": "mine",
     "wandb.entity": "us",
@@ -521,6 +522,12 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["seed=-1"], "seed=-1: must be at least 0"),
         (["federation.num_sites=0"], "federation.num_sites=0: must be at least 1"),
         (["checkpoint.keep=0"], "checkpoint.keep=0: must be at least 1"),
+        (["checkpoint.state=disk"], "checkpoint.state=disk: allowed are memory, files"),
+        (
+            ["strategy=ddp", "checkpoint.state=files"],
+            "checkpoint.state=files: not with strategy.inner=gradient strategy.outer=adamw, which clips the gradients "
+            "of the whole model at once; use memory",
+        ),
         (
             ["federation.num_sites=null", "federation.sites=[{name: a, count: 0}]"],
             "federation.sites[0].count=0: must be at least 1",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fomoe_flwr.export as export_module
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
@@ -19,7 +20,7 @@ from fomoe_flwr.data import load_tokenizer
 from fomoe_flwr.errors import CheckpointError
 from fomoe_flwr.eval_command import Saved
 from fomoe_flwr.evaluation import Judged
-from fomoe_flwr.export import byte_tokenizer, export
+from fomoe_flwr.export import DTYPES, byte_tokenizer, export
 from fomoe_flwr.inputs import UNKNOWN, Inputs
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
@@ -122,8 +123,29 @@ def test_large_models_are_cut_into_files_with_an_index(
     assert all(named[name].equal(tensor) for name, tensor in one.judged.state.items())
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_numbers_are_cast_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Files are cut by what is written, not by what is read: the same names with half of the bytes."""
+    dtype, one = DTYPES[name], saved(tmp_path / "run", "partitioned")
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 20_000)
+    export(one, tmp_path / "out", dtype)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert max(file.stat().st_size for file in files) < 25_000
+    written = {key: value for file in files for key, value in load_file(file).items()}
+    assert sum(value.nbytes for value in written.values()) * 2 == sum(
+        value.nbytes for value in one.judged.state.values()
+    )
+    for key, value in one.judged.state.items():
+        if not key.endswith("gate.weight"):
+            assert written[key].equal(value.to(dtype))
+    rows = [one.judged.state[f"model.layers.1.mlp.experts.{expert}.gate.weight"] for expert in range(8)]
+    assert written["model.layers.1.mlp.gate.weight"].equal(torch.stack(rows).to(dtype))
+
+
 def test_nothing_half_there_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export_module, "write_tensors", full)

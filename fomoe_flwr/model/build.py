@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -46,18 +46,23 @@ def _architecture(model: ModelConfig) -> type[LanguageModel]:
 
 def initial_state(model: ModelConfig, residents: Residents, routing: str, seed: int) -> dict[str, Tensor]:
     """The parameters at step 0, fp32, for a shard with these residents. Both routing modes start alike."""
-    state: dict[str, Tensor] = {}
+    return dict(initial_tensors(model, residents, routing, seed))
+
+
+def initial_tensors(
+    model: ModelConfig, residents: Residents, routing: str, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The same, one after the other: of a model that is larger than the memory."""
     for name, param in parameters(model, residents, routing).items():
         if param.init_std is None:
-            state[name] = torch.ones(param.shape)
+            yield name, torch.ones(param.shape)
         elif param.kind == "router" and not param.per_expert:
             layer = int(name.split(".")[2])
             row_names = [expert_name(layer, expert, "gate") for expert in range(model.num_experts)]
             rows_CD = torch.stack([_draw(row, param.shape[1:], param.init_std, seed) for row in row_names])
-            state[name] = orthonormal_rows(rows_CD) if model.router == "orthogonal" else rows_CD
+            yield name, orthonormal_rows(rows_CD) if model.router == "orthogonal" else rows_CD
         else:
-            state[name] = _draw(name, param.shape, param.init_std, seed)
-    return state
+            yield name, _draw(name, param.shape, param.init_std, seed)
 
 
 def _draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

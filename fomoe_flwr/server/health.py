@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.data import TokenCorpus, validation_batches
 from fomoe_flwr.engine.device import autocast, cpu_threads, resolve_device
+from fomoe_flwr.mapped import in_pieces
 from fomoe_flwr.model.build import build
 from fomoe_flwr.model.moe import Router
 from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, table
@@ -290,13 +291,15 @@ def _change(before: Tensor | None, after: Tensor | None) -> float:
 def expert_similarity(state: Mapping[str, Tensor], model: ModelConfig) -> list[float]:
     """Mean cosine between the experts of a layer, all their tensors together, by layer."""
     tensors = [param.name for param in table(model, "skip") if param.kind == "expert"]
-    return [
-        health.mean_cosine(
-            [state[name.format(layer=layer, expert=expert)] for name in tensors]
-            for expert in range(model.num_experts)
-        )
-        for layer in expert_layers(model)
-    ]
+
+    def experts(layer: int) -> Iterator[Sequence[Tensor]]:
+        for expert in range(model.num_experts):
+            yield [state[name.format(layer=layer, expert=expert)] for name in tensors]
+
+    def nbytes(expert: Sequence[Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in expert)
+
+    return [health.mean_cosine(in_pieces(experts(layer), nbytes)) for layer in expert_layers(model)]
 
 
 # ----- the line of metrics

@@ -21,6 +21,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import OUTER_LR, ModelConfig, RunConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.engine.device import cpu_threads
+from fomoe_flwr.mapped import fill, in_pieces, release
 from fomoe_flwr.model.moe import orthonormal_rows
 from fomoe_flwr.model.spec import MOMENTS, gate_name, is_moment, moment_name, parameters, place_of
 from fomoe_flwr.placement import Placement, full_residents
@@ -91,14 +92,23 @@ class OuterOptimizer:
         they are clipped, and learning rate, warm-up and weight decay are the inner ones. Of mean pseudo-gradients it
         is FedAdam (arXiv 2003.00295, with AdamW's bias correction): its learning rate is its own, and clipping,
         warm-up and decay are left to the inner optimizer, which has seen to them.
+
+    Args:
+        room: zeros for the buffers, by `<buffer>/<name>`, each taken at the first update of its name; what is not
+            there gets memory of its own then.
     """
 
     def __init__(
-        self, state: dict[str, Tensor], strategy: StrategyConfig, model: ModelConfig, train: TrainConfig
+        self,
+        state: dict[str, Tensor],
+        strategy: StrategyConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        room: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.state, self.strategy, self.train = state, strategy, train
+        self._room, self._buffers = room or {}, outer_buffers(strategy)
         self._parameters = {name: torch.nn.Parameter(t) for name, t in state.items() if not is_moment(name)}
-        self._momentum = 0.9 if strategy.outer_momentum is None else strategy.outer_momentum
         self._schedule = lr_schedule(train)
         self._optimizer = self._build(model)
 
@@ -109,7 +119,7 @@ class OuterOptimizer:
             return torch.optim.SGD(tensors, lr=1.0, fused=True)
         lr = OUTER_LR[strategy.outer] if strategy.outer_lr is None else strategy.outer_lr
         if strategy.outer == "nesterov":
-            momentum = self._momentum
+            momentum = _momentum(strategy)
             nesterov = momentum > 0  # PyTorch refuses Nesterov without momentum, which is a plain step
             return torch.optim.SGD(tensors, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
         weight_decay = train.weight_decay if self.takes_gradients else 0.0
@@ -156,13 +166,22 @@ class OuterOptimizer:
                 torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.train.grad_clip)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.train.lr * self._schedule.factor(step_number) * group["multiplier"]
-        if self.strategy.outer == "nesterov" and self._momentum:
+        if self._buffers:
             # Fused SGD refuses names with a momentum beside names without (first returned in a later round).
-            for parameter in self._parameters.values():
-                if parameter.grad is not None and "momentum_buffer" not in self._optimizer.state[parameter]:
-                    self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for name, parameter in self._parameters.items():
+                if parameter.grad is not None and not self._optimizer.state[parameter]:
+                    self._begin(name, parameter)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _begin(self, name: str, parameter: Tensor) -> None:
+        """The optimizer's state of a name at its first update, as PyTorch would have it, but where there is room."""
+        own = self._optimizer.state[parameter]
+        if self.strategy.outer == "adamw":
+            own["step"] = torch.zeros(())
+        for buffer in self._buffers:
+            room = self._room.get(f"{buffer}/{name}")
+            own[buffer] = torch.zeros_like(parameter) if room is None else room
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's own state, for a checkpoint: `<buffer>/<name>`."""
@@ -177,7 +196,22 @@ class OuterOptimizer:
         """The inverse of `state_tensors`."""
         for key, value in tensors.items():
             buffer, _, name = key.partition("/")
-            self._optimizer.state[self._parameters[name]][buffer] = value.clone()
+            room = self._room.get(key)
+            self._optimizer.state[self._parameters[name]][buffer] = (
+                torch.empty_like(value) if room is None else room
+            )
+        fill(self.state_tensors(), tensors.items())
+
+
+def outer_buffers(strategy: StrategyConfig) -> tuple[str, ...]:
+    """Names of the tensors that the outer optimizer keeps for each parameter, of the parameter's shape."""
+    if strategy.outer == "adamw":
+        return MOMENTS
+    return ("momentum_buffer",) if strategy.outer == "nesterov" and _momentum(strategy) else ()
+
+
+def _momentum(strategy: StrategyConfig) -> float:
+    return 0.9 if strategy.outer_momentum is None else strategy.outer_momentum
 
 
 def restore_orthogonality(state: Mapping[str, Tensor], num_layers: int) -> None:
@@ -331,8 +365,10 @@ def commit(
             # Not kept until the next site's is there.
             del named
         outer.step(means | mean.finish(), (round_ - 1) * train.local_steps)
+        release()
     if config.strategy.outer == "local_adamw":
-        keep_moments_possible(state, [name for name in names if not is_moment(name)], train)
+        stepped = [name for name in names if not is_moment(name)]
+        keep_moments_possible(state, in_pieces(stepped, lambda name: 3 * sizes[name]), train)
     if config.model.router == "orthogonal":
         restore_orthogonality(state, config.model.num_layers)
     return factors

@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +23,25 @@ from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs
 from fomoe_flwr.load import averaged
+from fomoe_flwr.mapped import fill, in_pieces, mapped_tensors
 from fomoe_flwr.messages import STATE_LOST, Reply, deals, has_own_text, make_task
-from fomoe_flwr.model.spec import Residents, expert_layers, expert_of
-from fomoe_flwr.placement import Placement, from_residents, holder_groups
+from fomoe_flwr.model.spec import (
+    MOMENTS,
+    Residents,
+    expert_layers,
+    expert_of,
+    is_moment,
+    moment_name,
+    parameter_shapes,
+)
+from fomoe_flwr.placement import Placement, from_residents, full_residents, holder_groups
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import (
     Contribution,
     OuterOptimizer,
     commit,
+    outer_buffers,
     starved_experts,
     updated_experts,
     with_moments,
@@ -147,6 +157,7 @@ class Server:
         self.policy = POLICIES[config.strategy.placement](config, plan)
         self.round = Round(0, *self.policy.intended(0), self.site_names)
         self.inbox, self._header_bytes = Inbox(inbox), header_bytes
+        self._folder = inbox.parent  # for the model, where that lies in files
         self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
         self._codec = CODECS[config.strategy.wire_dtype]
@@ -173,7 +184,7 @@ class Server:
 
     def load(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         outer: Mapping[str, Tensor] | None = None,
         rounds_done: int = 0,
         memory: Mapping[str, Any] | None = None,
@@ -181,24 +192,52 @@ class Server:
         """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`.
 
         Args:
+            tensors: by name, which are copied; or as pairs one after the other, so that they need not be in memory
+                together, which are the server's own from then on.
             outer: the outer optimizer's tensors.
             memory: what `memory()` gave when the checkpoint was made.
+
+        Raises:
+            ConfigError, OSError: there is no room for the files of `checkpoint.state=files`.
+            LookupError, ValueError: with it, these are not the tensors of this model.
         """
-        config = self.config
-        if config.strategy.outer == "local_adamw":
-            tensors = with_moments(tensors)
+        config, room = self.config, dict[str, Tensor]()
+        if config.checkpoint.state == "files":
+            state, room = self._in_files(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        else:
+            if isinstance(tensors, Mapping):
+                pieces = in_pieces(tensors.items(), lambda item: item[1].nbytes)
+                tensors = ((name, tensor.clone()) for name, tensor in pieces)
+            state = dict(tensors)
+            if config.strategy.outer == "local_adamw":
+                state = with_moments(state)
         # In one order whatever the source: bundles of a resumed run are the same bytes.
-        tensors = dict(sorted(tensors.items()))
-        optimizer = OuterOptimizer(tensors, config.strategy, config.model, config.train)
+        state = dict(sorted(state.items()))
+        optimizer = OuterOptimizer(state, config.strategy, config.model, config.train, room)
         optimizer.load_state_tensors(outer or {})
         experts = ExpertLedger(config.model.num_layers, config.model.num_experts)
-        self._state = ServerState(tensors, optimizer, experts, rounds_done)
+        self._state = ServerState(state, optimizer, experts, rounds_done)
         if memory is not None:
             self._state.remember(memory)
             if memory["plan"] is not None:
                 self.policy.remember(memory["plan"], memory["placement"])
             placement = from_residents(memory["placement"], config.model.num_experts)
             self.round = Round(rounds_done, placement, self.policy.intended(0).steps_M, self.site_names)
+
+    def _in_files(self, named: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model, and room for the outer optimizer's buffers, in a mapped file."""
+        model, strategy = self.config.model, self.config.strategy
+        everything = full_residents(model.num_layers, model.num_experts)
+        shapes = parameter_shapes(model, everything, strategy.routing)
+        moments = MOMENTS if strategy.outer == "local_adamw" else ()
+        both = shapes | {moment_name(m, name): shape for m in moments for name, shape in shapes.items()}
+        buffers = {f"{b}/{name}": shape for b in outer_buffers(strategy) for name, shape in shapes.items()}
+        tensors = mapped_tensors(self._folder, both | buffers)
+        state, room = ({name: tensors[name] for name in names} for names in (both, buffers))
+        filled = fill(state, named)
+        if lacking := [name for name in state if name not in filled and not is_moment(name)]:
+            raise KeyError(f"{lacking[0]} is missing ({len(lacking)} such names)")
+        return state, room
 
     def memory(self) -> dict[str, Any]:
         """What the server must remember besides the tensors to go on as if nothing had happened; JSON values."""

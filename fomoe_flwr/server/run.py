@@ -59,7 +59,7 @@ from fomoe_flwr.files import write_atomically
 from fomoe_flwr.hf_files import read_state
 from fomoe_flwr.inputs import FREE_MODEL_KEYS, UNKNOWN, Inputs, differences, inputs_of, run_inputs
 from fomoe_flwr.messages import deals
-from fomoe_flwr.model.build import build, initial_state
+from fomoe_flwr.model.build import build, initial_tensors
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.planner import clock_note, plan_for_run
@@ -119,6 +119,9 @@ class Run:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path}: not that of a run of this version ({error!r:.200})"
             ) from error
+        # The server has copied them. A file that is still mapped would keep its room on the disk after its removal.
+        checkpoint.parameters.clear()
+        checkpoint.outer.clear()
         return checkpoint.round
 
 
@@ -173,8 +176,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
         telemetry.close(failed)
 
 
-def first_state(config: RunConfig) -> dict[str, Tensor]:
-    """The parameters at step 0, fp32: at random, or those of a checkpoint of Hugging Face.
+def first_state(config: RunConfig) -> Iterator[tuple[str, Tensor]]:
+    """The parameters at step 0, fp32, one after the other: at random, or those of a checkpoint of Hugging Face.
 
     Raises:
         ConfigError: model.path cannot be read, or is not what its config.json describes.
@@ -182,11 +185,11 @@ def first_state(config: RunConfig) -> dict[str, Tensor]:
     model, routing = config.model, config.strategy.routing
     if model.init == "random":
         everything = full_residents(model.num_layers, model.num_experts)
-        return initial_state(model, everything, routing, config.seed)
+        return initial_tensors(model, everything, routing, config.seed)
     assert model.path is not None
     log.info("weights of %s", model.path)
     tensors = read_state(Path(model.path), model, routing, "model.path")
-    return {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors}
+    return ((name, tensor.to(torch.float32, copy=True).contiguous()) for name, tensor in tensors)
 
 
 class RunRecorder(RoundObserver):

@@ -79,8 +79,8 @@ def dies(phase: str, round_: int) -> Iterator[None]:
                 raise Killed
             return factors
 
-        def half_a_file(path, tensors, *arguments):
-            write_tensors(path, tensors, *arguments)
+        def half_a_file(path, tensors, **options):
+            write_tensors(path, tensors, **options)
             if here("in checkpoint"):
                 path.write_bytes(path.read_bytes()[:100])
                 raise Killed

@@ -30,6 +30,16 @@ def test_killed_in_any_phase_it_resumes_to_the_same_numbers(
     assert not (resumed / "inbox").exists()
 
 
+def test_what_was_half_done_in_mapped_files_is_never_gone_on_with(small: Compose, tmp_path: Path) -> None:
+    """The whole run lies in memory, and has the same numbers."""
+    overrides = (*SETTINGS, "strategy.outer=nesterov", "strategy.placement=random")
+    composed = composed_anew(small, tmp_path, *overrides, "checkpoint.state=files")
+    run_until_killed(composed, Faults(), "in commit", 2)
+    resumed = run(compose_run([f"resume={composed.run_dir}"]))
+    assert_same_run(resumed, finished(small, tmp_path, *overrides), 3)
+    assert list(resumed.glob(".state*")) == []
+
+
 def test_replies_that_were_in_are_not_asked_for_again_unless_they_are_damaged(
     small: Compose, tmp_path: Path
 ) -> None:

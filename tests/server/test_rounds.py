@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fomoe_flwr import wire
+from fomoe_flwr import mapped, wire
 from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.checkpoint import read_checkpoint, save_checkpoint
 from fomoe_flwr.codecs import CODECS, Part
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
@@ -320,6 +322,70 @@ def test_a_resumed_server_goes_on_as_one_that_was_never_stopped(tmp_path: Path) 
         assert play(server, 3, drifting, load_LE=[[40] * 8] * 2)
     assert all(value.equal(resumed.state.tensors[name]) for name, value in straight.state.tensors.items())
     assert resumed.memory() == straight.memory()
+
+
+# -- a model in mapped files ---------------------------------------------------------------------------------
+
+
+def drawn(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers that depend on site, round and name; second moments are not negative."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name} {task.round}".encode()))
+    values = {name: 0.01 * torch.randn(t.shape, generator=generator) for name, t in shard.items()}
+    return {name: v.square() if name.startswith("exp_avg_sq.") else v for name, v in values.items()}
+
+
+def bits(path: Path) -> list[bytes]:
+    return [(path / file).read_bytes() for file in ("parameters.safetensors", "outer.safetensors")]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("outer=nesterov",),
+        ("outer=nesterov", "outer_momentum=0.0", "mean=trimmed", "overlap=null"),
+        ("outer=adamw", "wire_dtype=fp32", "routing=partitioned"),
+        ("outer=local_adamw",),
+        ("outer=average", "placement=random"),
+        ("outer=nesterov", "inner=gradient"),
+    ],
+    ids=" ".join,
+)
+def test_files_have_the_bits_that_memory_has_also_after_a_resume(
+    keys: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts without holders in round 1 have no buffers yet: the sites 2 and 3 answer only in round 2."""
+    monkeypatch.setattr(outer_module, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 4096)
+    given = [f"strategy.{key}" for key in keys] + ["model.router=orthogonal"] * (
+        "routing=partitioned" not in keys
+    )
+    saved: dict[str, list[list[bytes]]] = {}
+    for state in ("memory", "files"):
+        config = config_of("federation.num_sites=4", *given, f"checkpoint.state={state}")
+        folder = tmp_path / state
+        folder.mkdir()
+        server, saved[state] = server_of(config, folder), []
+        for number in (1, 2, 3):
+            assert play(server, number, drawn, answering=[0, 1] if number == 1 else None)
+            outer = server.state.outer.state_tensors()
+            path = save_checkpoint(folder, number, server.state.tensors, outer, {}, keep=9)
+            saved[state].append(bits(path))
+            if number == 2:
+                memory, checkpoint = json.loads(json.dumps(server.memory())), read_checkpoint(path)
+                server = Server(config, "run", str(folder), folder / "inbox")
+                server.load(checkpoint.parameters, checkpoint.outer, 2, memory)
+        assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "inbox"]
+    assert saved["memory"] == saved["files"]
+    assert saved["files"][0][0] != saved["files"][1][0] != saved["files"][2][0]
+
+
+def test_files_take_no_other_model(tmp_path: Path) -> None:
+    config = config_of("checkpoint.state=files")
+    server = Server(config, "run", str(tmp_path), tmp_path / "inbox")
+    with pytest.raises(KeyError, match=r"model\..* is missing \(\d+ such names\)"):
+        server.load({"model.norm.weight": torch.ones(32)})
+    with pytest.raises(KeyError, match="stranger"):
+        server.load({"stranger": torch.ones(32)})
 
 
 # -- whose fault it is ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from clients.app import app as real_client_app
+from fomoe_flwr import evaluation as evaluation_module
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig, SiteConfig
@@ -23,6 +24,8 @@ from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.placement import full_residents
+from fomoe_flwr.server import health as health_module
+from fomoe_flwr.server import run as run_module
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
 from strategies.packing import named_from_flower
@@ -254,6 +257,21 @@ def test_sites_evaluate_their_residents_when_asked(small: Compose) -> None:
     assert all(1.0 < loss < 7.0 for loss in losses)
     assert first["val_loss"] is None
     assert last["val_loss"] == pytest.approx(sum(losses) / 4)
+
+
+def test_a_server_in_files_that_evaluates_nothing_never_has_the_whole_model(
+    small: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole(*_: object) -> None:
+        raise AssertionError("the whole model in memory")
+
+    for module in (run_module, health_module, evaluation_module):
+        monkeypatch.setattr(module, "build", whole)
+    monkeypatch.setattr(FoMoE, "arrays", whole)
+    composed = small("checkpoint.state=files", "train.eval_batches=0", "train.rounds=1")
+    line = metrics(run(composed))[-1]
+    assert line["committed"]
+    assert line["routing"]["expert_similarity"] is not None
 
 
 def test_an_evaluation_may_see_more_tokens_than_a_round_trains_on(small: Compose) -> None:
