@@ -1,5 +1,5 @@
-"""The console command: `fomoe train [overrides]`, `plan`, `eval`, `export`, `generate`, `report DIR`, and those of a
-deployment, `fomoe server`, `site`, `submit`.
+"""The console command: `fomoe train [overrides]`, `plan`, `eval`, `import`, `export`, `generate`, `report DIR`, and
+those of a deployment, `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
 """
@@ -54,6 +54,7 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe train --cfg job          show the configuration (Hydra's other flags work too)
        fomoe plan [OVERRIDE ...]      what a run would cost each site, and advice (--help: pictures, JSON)
        fomoe eval CHECKPOINT [OVERRIDE ...]   a checkpoint judged on any text (--help: reference, JSON)
+       fomoe import OWNER/NAME|DIR --to DIR                a checkpoint of Hugging Face, looked through, for model.path
        fomoe export CHECKPOINT --to DIR [--dtype bf16]     a checkpoint as transformers loads it
        fomoe generate CHECKPOINT|DIR --prompt TEXT         text by a checkpoint or an export (--help: sampling)
        fomoe report DIR               tables and picture of a run, or the table of a sweep
@@ -62,7 +63,7 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe submit CONNECTION [OVERRIDE ...]              a run on the sites that are connected
        fomoe --version
 TAB completes after  eval "$(fomoe train -sc install=bash)"  (or zsh=, fish=)"""
-COMMANDS = ("train", "plan", "eval", "export", "generate", "report", "server", "site", "submit")
+COMMANDS = ("train", "plan", "eval", "import", "export", "generate", "report", "server", "site", "submit")
 KEYS_HELP = """Every key, with its default, what is allowed, and what it means. A file of conf/ may say otherwise: --cfg
 job shows the values of a run. null is none, and a path is kept absolute."""
 
@@ -85,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from fomoe_flwr.eval_command import evaluate_command
 
                 evaluate_command(options)
+            case ["import", *options]:
+                from fomoe_flwr.import_command import import_command
+
+                import_command(options)
             case ["export", *options]:
                 from fomoe_flwr.export import export_command
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from operator import itemgetter
@@ -26,7 +26,7 @@ from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, check_tokenizer, load
 from fomoe_flwr.files import expanded, flush, naming
-from fomoe_flwr.hf_files import Maker, on_disk
+from fomoe_flwr.hf_files import on_disk
 from fomoe_flwr.model.spec import (
     depth_multiplier,
     expert_layers,
@@ -64,9 +64,8 @@ def export_command(arguments: Sequence[str]) -> None:
         raise ConfigError(f"fomoe export --to {given.to}: is there already; name a new folder")
     saved = load(given.checkpoint, f"fomoe export {given.checkpoint}")
     export(saved, target, DTYPES[given.dtype])
-    print(
-        f"{target}: {saved.checkpoint.path.name} as {given.dtype}; transformers loads it with trust_remote_code=True"
-    )
+    how = "" if saved.judged.model.hf else " with trust_remote_code=True"
+    print(f"{target}: {saved.checkpoint.path.name} as {given.dtype}; transformers loads it{how}")
 
 
 def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
@@ -84,9 +83,12 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
             aside.mkdir(parents=True)
             model = saved.judged.model
             makers = {name: itemgetter(name) for name in state} if not model.hf else on_disk(model)
-            _write_weights(aside, state, makers, dtype)
+            # Sizes and shapes, before anything is read.
+            blank = {name: tensor.to("meta") for name, tensor in state.items()}
+            shapes = {name: make(blank).to(_written(name, dtype)) for name, make in makers.items()}
+            write_weights(aside, shapes, lambda name: makers[name](state))
             eos = write_tokenizer(aside, saved)
-            config = hf_config(saved, eos, dtype) if not model.hf else stock_json(model, eos, dtype)
+            config = hf_config(saved, eos, dtype) if not model.hf else stock_json(model, dtype, eos)
             for name, content in (
                 ("config.json", config),
                 ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
@@ -130,15 +132,19 @@ def whole_state(saved: Saved) -> dict[str, Tensor]:
     return state
 
 
-def stock_json(model: ModelConfig, eos: int, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of a stock architecture."""
+def stock_json(model: ModelConfig, dtype: torch.dtype, eos: int | None = None) -> dict[str, Any]:
+    """`config.json` of a stock architecture.
+
+    Args:
+        eos: the id that ends a document, where the architecture names none.
+    """
     # Not needed for the σ-MoE.
     from fomoe_flwr.model.stock import class_name
 
     hf = model.hf
     return {
         "architectures": [class_name(hf)],
-        "eos_token_id": eos,
+        **({} if eos is None else {"eos_token_id": eos}),
         **hf,
         "dtype": str(dtype).removeprefix("torch."),
         "transformers_version": version("transformers"),
@@ -177,21 +183,26 @@ def hf_config(saved: Saved, eos: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _write_weights(
-    folder: Path, state: Mapping[str, Tensor], makers: Mapping[str, Maker], dtype: torch.dtype
-) -> None:
-    """One file, or several and their index, named as transformers looks for them; one tensor is in memory at a time."""
-    # Sizes and shapes, before anything is read.
-    blank = {name: tensor.to("meta") for name, tensor in state.items()}
-    shapes = {name: make(blank) for name, make in makers.items()}
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in shapes.items()}
+def _written(name: str, dtype: torch.dtype) -> torch.dtype:
+    """DeepSeek-V3's bias is added to scores that differ by less than bf16 can tell."""
+    return torch.float32 if name.endswith("e_score_correction_bias") else dtype
+
+
+def write_weights(folder: Path, shapes: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """One file, or several and their index, named as transformers looks for them; one tensor is in memory at a time.
+
+    Args:
+        shapes: the tensors without content (`meta`), in the dtype in which they are written.
+        read: a tensor by its name, when its turn has come.
+    """
+    sizes = {name: tensor.nbytes for name, tensor in shapes.items()}
     shards = list(split_bundle(sorted(shapes), sizes, SHARD_BYTES))
     where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = file if len(shards) > 1 else "model.safetensors"
         shard = {name: shapes[name] for name in names}
-        write_tensors(folder / file, shard, dtype=dtype, read=lambda name: makers[name](state))
+        write_tensors(folder / file, shard, read=read)
         where |= dict.fromkeys(names, file)
     if len(shards) == 1:
         return
@@ -249,6 +260,7 @@ def _card(saved: Saved, dtype: torch.dtype) -> str:
     inputs = "\n".join(f"| {key} | {value} |" for key, value in manifest.get("inputs", {}).items() if value)
     sites = ", ".join(manifest.get("placement", {}))
     loss = metrics.get("val_loss")
+    trust = "" if saved.judged.model.hf else ", trust_remote_code=True"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -270,7 +282,7 @@ Exported by fomoe-flwr {__version__} from round {checkpoint.round} of run {manif
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER"{trust})
 ```
 """

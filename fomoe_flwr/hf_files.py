@@ -129,6 +129,12 @@ class _Shards:
             raise self._error(f"lacks {name}")
         return self._tensor(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what `read` gives."""
+        if name not in self.file_of:
+            return torch.bfloat16 if f"{name}_blocks" in self.file_of else self.read(name).dtype
+        return self._tensor(name).dtype
+
     def _tensor(self, name: str) -> Tensor:
         # What was read counts as this process's memory until its file is closed.
         if self._touched >= PIECE_BYTES:
@@ -146,6 +152,43 @@ class _Shards:
         return ConfigError(f"{self._key}={self._folder}: {what}")
 
 
+Shapes = Mapping[str, Tensor]  # of tensors without content (`meta`)
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    folder: Path, model: ModelConfig, key: str
+) -> Iterator[tuple[Shapes, Callable[[str], Tensor]]]:
+    """The tensors of a folder that has all of this model's and no other, by their names on disk: as `meta` tensors, and
+    a function that reads one.
+
+    Args:
+        key: that named the folder, for the error lines.
+
+    Raises:
+        ConfigError: see `read_state`; also when a tensor is read.
+    """
+    blank = {
+        name: torch.empty(param.shape, device="meta")
+        for name, param in parameters(
+            model, full_residents(model.num_layers, model.num_experts), "skip"
+        ).items()
+    }
+    shapes = {name: make(blank) for name, make in on_disk(model).items()}
+    with _Shards(folder, key) as shards:
+        _check_names(shards, _by_disk_name(model), model, folder, key)
+
+        def read(name: str) -> Tensor:
+            tensor = shards.read(name)
+            if tensor.shape != shapes[name].shape:
+                raise ConfigError(
+                    f"{key}={folder}: {name} has shape {list(tensor.shape)}, which is not that of its config.json"
+                )
+            return tensor
+
+        yield {name: tensor.to(shards.dtype(name)) for name, tensor in shapes.items()}, read
+
+
 def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a model by our names, in the dtype that they have on disk, one after the other.
 
@@ -155,22 +198,11 @@ def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iter
         ConfigError: a file or tensor is missing, has another shape, or is no part of the architecture.
     """
     family = family_of(model.hf)
-    table = parameters(model, full_residents(model.num_layers, model.num_experts), "skip")
-    ours = _by_disk_name(model)
-    with _Shards(folder, key) as shards:
-        _check_names(shards, ours, model, folder, key)
-        for there, names in ours.items():
-            whole = shards.read(there)
+    with open_checkpoint(folder, model, key) as (_, read):
+        for there, names in _by_disk_name(model).items():
+            whole = read(there)
             for name in names:
-                try:
-                    tensor = family.cut(name, whole)
-                except (IndexError, RuntimeError) as error:
-                    raise ConfigError(f"{key}={folder}: {there} has shape {list(whole.shape)}") from error
-                if tensor.shape != table[name].shape:
-                    raise ConfigError(
-                        f"{key}={folder}: {there} has shape {list(whole.shape)}, which is not that of its config.json"
-                    )
-                yield from _as_held(name, tensor, model, routing)
+                yield from _as_held(name, family.cut(name, whole), model, routing)
 
 
 def _check_names(

@@ -61,7 +61,7 @@ def random_state(model: ModelConfig) -> State:
 def reference(model: ModelConfig, state: State, folder: Path) -> Any:
     """transformers' own model of this state, read from files."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(stock_json(model, 256, torch.float32)))
+    (folder / "config.json").write_text(json.dumps(stock_json(model, torch.float32)))
     write_tensors(folder / "model.safetensors", {name: make(state) for name, make in on_disk(model).items()})
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     assert type(loaded).__module__.startswith("transformers.")
