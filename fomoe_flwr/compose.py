@@ -94,8 +94,10 @@ def compose(overrides: Sequence[str | Override], architecture: Mapping[str, Any]
     except (ValueError, AssertionError) as error:  # Hydra's own, of `model=1` and `+=`
         raise ConfigError(f"{' '.join(texts(given))}: {one_line(error) or 'not an override'}") from error
     _check_known(config.model, given)
-    if "data.tokenizer" not in keys_of(given):
-        config.data.tokenizer = _usual_tokenizer(config)
+    model = config.model
+    if model.init == "checkpoint" and model.path is not None and "data.tokenizer" not in keys_of(given):
+        # With another one its embeddings mean nothing. Whoever reads text says it if this is not there.
+        config.data.tokenizer = str(Path(model.path) / "tokenizer.json")
     return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(given, tree))
 
 
@@ -168,24 +170,6 @@ def _complete_model(model: ModelConfig, architecture: Mapping[str, Any] | None) 
             raise ConfigError(f"model.{key}={given}: follows from model.hf, which has {size}; leave it out")
         setattr(model, key, size)
     check_fields(model, "model.")
-
-
-def _usual_tokenizer(config: RunConfig) -> str:
-    """Of a checkpoint that goes on, its own: with another one its embeddings mean nothing.
-
-    Raises:
-        ConfigError: it has none that is read here.
-    """
-    model, usual = config.model, config.data.tokenizer
-    if model.init != "checkpoint" or model.path is None:
-        return usual
-    file = Path(model.path) / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(
-            f"data.tokenizer={usual}: model.path={model.path} has no tokenizer.json; give data.tokenizer=FILE, or "
-            "bytes if it was trained with that"
-        )
-    return str(file)
 
 
 def _check_known(model: ModelConfig, given: Sequence[Override]) -> None:
