@@ -359,6 +359,10 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     items: list[str | Override] = [str(item) for item in saved]
     if (placement := earlier_placement(config)) is not None:
         items.append(setting("strategy.placement", placement))
+    model = config.get("model")
+    if isinstance(model, dict) and model.get("hf") and last_value(given, "model.path") is None:
+        # The folder that it was read from may be gone.
+        items.append(setting("model.hf", model["hf"]))
     try:
         kept = merge_overrides(items, given)
     except ConfigError as error:
@@ -377,9 +381,4 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
 def compose_run(overrides: Sequence[str | Override]) -> Composed:
     """`compose`, with `resume=` followed."""
     asked = keys_of(overrides)
-    completed = resumed_overrides(overrides)
-    architecture = None
-    if isinstance(where := last_value(completed, "resume"), str) and "model.path" not in asked:
-        # The folder that the model was read from may be gone.
-        architecture = resume_from(where)[1].manifest["config"].get("model", {}).get("hf")
-    return replace(compose(completed, architecture), asked=asked)
+    return replace(compose(resumed_overrides(overrides)), asked=asked)

@@ -319,7 +319,8 @@ def _check_stock(config: RunConfig, hf: Mapping[str, Any]) -> None:
     if (most := settings.max_position_embeddings) < config.train.seq_len:
         raise ConfigError(f"train.seq_len={config.train.seq_len}: this model has at most {most} positions")
     held = model.num_experts * config.overlap // len(config.federation.sites)
-    if config.strategy.routing == "partitioned" and held < family.fewest:
+    drawn = config.strategy.placement not in PLANNED  # a plan sees to it itself
+    if drawn and config.strategy.routing == "partitioned" and held < family.fewest:
         raise ConfigError(
             f"strategy.overlap={config.overlap}: with strategy.routing=partitioned {family.model_type} needs at least "
             f"{family.fewest} experts a layer at each site"

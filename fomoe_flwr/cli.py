@@ -315,7 +315,7 @@ def _job(tree: DictConfig) -> None:
     # A path counts from where the command was given, also with hydra.job.chdir=true.
     with contextlib.chdir(hydra_config.runtime.cwd):
         composed = Composed(
-            from_tree(tree),
+            from_tree(tree, given=keys_of(hydra_config.overrides.task)),
             run_dir=Path(hydra_config.runtime.output_dir).absolute(),
             sweep_dir=Path(hydra_config.sweep.dir).absolute(),
             asked=frozenset(_asked),

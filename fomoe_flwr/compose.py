@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,8 @@ def register_schema() -> None:
     store.store(name="schema", node=RunConfig)
 
 
-def compose(overrides: Sequence[str | Override], architecture: Mapping[str, Any] | None = None) -> Composed:
+def compose(overrides: Sequence[str | Override]) -> Composed:
     """Compose, check and complete the configuration from Hydra overrides, read or not.
-
-    Args:
-        architecture: what model.path's config.json said when the run was begun; None: it is read.
 
     Raises:
         ConfigError: one line naming the key, the value and what is allowed.
@@ -88,28 +85,21 @@ def compose(overrides: Sequence[str | Override], architecture: Mapping[str, Any]
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             tree = hydra_compose("config", texts(given), return_hydra_config=True)
             run_dir, sweep_dir = Path(str(tree.hydra.run.dir)), Path(str(tree.hydra.sweep.dir))
-            config = from_tree(tree, architecture=architecture)
+            config = from_tree(tree, given=keys_of(given))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, of `model=1` and `+=`
         raise ConfigError(f"{' '.join(texts(given))}: {one_line(error) or 'not an override'}") from error
-    _check_known(config.model, given)
-    model = config.model
-    if model.init == "checkpoint" and model.path is not None and "data.tokenizer" not in keys_of(given):
-        # With another one its embeddings mean nothing. Whoever reads text says it if this is not there.
-        config.data.tokenizer = str(Path(model.path) / "tokenizer.json")
     return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(given, tree))
 
 
-def from_tree(
-    tree: DictConfig, saved: bool = False, architecture: Mapping[str, Any] | None = None
-) -> RunConfig:
+def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()) -> RunConfig:
     """A checked `RunConfig` from the tree that Hydra composed.
 
     Args:
         saved: it was written by a run, perhaps of an earlier version, whose keys may be gone (`REMOVED`), perhaps
             on another machine: what looks like an interpolation is text.
-        architecture: see `compose`.
+        given: keys that the user gave; the others may follow from them.
 
     Raises:
         ConfigError: an impossible value or combination.
@@ -126,7 +116,7 @@ def from_tree(
     assert isinstance(config, RunConfig)
     check_fields(config, names=not saved)
     if not saved:
-        _complete_model(config.model, architecture)
+        _complete_model(config, given)
     if config.federation.path is not None:
         num_sites = config.federation.num_sites
         config.federation = _read_federation(config.federation.path)
@@ -143,45 +133,46 @@ def from_tree(
     return config
 
 
-def _complete_model(model: ModelConfig, architecture: Mapping[str, Any] | None) -> None:
+def _complete_model(config: RunConfig, given: Collection[str]) -> None:
     """Of an architecture of transformers, read what describes it, and take the sizes from there.
 
     Raises:
-        ConfigError: there is none, it is not known, or a size is given that follows from it.
+        ConfigError: there is none, it is not known, or something is given that follows from it or that it lacks.
     """
-    if model.init == "checkpoint" and model.path is None:
-        raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")
-    if model.path is not None and (model.init == "checkpoint" or not model.hf):
+    model = config.model
+    if model.init == "checkpoint":
+        if model.path is None:
+            raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")
+        if "data.tokenizer" not in given:
+            # With another one its embeddings mean nothing. Whoever reads text says it if this is not there.
+            config.data.tokenizer = str(Path(model.path) / "tokenizer.json")
+    # A run that goes on has all of it in its overrides, and the folder may be gone.
+    goes_on = config.resume is not None and model.hf
+    if model.path is not None and (model.init == "checkpoint" or not model.hf) and not goes_on:
         # Slow to import, as is all that follows.
         from fomoe_flwr.hf_files import read_architecture
 
-        model.hf = {**(architecture or read_architecture(Path(model.path), "model.path")), **model.hf}
+        model.hf = read_architecture(Path(model.path), "model.path") | model.hf
     if not model.hf:
         if model.expert_layers is not None:
             raise ConfigError(
                 f"model.expert_layers={model.expert_layers}: follows from model.hf, which is empty; leave it out"
             )
         return
-    from fomoe_flwr.model.stock import sizes_of
+    from fomoe_flwr.model.stock import sizes_of, stock_config
 
+    for key in given:
+        # A file of somebody else's may have keys that transformers does not know, an override must not.
+        name = key.removeprefix("model.hf.")
+        rest = {other: value for other, value in model.hf.items() if other != name}
+        if name not in (key, "model_type") and not hasattr(stock_config(rest), name):
+            raise ConfigError(f"{key}: unknown key of {model.hf.get('model_type')}")
     usual = ModelConfig()
     for key, size in sizes_of(model.hf).items():
-        if (given := getattr(model, key)) not in (getattr(usual, key), size):
-            raise ConfigError(f"model.{key}={given}: follows from model.hf, which has {size}; leave it out")
+        if (value := getattr(model, key)) not in (getattr(usual, key), size):
+            raise ConfigError(f"model.{key}={value}: follows from model.hf, which has {size}; leave it out")
         setattr(model, key, size)
     check_fields(model, "model.")
-
-
-def _check_known(model: ModelConfig, given: Sequence[Override]) -> None:
-    """A file of somebody else's may have keys that transformers does not know, an override must not."""
-    for key in (override.key_or_group for override in given):
-        name = key.removeprefix("model.hf.")
-        if model.hf and name != key:
-            from fomoe_flwr.model.stock import stock_config
-
-            rest = {other: value for other, value in model.hf.items() if other != name}
-            if not hasattr(stock_config(rest), name):
-                raise ConfigError(f"{key}: unknown key of {model.hf['model_type']}")
 
 
 def _make_absolute(values: dict[str, Any]) -> None:

@@ -105,11 +105,14 @@ def resident_share(load_LE: Loads, held_LE: NDArray[np.bool_]) -> Figures:
     return share_L
 
 
-def symptoms(load_LE: Loads, offered_LE: Loads) -> list[str]:
+def symptoms(load_LE: Loads, offered_LE: Loads, layers: Sequence[int] | None = None) -> list[str]:
     """What is wrong with the load, a phrase for each layer that is sick; empty where all is well.
 
     Sick is a layer whose load is spread as over fewer than half of its experts (exp H < n/2), and one with an
     expert that is dead or dominant.
+
+    Args:
+        layers: their numbers, where the model has others without experts.
     """
     entropy_L, share_LE = load_entropy(load_LE, offered_LE), chosen_share(load_LE, offered_LE)
     dead_LE, dominant_LE = dead_experts(load_LE, offered_LE), dominant_experts(load_LE, offered_LE)
@@ -127,7 +130,8 @@ def symptoms(load_LE: Loads, offered_LE: Loads) -> list[str]:
             dead = np.flatnonzero(dead_LE[layer]).tolist()
             parts.append(f"no token chose {'expert' if len(dead) == 1 else 'experts'} {_some(dead)}")
         if parts:
-            found.append(f"layer {layer}: {', '.join(parts)}")
+            number = layer if layers is None else layers[layer]
+            found.append(f"layer {number}: {', '.join(parts)}")
     return found
 
 

@@ -73,7 +73,7 @@ def read_overrides(items: Iterable[str | Override]) -> list[Override]:
     """
     last: dict[str, Override] = {}
     for item in items:
-        override = item if isinstance(item, Override) else _read(item)
+        override = _open(item if isinstance(item, Override) else _read(item))
         key, value = override.key_or_group, override.value()
         name = f"{key}@{override.package}"
         last.pop(name, None)
@@ -183,7 +183,19 @@ def value_text(value: Any) -> str:
 
 def setting(key: str, value: Any) -> Override:
     """The override that gives a key this value."""
-    return _parse(f"{key}={value_text(value)}")
+    return _open(_parse(f"{key}={value_text(value)}"))
+
+
+def _is_open(key: str) -> bool:
+    """Whether it is one of those, below model.hf, of which transformers and not the schema says which there are."""
+    return key == "model.hf" or re.fullmatch(r"model\.hf\.\w{1,64}", key, re.ASCII) is not None
+
+
+def _open(override: Override) -> Override:
+    """To such a key Hydra gives a value only if it is told to add it."""
+    if not _is_open(override.key_or_group) or override.type == OverrideType.DEL:
+        return override
+    return _parse("++" + str(override.input_line).lstrip("+"))
 
 
 def spelled(key: str, value: object) -> str:
@@ -248,16 +260,15 @@ def is_plain(override: Override) -> bool:
     the environment and run code.
     """
     key, value = override.key_or_group, override.value()
-    if override.type != OverrideType.CHANGE or override.value_type != ValueType.ELEMENT:
+    usual = OverrideType.FORCE_ADD if _is_open(key) else OverrideType.CHANGE
+    if override.type != usual or override.value_type != ValueType.ELEMENT:
         return False
     if key in GROUPS:
         return all(
             isinstance(name, str) and is_name(name)
             for name in (value if isinstance(value, list) else [value])
         )
-    # Below model.hf are the keys of transformers, which checks them.
-    known = key in known_keys() or re.fullmatch(r"model\.hf\.\w{1,64}", key, re.ASCII) is not None
-    return known and not interpolates(value)
+    return (key in known_keys() or _is_open(key)) and not interpolates(value)
 
 
 def interpolates(value: Any) -> bool:

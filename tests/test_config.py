@@ -230,7 +230,7 @@ def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:
 
 def test_a_checkpoint_goes_on_with_its_own_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
-    given = ["model=hf", f"model.path={tmp_path}", "model.init=checkpoint", "+model.hf.num_experts=8"]
+    given = ["model=hf", f"model.path={tmp_path}", "model.init=checkpoint", "model.hf.num_experts=8"]
     assert config_of(*given, "data.tokenizer=bytes").data.tokenizer == "bytes"
     assert config_of(*given).data.tokenizer == str(tmp_path / "tokenizer.json")
     assert config_of(*given, "data.tokenizer=/other.json").data.tokenizer == "/other.json"
@@ -480,8 +480,8 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             "model.hf.model_type=llama: allowed are olmoe, qwen3_moe, mixtral, deepseek_v2, deepseek_v3, gpt_oss",
         ),
         (["model=olmoe_tiny", "model.hf.hidden_size=wide"], "model.hf: transformers refuses it:"),
-        (["model=olmoe_tiny", "model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key"),
-        (["model=olmoe_tiny", "+model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key of olmoe"),
+        (["model=olmoe_tiny", "model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key of olmoe"),
+        (["model.hf.hidden_size=64"], "model.hf.model_type=None: allowed are olmoe"),
         (["model=olmoe_tiny", "model.router=grap"], "model.router=grap: of the σ-MoE; olmoe has its own"),
         (
             ["model=olmoe_tiny", "train.seq_len=4097"],

@@ -99,7 +99,7 @@ class RoutingHealth:
         load = federation_load(current, config)
         # A few tokens leave some expert without any by chance.
         enough = load.load_LE.sum() >= FEWEST_CHOICES * load.load_LE.size
-        if enough and (sick := health.symptoms(load.load_LE, load.offered_LE)):
+        if enough and (sick := health.symptoms(load.load_LE, load.offered_LE, expert_layers(config.model))):
             log.warning("round %d: routing is sick: %s", current.number, health.symptoms_line(sick))
         with cpu_threads(config.train.threads), torch.no_grad():
             after = global_routers(state.tensors, config)

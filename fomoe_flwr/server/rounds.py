@@ -215,7 +215,7 @@ class Server:
         state = dict(sorted(state.items()))
         optimizer = OuterOptimizer(state, config.strategy, config.model, config.train, room)
         optimizer.load_state_tensors(outer or {})
-        experts = ExpertLedger(config.model.num_layers, config.model.num_experts)
+        experts = ExpertLedger(expert_layers(config.model), config.model.num_experts)
         self._state = ServerState(state, optimizer, experts, rounds_done)
         if memory is not None:
             self._state.remember(memory)

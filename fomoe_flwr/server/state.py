@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +82,9 @@ class ServerState:
 class ExpertLedger:
     """For every expert of every layer: when it was last updated, how many holders are there, what it has seen."""
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        shape = (num_layers, num_experts)
+    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+        self._layers = layers  # their numbers, for the log
+        shape = (len(layers), num_experts)
         # The round of the last update; 0: never.
         self.updated_LE: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         self.tokens_LE: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
@@ -100,9 +101,9 @@ class ExpertLedger:
         self.alive_LE = placement.holds_LEM[:, :, sorted(alive)].sum(axis=2, dtype=np.int64)
         orphans = [(int(layer), int(expert)) for layer, expert in np.argwhere(self.alive_LE == 0)]
         if new := sorted(set(orphans) - self._orphans):
-            log.warning("no site with %s is connected: %s", _count(new), _names(new))
+            log.warning("no site with %s is connected: %s", _count(new), _names(new, self._layers))
         if back := sorted(self._orphans - set(orphans)):
-            log.info("%s held again: %s", _count(back), _names(back))
+            log.info("%s held again: %s", _count(back), _names(back, self._layers))
         self._orphans, self._starved = set(orphans), []
         return orphans
 
@@ -115,7 +116,7 @@ class ExpertLedger:
                 round_,
                 _count(self._starved),
                 least,
-                _names(self._starved),
+                _names(self._starved, self._layers),
             )
 
     def record(self, round_: int, experts: Iterable[tuple[int, int]], tokens_LE: NDArray[np.int64]) -> None:
@@ -158,6 +159,6 @@ def _count(experts: list[tuple[int, int]]) -> str:
     return f"{len(experts)} expert{'s' if len(experts) > 1 else ''}"
 
 
-def _names(experts: list[tuple[int, int]]) -> str:
-    names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:_NAMED])
+def _names(experts: list[tuple[int, int]], layers: Sequence[int]) -> str:
+    names = ", ".join(f"layer {layers[layer]} expert {expert}" for layer, expert in experts[:_NAMED])
     return names + (", …" if len(experts) > _NAMED else "")

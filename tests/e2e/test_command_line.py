@@ -54,8 +54,14 @@ def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
         (["+train.new=1"], "train.new: unknown key"),
         (["train.rounds=many"], "train.rounds=many: must be an integer"),
         (["train.lr=-1"], "train.lr=-1.0: must be at least 0"),
-        (["model=huge"], "model=huge: no such option; allowed are large, medium, proxy, tiny, xl, xxl"),
-        (["strategy.routing=other"], "strategy.routing=other: allowed are skip, partitioned"),
+        (
+            ["model=huge"],
+            "model=huge: no such option; allowed are hf, large, medium, olmoe_tiny, proxy, qwen3_moe_tiny, tiny, ",
+        ),
+        (
+            ["strategy.routing=other"],
+            "strategy.routing=other: allowed are skip, skip_renormalised, partitioned",
+        ),
         (
             ["strategy.overlap=5"],
             "strategy.overlap=5: between 1 and the number of sites, 4 (federation.num_sites)",

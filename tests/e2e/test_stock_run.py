@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,14 @@ def test_trained_resumed_exported_and_loaded_by_transformers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"
-    overrides = [
-        f"model={model}", *SMALL_TRAIN, "model.hf.hidden_size=32", "data=text", f"data.path={corpus_dir}",
+    usual = [
+        *SMALL_TRAIN, "data=text", f"data.path={corpus_dir}",
         f"data.cache_dir={cache_dir}", "wandb.mode=disabled", "federation.num_sites=2", "strategy.overlap=1",
         "checkpoint.keep=9", "train.lr=0.01", "train.warmup_steps=0",
         # One site a round: the experts of the other are not updated.
         "strategy.fraction_train=0.5", "strategy.min_train_nodes=1", "strategy.quorum=0",
     ]  # fmt: skip
+    overrides = [f"model={model}", "model.hf.hidden_size=32", *usual]
 
     def go(*items: str) -> None:
         if runtime == "flower":
@@ -96,3 +98,19 @@ def test_trained_resumed_exported_and_loaded_by_transformers(
     assert made.shape == (1, 7)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.encode("Hel") == [72, 101, 108]
+
+    # The export goes on as a new run, of other sites, and is not needed once that has begun.
+    if runtime == "local":
+        again = tmp_path / "again"
+        given = ["model=hf", f"model.path={tmp_path / 'out'}", "data.tokenizer=bytes", *usual]
+        given += [
+            "federation.num_sites=3",
+            "strategy.overlap=3",
+            "strategy.routing=partitioned",
+            "train.rounds=1",
+        ]
+        main(["train", *given, "runtime=local", f"hydra.run.dir={again}"])
+        assert metrics(again)[0]["val_loss"] == pytest.approx(lines[-1]["val_loss"], abs=1e-6)
+        shutil.rmtree(tmp_path / "out")
+        main(["train", f"resume={again}", "train.rounds=2"])
+        assert [line["round"] for line in metrics(again)] == [0, 1, 2]

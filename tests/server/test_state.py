@@ -19,7 +19,7 @@ PLACEMENT = Placement(np.array([[[True, True], [True, False], [False, True]]]))
 
 def test_an_orphan_is_said_when_it_becomes_one_and_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="fomoe")
-    ledger = ExpertLedger(1, 3)
+    ledger = ExpertLedger(range(1), 3)
     assert ledger.look(PLACEMENT, [0, 1]) == []
     assert ledger.look(PLACEMENT, [1]) == [(0, 1)]
     assert ledger.look(PLACEMENT, [1]) == [(0, 1)]
@@ -31,7 +31,7 @@ def test_an_orphan_is_said_when_it_becomes_one_and_when_it_is_over(caplog: pytes
 
 
 def test_ages_tokens_and_holders() -> None:
-    ledger = ExpertLedger(1, 3)
+    ledger = ExpertLedger(range(1), 3)
     ledger.look(PLACEMENT, [0, 1])
     ledger.record(1, [(0, 0), (0, 1), (0, 2)], np.array([[0, 5, 0]]))
     ledger.look(PLACEMENT, [0])
@@ -55,7 +55,7 @@ def test_ages_tokens_and_holders() -> None:
 
 
 def test_the_starved_are_named_in_their_round_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
-    ledger = ExpertLedger(1, 12)
+    ledger = ExpertLedger(range(1), 12)
     ledger.starve(3, [(0, 2), (0, 1)], least=7)
     (line,) = caplog.messages
     said = ("round 3", "2 experts", "fewer than 7 tokens", "layer 0 expert 1, layer 0 expert 2")
@@ -70,7 +70,7 @@ def test_the_starved_are_named_in_their_round_and_only_then(caplog: pytest.LogCa
 
 
 def test_the_ledger_survives_a_checkpoint() -> None:
-    ledger, loaded = ExpertLedger(1, 3), ExpertLedger(1, 3)
+    ledger, loaded = ExpertLedger(range(1), 3), ExpertLedger(range(1), 3)
     ledger.look(PLACEMENT, [0])
     ledger.record(2, [(0, 0)], np.array([[9, 0, 0]]))
     loaded.load(json.loads(json.dumps(ledger.table(2))))
@@ -81,7 +81,7 @@ def state_of(round_: int) -> ServerState:
     config = RunConfig()
     tensors = with_moments({"model.norm.weight": torch.ones(4)})
     outer = OuterOptimizer(tensors, config.strategy, config.model, config.train)
-    return ServerState(tensors, outer, ExpertLedger(1, 3), round_)
+    return ServerState(tensors, outer, ExpertLedger(range(1), 3), round_)
 
 
 def test_what_is_remembered_survives_a_checkpoint() -> None:
@@ -110,3 +110,12 @@ def test_parameters_are_what_is_no_moment() -> None:
     state = state_of(0)
     assert len(state.tensors) == 3
     assert state.parameters().keys() == {"model.norm.weight"}
+
+
+def test_a_log_line_has_the_layers_own_number(caplog: pytest.LogCaptureFixture) -> None:
+    """Of an open model some layers are dense."""
+    ledger = ExpertLedger([1, 4], 2)
+    holds_LEM = np.ones((2, 2, 1), dtype=bool)
+    holds_LEM[1, 0] = False
+    assert ledger.look(Placement(holds_LEM), [0]) == [(1, 0)]
+    assert "layer 4 expert 0" in caplog.text
