@@ -32,7 +32,7 @@ from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.evaluation import evaluate
+from fomoe_flwr.evaluation import evaluate, survey
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.base import load_shard, read_shard
@@ -201,11 +201,21 @@ def train_round(
 def evaluate_shard(
     task: Task, shard: dict[str, Tensor], settings: NodeSettings, memory: Memory, beat: Beat
 ) -> Reply:
-    """Validation loss of the shard, nats a token, with this site's residents only."""
+    """Loss of the shard, nats a token, with this site's residents only: of the validation text, and in round 0 of the
+    text that round 1 will train on, with what its tokens ask for.
+    """
     use_cpu(task.train.threads)
     device = resolve_device(*device_of(task, settings))
     beat(DATA)
-    corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
+    batch, first = task.train.batch_size, task.round == 0
+    if first:
+        stream = site_stream(task, settings, memory)
+        corpus = stream.corpus
+        text: Iterator[Tensor] = (stream.batch(step * batch, batch) for step in range(task.train.local_steps))
+    else:
+        corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
+        most = max(task.train.eval_batches, 1)
+        text = validation_batches(corpus, None, task.train.seq_len, batch, most)
     inputs = own_inputs(task, corpus, settings)
     beat(WORK)
     module = memory.engine(task, device).module
@@ -214,14 +224,16 @@ def evaluate_shard(
     start = wire.digests(read_shard(module), CODECS[task.strategy.wire_dtype])
 
     def batches() -> Iterator[Tensor]:
-        for tokens_BT in validation_batches(
-            corpus, None, task.train.seq_len, task.train.batch_size, max(task.train.eval_batches, 1)
-        ):
+        for tokens_BT in text:
             beat(WORK)
             yield tokens_BT
 
-    loss, tokens = evaluate(module, batches(), task.train.dtype, device)
-    return Reply(task.run, task.round, task.name, tokens, {"val_loss": loss}, start, inputs=inputs)
+    load_LE: list[list[int]] = []
+    if first:
+        loss, tokens, load_LE = survey(module, batches(), task.train.dtype, device)
+    else:
+        loss, tokens = evaluate(module, batches(), task.train.dtype, device)
+    return Reply(task.run, task.round, task.name, tokens, {"val_loss": loss}, start, load_LE, inputs=inputs)
 
 
 def own_inputs(task: Task, corpus: TokenCorpus, settings: NodeSettings) -> Inputs:

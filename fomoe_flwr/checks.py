@@ -133,9 +133,10 @@ def check_combinations(config: RunConfig) -> None:
     for key, share in (("skip_price", config.skip_price), ("mfu", config.plan.mfu)):
         if share > 1:
             raise ConfigError(f"plan.{key}={share}: a share, at most 1")
-    if strategy.placement == "affine" and strategy.routing == "partitioned":
+    if strategy.placement == "affine" and strategy.routing == "partitioned" and model.init == "random":
         raise ConfigError(
-            "strategy.placement=affine: needs strategy.routing=skip, where a router can ask for any expert"
+            "strategy.placement=affine: needs strategy.routing=skip, where a router can ask for any expert, or "
+            "model.init=checkpoint"
         )
     for key in ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"):
         if (getattr(strategy, key) or 0) > num_sites:

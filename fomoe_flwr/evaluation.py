@@ -114,6 +114,32 @@ def evaluate(module: LanguageModel, batches: Iterable[Tensor], dtype: str, devic
     return float(total_D[0]) / max(int(tokens_D[0]), 1), int(tokens_D[0])
 
 
+def survey(
+    module: LanguageModel, batches: Iterable[Tensor], dtype: str, device: str
+) -> tuple[float, int, list[list[int]]]:
+    """`evaluate`, and how often the routers chose each expert, load_LE, ghosts too: what this text asks for.
+
+    Behind a layer whose ghosts are missing the tokens are not quite those of the whole model, so deeper layers' choices
+    are near to its own and not equal.
+    """
+    load_LE = torch.zeros(len(module.moe_layers), module.config.num_experts, dtype=torch.int64)
+
+    def counting(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Routing], None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], routing: Routing) -> None:
+            chosen = routing.chosen_TK.flatten().cpu()
+            load_LE[layer] += torch.bincount(chosen, minlength=load_LE.shape[1])
+
+        return hook
+
+    handles = [moe.gate.register_forward_hook(counting(layer)) for layer, moe in enumerate(module.moe_layers)]
+    try:
+        loss, tokens = evaluate(module, batches, dtype, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return loss, tokens, load_LE.tolist()
+
+
 def evaluate_text(module: LanguageModel, text: Text, dtype: str) -> Figures:
     """Loss on a text, whole and by domain, with the experts that the module holds.
 

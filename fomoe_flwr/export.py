@@ -26,15 +26,11 @@ from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, check_tokenizer, load
 from fomoe_flwr.files import expanded, flush, naming
-from fomoe_flwr.hf_files import on_disk
+from fomoe_flwr.hf_files import on_disk, whole_routers
 from fomoe_flwr.model.spec import (
     depth_multiplier,
-    expert_layers,
-    expert_name,
-    gate_name,
     logit_multiplier,
     parameters,
-    table,
 )
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.wire import split_bundle, write_tensors
@@ -116,20 +112,7 @@ def whole_state(saved: Saved) -> dict[str, Tensor]:
     for name, param in parameters(model, everything, routing).items():
         if name not in state or tuple(state[name].shape) != tuple(param.shape):
             raise CheckpointError(f"checkpoint {saved.checkpoint.path}: not of the model it names: {name}")
-    if routing == "partitioned":
-        # A router may have more than its weight (gpt-oss, DeepSeek-V3).
-        for param in table(model, "skip"):
-            if param.kind == "router":
-                part = param.name.removeprefix(
-                    gate_name(0).replace(".0.", ".{layer}.").removesuffix("weight")
-                )
-                for layer in expert_layers(model):
-                    rows = [
-                        state.pop(expert_name(layer, expert, "gate").removesuffix("weight") + part)
-                        for expert in range(model.num_experts)
-                    ]
-                    state[param.name.format(layer=layer)] = torch.stack(rows)
-    return state
+    return whole_routers(state, model) if routing == "partitioned" else state
 
 
 def stock_json(model: ModelConfig, dtype: torch.dtype, eos: int | None = None) -> dict[str, Any]:

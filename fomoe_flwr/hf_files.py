@@ -22,7 +22,7 @@ from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.mapped import PIECE_BYTES
 from fomoe_flwr.model.families import family_of
-from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, parameters
+from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, parameters, table
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.reading import reason
 
@@ -244,6 +244,22 @@ def _as_held(name: str, tensor: Tensor, model: ModelConfig, routing: str) -> Ite
                 yield row + name.removeprefix(whole), tensor[expert]
             return
     yield name, tensor
+
+
+def whole_routers(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """A state of partitioned mode under the names of skip mode: a router's rows make one matrix."""
+    whole = dict(state)
+    # A router may have more than its weight (gpt-oss, DeepSeek-V3).
+    for param in table(model, "skip"):
+        if param.kind == "router":
+            part = param.name.removeprefix(gate_name(0).replace(".0.", ".{layer}.").removesuffix("weight"))
+            for layer in expert_layers(model):
+                rows = [
+                    whole.pop(expert_name(layer, expert, "gate").removesuffix("weight") + part)
+                    for expert in range(model.num_experts)
+                ]
+                whole[param.name.format(layer=layer)] = torch.stack(rows)
+    return whole
 
 
 # Sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).

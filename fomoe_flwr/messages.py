@@ -81,7 +81,7 @@ class Task:
 
     run: str  # identity of the run, the same after a resume
     run_dir: str  # where the server keeps the run; a simulated site keeps its state below it
-    round: int  # counted from 1
+    round: int  # counted from 1; 0: before the first, to say what the site's text asks for
     counted_round: (
         int  # the last one of this site whose reply is in the model: it goes on from there; 0: afresh
     )
@@ -180,7 +180,7 @@ def make_task(
         deal=deal,
         inputs=inputs,
         residents=residents,
-        first_step=(round_ - 1) * nominal,
+        first_step=max(round_ - 1, 0) * nominal,
         lr_stride=nominal / local_steps,
         model=model or config.model,
         train=dataclasses.replace(

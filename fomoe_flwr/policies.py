@@ -60,6 +60,14 @@ class Policy:
             placement = adopt(placement, alive)
         return Assignment(placement, steps_M)
 
+    @property
+    def surveys(self) -> bool:
+        """Whether the sites shall say before round 1 what their text asks for (`surveyed`)."""
+        return False
+
+    def surveyed(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
+        """By site, what routers over all experts chose before round 1 (layers x experts, ghosts too)."""
+
     def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
         """By site, what its routers chose in a committed round (layers x experts, ghosts too)."""
 
@@ -108,11 +116,15 @@ class Planned(Policy):
         return self.intended(round_)
 
     def _replan(self, round_: int, present: list[int]) -> None:
-        rounds_left = max(self._config.train.rounds - round_ + 1, 1)
-        try:
-            new = replan(
-                self._config, self.plan, self._placement, present, rounds_left, self._demand_by_site()
+        config = self._config
+        rounds_left = max(config.train.rounds - round_ + 1, 1)
+        if round_ == 1:
+            # Nobody has moments yet, so no expert warms up because it moved.
+            config = dataclasses.replace(
+                config, train=dataclasses.replace(config.train, expert_warmup_steps=0)
             )
+        try:
+            new = replan(config, self.plan, self._placement, present, rounds_left, self._demand_by_site())
         except ConfigError as error:
             log.warning("round %d: the plan stays as it is: %s", round_, error)
             return
@@ -120,11 +132,24 @@ class Planned(Policy):
             self.plan, self._placement = new.plan, new.placement
             log.info("round %d: a new plan for %d sites, %d experts move", round_, len(present), new.moved)
 
+    @property
+    def _by_demand(self) -> bool:
+        return self._config.strategy.placement in ("planned", "affine") and self._config.plan.demand_every > 0
+
+    @property
+    def surveys(self) -> bool:
+        # Routers at random ask for nothing.
+        return self._by_demand and self._config.model.init == "checkpoint"
+
+    def surveyed(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
+        self._listen(loads)
+
     def heard(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
-        strategy = self._config.strategy
-        by_demand = strategy.placement in ("planned", "affine") and strategy.routing != "partitioned"
-        if not by_demand or not self._config.plan.demand_every:
-            return
+        # A partitioned router chooses among residents.
+        if self._by_demand and self._config.strategy.routing != "partitioned":
+            self._listen(loads)
+
+    def _listen(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
         for site, load_LE in loads.items():
             if shares := averaged(self._demand.get(site), load_LE):
                 self._demand[site] = shares

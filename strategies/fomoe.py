@@ -160,6 +160,8 @@ class FoMoE(Strategy):
         result, nothing = Result(), ArrayRecord()
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if self.first_round == 1:
+            if self.server.policy.surveys:
+                self._survey(grid)
             self._after_round(result, evaluate_fn)
         for current in range(self.first_round, num_rounds + 1):
             messages = self.configure_train(current, nothing, train_config, grid)
@@ -179,6 +181,20 @@ class FoMoE(Strategy):
         if self.config.checkpoint.state == "memory":
             result.arrays = self.arrays()
         return result
+
+    def _survey(self, grid: Grid) -> None:
+        """Ask the sites what their text asks for, by the routers that a checkpoint brings, so that round 1 can place
+        experts by it. A site that does not answer is taken to ask for all experts alike.
+        """
+        current = self.round
+        current.deadline_s = self._deadline.seconds()
+        sites = [site for site in self._connected(grid) if current.steps_M[site]]
+        self._finish_evaluation(
+            self._exchange(grid, self._messages(sites, MessageType.EVALUATE, ConfigRecord()))
+        )
+        heard = {self.site_names[site]: load_LE for site, load_LE in sorted(current.loads.items())}
+        self.server.policy.surveyed(heard)
+        log.info("%d of %d sites said which experts their text asks for", len(heard), len(self.site_names))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

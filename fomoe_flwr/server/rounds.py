@@ -21,6 +21,7 @@ from fomoe_flwr import wire
 from fomoe_flwr.codecs import CODECS, Codec
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.hf_files import whole_routers
 from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs
 from fomoe_flwr.load import averaged
 from fomoe_flwr.mapped import fill, in_pieces, mapped_tensors
@@ -265,10 +266,16 @@ class Server:
 
         Args:
             sites: of those that take part in the round.
-            training: False: they shall evaluate their shard, and need no moments.
+            training: False: they shall evaluate their shard, and need no moments; before round 1, on their own text,
+                with all rows of the routers, which a partitioned one lacks.
         """
         current, config, state = self.round, self.config, self.state
         tensors = state.tensors if training else state.parameters()
+        if not current.number and config.strategy.routing == "partitioned":
+            tensors = whole_routers(tensors, config.model)
+            config = dataclasses.replace(
+                config, strategy=dataclasses.replace(config.strategy, routing="skip")
+            )
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
         bundles, digests = shared_bundles(
             tensors, residents, expert_layers(self.config.model), sites, self._codec
@@ -278,7 +285,7 @@ class Server:
         for site in sites:
             steps = current.steps_M[site]
             inputs = self._inputs_of(site)
-            batches = steps if training else max(config.train.eval_batches, 1)
+            batches = steps if training or not current.number else max(config.train.eval_batches, 1)
             task = make_task(
                 config,
                 site,
@@ -389,7 +396,10 @@ class Server:
         try:
             with refusing():
                 self._count(site, header, {})
-                self.round.evaluations[site] = check_evaluation(header, self._expected[site])
+                reply = check_evaluation(header, self._expected[site])
+                if not self.round.number:
+                    self.round.loads[site] = check_load(reply, self._expected[site])
+                self.round.evaluations[site] = reply
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
 

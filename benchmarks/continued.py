@@ -1,0 +1,257 @@
+"""A checkpoint goes on in a federation of which no site can hold it: `python -m benchmarks.continued`.
+
+A small model is trained here on one text, exported, and continued on another by two sites, each with a domain of its own:
+once with all experts at both sites, and with half of them each, by the three routings and two placements. What counts is
+the share of the full replica's improvement, in validation loss with all experts on the new text, at equal tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.harness import write_result
+from clients.app import app as client_app
+from fomoe_flwr.compose import compose
+from fomoe_flwr.config import RunConfig
+from fomoe_flwr.data import TokenStream, deal_documents, prepare, read_documents
+from fomoe_flwr.eval_command import load
+from fomoe_flwr.evaluation import Judged, Residents, evaluate_text, survey, text_of
+from fomoe_flwr.export import export
+from fomoe_flwr.placement import Placement
+from fomoe_flwr.policies import POLICIES
+from fomoe_flwr.server.run import first_state, open_run
+from strategies.fomoe import FoMoE
+from strategies.local_grid import LocalGrid
+
+NEW = ("pydoc_data", "tkinter")  # English prose, and a library with names of its own
+TABLES = "encodings"  # numbers, mostly; in neither text
+PIECE = 8000  # characters of a document of the new text
+COMMON = (
+    "runtime=local", "wandb.mode=disabled", "train.final_eval_batches=0", "train.seq_len=128", "data=text",
+    "data.tokenizer=bytes",
+)  # fmt: skip
+SITES = (
+    "federation.num_sites=null",
+    "federation.sites=[{name: prose, domain: pydoc_data}, {name: code, domain: tkinter}]",
+)
+ROUTINGS = ("skip", "skip_renormalised", "partitioned")
+PLACEMENTS = {"drawn": "fixed", "by demand": "affine"}
+EVAL_BATCHES = 32
+STEPS = ("train.rounds=6", "train.local_steps=8", "train.warmup_steps=8")
+FULL, HALF = "strategy.overlap=2", "strategy.overlap=1"
+TRIED = {"full": (FULL,), "half, partitioned": (HALF, "strategy.routing=partitioned")}
+
+
+def texts(folder: Path) -> None:
+    """The standard library as two folders: what the checkpoint is trained on, and what it goes on with."""
+    counts: Counter[str] = Counter()
+    for document in read_documents(compose(["data=stdlib"]).config.data):
+        if document.domain == TABLES:
+            continue
+        new = document.domain in NEW
+        step = PIECE if new else max(len(document.text), 1)
+        for start in range(0, len(document.text), step):
+            file = folder / ("new" if new else "open") / document.domain / f"{counts[document.domain]}.txt"
+            counts[document.domain] += 1
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(document.text[start : start + step])
+
+
+def run(folder: Path, *overrides: str) -> tuple[RunConfig, FoMoE]:
+    """A whole run in this process; its Strategy still has the model."""
+    composed = compose([*COMMON, *overrides, f"hydra.run.dir={folder}"])
+    config = composed.config
+    grid = LocalGrid(client_app, len(config.federation.sites), workers=2)
+    try:
+        with open_run(composed) as opened:
+            strategy = FoMoE(
+                config,
+                run=opened.name,
+                run_dir=str(folder),
+                observer=opened.recorder,
+                plan=opened.plan,
+                inputs=opened.inputs,
+            )
+            strategy.first_round = opened.load_into(strategy.server, config) + 1
+            strategy.start(grid, num_rounds=config.train.rounds)
+    finally:
+        grid.close()
+    return config, strategy
+
+
+def open_checkpoint(work: Path, model: str, steps: int) -> Path:
+    """A folder as one gets it from Hugging Face: trained at one site, with all experts and a decayed learning rate."""
+    folder = work / f"exported_{model}"
+    if not folder.exists():
+        if not (run_dir := work / f"open_{model}").exists():
+            run(
+                run_dir, f"model={model}", f"data.path={work / 'text' / 'open'}", "federation.num_sites=1",
+                "strategy.overlap=1", "strategy.outer=average", "strategy.wire_dtype=fp32", "train.rounds=10",
+                f"train.local_steps={steps // 10}", "train.schedule=cosine", "train.eval_batches=32",
+                "checkpoint.every=10",
+            )  # fmt: skip
+        export(load(str(run_dir), "open checkpoint"), folder, torch.bfloat16)
+    return folder
+
+
+def by_domain(config: RunConfig, state: dict[str, Tensor], residents: Residents | None) -> dict[str, float]:
+    """Validation loss on the new text, whole (under "") and by domain."""
+    judged = Judged(config.model, config.strategy.routing, state, {})
+    corpus = prepare(config.data)
+    text = text_of(corpus, corpus.val_documents, config.train.seq_len, config.train.batch_size, EVAL_BATCHES)
+    figures = evaluate_text(judged.module(residents or judged.everything, "cpu"), text, "fp32")
+    return {"": figures["loss"]} | {name: own["loss"] for name, own in figures["by_domain"].items()}
+
+
+def continued(work: Path, model: str, name: str, seed: int, *overrides: str) -> dict[str, Any]:
+    """One variant: losses before and after, and what the ghosts cost at the sites. Kept, so that a script goes on."""
+    kept = work / "figures" / f"{model} {name} {seed}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    with tempfile.TemporaryDirectory(prefix="fomoe-continued-") as folder:
+        config, strategy = run(
+            Path(folder) / "run", "model=hf", f"model.path={work / f'exported_{model}'}", *SITES,
+            f"data.path={work / 'text' / 'new'}", "data.partition=domain", "data.val_fraction=0.1",
+            "checkpoint.every=0", "train.eval_batches=0", f"seed={seed}", *overrides,
+        )  # fmt: skip
+        lines = [
+            json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
+    before, after = dict(first_state(config)), dict(strategy.server.state.parameters())
+    everything = by_domain(config, before, None)
+    costs = []
+    for site in config.federation.sites:
+        held = strategy.round.residents_by_name()[site.name]
+        costs.append(by_domain(config, before, held)[site.domain or ""] - everything[site.domain or ""])
+    figures = {
+        "before": everything[""],
+        "after": by_domain(config, after, None)[""],
+        "ghosts_cost": statistics.mean(costs),
+        "resident_share": [line["resident_share"] for line in lines[1:]],
+    }
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(figures))
+    print(model, name, seed, figures, flush=True)
+    return figures
+
+
+def survey_worth(work: Path, model: str, seed: int) -> tuple[float, float, float]:
+    """Share of the whole model's choices that are resident: drawn, by the survey, and by the whole model's own choices.
+
+    The whole model's are what the survey would hear if a site could hold it.
+    """
+    config = compose(
+        [*COMMON, "model=hf", f"model.path={work / f'exported_{model}'}", *SITES, f"seed={seed}",
+         f"data.path={work / 'text' / 'new'}", "data.partition=domain", "data.val_fraction=0.1", *STEPS,
+         "strategy.overlap=1", "strategy.placement=affine"]
+    ).config  # fmt: skip
+    judged = Judged(config.model, "skip", dict(first_state(config)), {})
+    corpus, train, policy = prepare(config.data), config.train, POLICIES["affine"](config)
+    dealt = deal_documents(corpus, config.federation.sites, config.data, seed, train.seq_len)
+    drawn = policy.for_round(0, [0, 1]).placement
+
+    def asked(site: int, residents: Residents) -> NDArray[np.int64]:
+        stream = TokenStream(corpus, dealt[site], train.seq_len, seed)
+        batches = [
+            stream.batch(step * train.batch_size, train.batch_size) for step in range(train.local_steps)
+        ]
+        return np.array(survey(judged.module(residents, "cpu"), batches, "fp32", "cpu")[2])
+
+    truth = [asked(site, judged.everything) for site in range(2)]
+
+    def share(loads: list[NDArray[np.int64]]) -> float:
+        policy = POLICIES["affine"](config)
+        named = dict(zip((site.name for site in config.federation.sites), loads, strict=True))
+        policy.surveyed(named)
+        return resident(policy.for_round(1, [0, 1]).placement)
+
+    def resident(placement: Placement) -> float:
+        held = [truth[site][placement.holds_LEM[:, :, site]].sum() for site in range(2)]
+        return float(sum(held) / sum(load.sum() for load in truth))
+
+    return resident(drawn), share([asked(site, drawn.residents(site)) for site in range(2)]), share(truth)
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="olmoe_tiny", choices=["olmoe_tiny", "qwen3_moe_tiny"])
+    parser.add_argument("--steps", type=int, default=1000, help="of the checkpoint's own training")
+    parser.add_argument("--lr", default="0.001", help="of what is compared")
+    parser.add_argument("--lrs", nargs="*", default=[], help="to try, at the first seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, required=True, help="folder in which what is done is kept")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    work, model, lr = chosen.work.resolve(), chosen.model, f"train.lr={chosen.lr}"
+    if not (work / "text").exists():
+        texts(work / "text")
+    open_checkpoint(work, model, chosen.steps)
+
+    tried = []
+    for value in chosen.lrs:
+        for name, overrides in TRIED.items():
+            seed = chosen.seeds[0]
+            one = continued(work, model, f"{name} lr={value}", seed, *STEPS, *overrides, f"train.lr={value}")
+            tried.append(f"| {value} | {name} | {one['after']:.3f} | {one['before'] - one['after']:.3f} |")
+
+    full = {
+        seed: continued(work, model, f"full lr={chosen.lr}", seed, *STEPS, FULL, lr) for seed in chosen.seeds
+    }
+    gains = {seed: one["before"] - one["after"] for seed, one in full.items()}
+    rows = [
+        f"| all experts at both sites | | 0 | 1 | {spread([one['after'] for one in full.values()])} | 100 % |"
+    ]
+    for routing in ROUTINGS:
+        for placed, placement in PLACEMENTS.items():
+            settings = (HALF, f"strategy.routing={routing}", f"strategy.placement={placement}", lr)
+            ran = {
+                seed: continued(work, model, f"{routing} {placed} lr={chosen.lr}", seed, *STEPS, *settings)
+                for seed in chosen.seeds
+            }
+            shares = [100 * (one["before"] - one["after"]) / gains[seed] for seed, one in ran.items()]
+            rows.append(
+                f"| `{routing}` | {placed} | {spread([one['ghosts_cost'] for one in ran.values()])} | "
+                f"{statistics.median([one['resident_share'][0] for one in ran.values()]):.2f} | "
+                f"{spread([one['after'] for one in ran.values()])} | {spread(shares, '.0f')} % |"
+            )
+    worth = [survey_worth(work, model, seed) for seed in chosen.seeds]
+    drawn, surveyed, known = (statistics.median(values) for values in zip(*worth, strict=True))
+    before = next(iter(full.values()))["before"]
+    write_result(
+        f"continued_{model}",
+        f"A checkpoint goes on at two sites with half of the experts each ({model})",
+        f"The checkpoint: {chosen.steps} steps of 8 x 128 bytes of Python's standard library at one site. Then two sites, "
+        f"prose (pydoc_data) and code (tkinter), {' '.join(STEPS)} {lr}, outer Nesterov. Validation loss on the new text "
+        f"with all experts before: {before:.3f}. Median and range of {len(chosen.seeds)} seed(s).\n\n"
+        "| routing | placement | nats that ghosts cost at a site before training | choices that are resident in round 1 | "
+        "loss after | share of the full replica's improvement |\n|---|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n\n"
+        f"Of the whole model's choices on the sites' text, so many are resident: {drawn:.3f} drawn, {surveyed:.3f} by the "
+        f"survey of sites that hold half of the model, {known:.3f} if they could ask with all of it.\n"
+        + (
+            "\n| train.lr | | loss after | improvement |\n|---|---|---|---|\n" + "\n".join(tried)
+            if tried
+            else ""
+        ),
+        "real open checkpoints, larger models, longer runs, more sites, sites with text alike.",
+    )
+
+
+if __name__ == "__main__":
+    main()
