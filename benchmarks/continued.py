@@ -1,8 +1,9 @@
 """A checkpoint goes on in a federation of which no site can hold it: `python -m benchmarks.continued`.
 
-A small model is trained here on one text, exported, and continued on another by two sites, each with a domain of its own:
-once with all experts at both sites, and with half of them each, by the three routings and two placements. What counts is
-the share of the full replica's improvement, in validation loss with all experts on the new text, at equal tokens.
+A small model is trained here on one text, exported, and continued on another by two sites, whose texts are alike or of a
+domain each: with all experts at both sites, and with half of them each, by three routings and three placements. What
+counts is the share of the full replica's improvement, in validation loss with all experts on the new text, at equal
+tokens.
 """
 
 from __future__ import annotations
@@ -46,10 +47,17 @@ SITES = (
     "federation.sites=[{name: prose, domain: pydoc_data}, {name: code, domain: tkinter}]",
 )
 ROUTINGS = ("skip", "skip_renormalised", "partitioned")
-PLACEMENTS = {"drawn": "fixed", "by demand": "affine"}
+PLACEMENTS = {
+    "drawn once": ("strategy.placement=fixed",),
+    "by demand": ("strategy.placement=affine",),
+    # An expert that is new to a site would warm up for longer than it stays.
+    "drawn each round": ("strategy.placement=random", "train.expert_warmup_steps=0"),
+}
+PARTITIONS = {"iid": "alike", "domain": "a domain each"}
 EVAL_BATCHES = 32
 STEPS = ("train.rounds=6", "train.local_steps=8", "train.warmup_steps=8")
 FULL, HALF = "strategy.overlap=2", "strategy.overlap=1"
+# For the learning rate.
 TRIED = {"full": (FULL,), "half, partitioned": (HALF, "strategy.routing=partitioned")}
 
 
@@ -122,7 +130,7 @@ def continued(work: Path, model: str, name: str, seed: int, *overrides: str) -> 
     with tempfile.TemporaryDirectory(prefix="fomoe-continued-") as folder:
         config, strategy = run(
             Path(folder) / "run", "model=hf", f"model.path={work / f'exported_{model}'}", *SITES,
-            f"data.path={work / 'text' / 'new'}", "data.partition=domain", "data.val_fraction=0.1",
+            f"data.path={work / 'text' / 'new'}", "data.val_fraction=0.1",
             "checkpoint.every=0", "train.eval_batches=0", f"seed={seed}", *overrides,
         )  # fmt: skip
         lines = [
@@ -197,59 +205,66 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder in which what is done is kept")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    work, model, lr = chosen.work.resolve(), chosen.model, f"train.lr={chosen.lr}"
+    work, model = chosen.work.resolve(), chosen.model
     if not (work / "text").exists():
         texts(work / "text")
     open_checkpoint(work, model, chosen.steps)
 
+    def variant(name: str, partition: str, seed: int, value: str, *overrides: str) -> dict[str, Any]:
+        settings = (*STEPS, f"data.partition={partition}", f"train.lr={value}", *overrides)
+        return continued(work, model, f"{name} {partition} lr={value}", seed, *settings)
+
     tried = []
     for value in chosen.lrs:
         for name, overrides in TRIED.items():
-            seed = chosen.seeds[0]
-            one = continued(work, model, f"{name} lr={value}", seed, *STEPS, *overrides, f"train.lr={value}")
-            tried.append(f"| {value} | {name} | {one['after']:.3f} | {one['before'] - one['after']:.3f} |")
+            for partition, text in PARTITIONS.items():
+                one = variant(name, partition, chosen.seeds[0], value, *overrides)
+                tried.append(
+                    f"| {value} | {name} | {text} | {one['after']:.3f} | {one['before'] - one['after']:.3f} |"
+                )
 
-    full = {
-        seed: continued(work, model, f"full lr={chosen.lr}", seed, *STEPS, FULL, lr) for seed in chosen.seeds
-    }
-    gains = {seed: one["before"] - one["after"] for seed, one in full.items()}
-    rows = [
-        f"| all experts at both sites | | 0 | 1 | {spread([one['after'] for one in full.values()])} | 100 % |"
-    ]
-    for routing in ROUTINGS:
-        for placed, placement in PLACEMENTS.items():
-            settings = (HALF, f"strategy.routing={routing}", f"strategy.placement={placement}", lr)
-            ran = {
-                seed: continued(work, model, f"{routing} {placed} lr={chosen.lr}", seed, *STEPS, *settings)
-                for seed in chosen.seeds
-            }
-            shares = [100 * (one["before"] - one["after"]) / gains[seed] for seed, one in ran.items()]
-            rows.append(
-                f"| `{routing}` | {placed} | {spread([one['ghosts_cost'] for one in ran.values()])} | "
-                f"{statistics.median([one['resident_share'][0] for one in ran.values()]):.2f} | "
-                f"{spread([one['after'] for one in ran.values()])} | {spread(shares, '.0f')} % |"
-            )
+    rows = []
+    for partition, text in PARTITIONS.items():
+        full = {seed: variant("full", partition, seed, chosen.lr, FULL) for seed in chosen.seeds}
+        gains = {seed: one["before"] - one["after"] for seed, one in full.items()}
+        after = spread([one["after"] for one in full.values()])
+        rows.append(f"| {text} | all experts at both | | 0 | 1 | {after} | 100 % |")
+        for routing in ROUTINGS:
+            for placed, overrides in PLACEMENTS.items():
+                settings = (HALF, f"strategy.routing={routing}", *overrides)
+                ran = {
+                    seed: variant(f"{routing} {placed}", partition, seed, chosen.lr, *settings)
+                    for seed in chosen.seeds
+                }
+                shares = [100 * (one["before"] - one["after"]) / gains[seed] for seed, one in ran.items()]
+                rows.append(
+                    f"| {text} | `{routing}` | {placed} | {spread([one['ghosts_cost'] for one in ran.values()])} | "
+                    f"{statistics.median([one['resident_share'][0] for one in ran.values()]):.2f} | "
+                    f"{spread([one['after'] for one in ran.values()])} | {spread(shares, '.0f')} % |"
+                )
     worth = [survey_worth(work, model, seed) for seed in chosen.seeds]
     drawn, surveyed, known = (statistics.median(values) for values in zip(*worth, strict=True))
     before = next(iter(full.values()))["before"]
+    lrs = (
+        "\n| train.lr | | text of the sites | loss after | improvement |\n|---|---|---|---|---|\n"
+        + "\n".join(tried)
+        if tried
+        else ""
+    )
     write_result(
         f"continued_{model}",
         f"A checkpoint goes on at two sites with half of the experts each ({model})",
-        f"The checkpoint: {chosen.steps} steps of 8 x 128 bytes of Python's standard library at one site. Then two sites, "
-        f"prose (pydoc_data) and code (tkinter), {' '.join(STEPS)} {lr}, outer Nesterov. Validation loss on the new text "
-        f"with all experts before: {before:.3f}. Median and range of {len(chosen.seeds)} seed(s).\n\n"
-        "| routing | placement | nats that ghosts cost at a site before training | choices that are resident in round 1 | "
-        "loss after | share of the full replica's improvement |\n|---|---|---|---|---|---|\n"
+        f"The checkpoint: {chosen.steps} steps of 8 x 128 bytes of Python's standard library at one site. Then two sites "
+        f"with prose (pydoc_data) and code (tkinter), mixed or one each: {' '.join(STEPS)} train.lr={chosen.lr}, outer "
+        f"Nesterov. Validation loss on both with all experts before: {before:.3f}. Median and range of "
+        f"{len(chosen.seeds)} seed(s).\n\n"
+        "| text of the sites | routing | placement | nats that ghosts cost at a site before training | resident choices in "
+        "round 1 | loss after | share of the full replica's improvement |\n|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + "\n\n"
-        f"Of the whole model's choices on the sites' text, so many are resident: {drawn:.3f} drawn, {surveyed:.3f} by the "
-        f"survey of sites that hold half of the model, {known:.3f} if they could ask with all of it.\n"
-        + (
-            "\n| train.lr | | loss after | improvement |\n|---|---|---|---|\n" + "\n".join(tried)
-            if tried
-            else ""
-        ),
-        "real open checkpoints, larger models, longer runs, more sites, sites with text alike.",
+        + "\n\nOf the whole model's choices on the sites' text (a domain each), so many are resident: "
+        f"{drawn:.3f} drawn, {surveyed:.3f} by the survey of sites that hold half of the model, {known:.3f} if they could "
+        f"ask with all of it.\n{lrs}",
+        "real open checkpoints, larger models, longer runs, more sites, other shares than a half.",
     )
 
 

@@ -25,6 +25,7 @@ from fomoe_flwr.evaluation import (
     evaluate_text,
     necessity,
     random_routing,
+    survey,
     text_of,
     token_losses,
 )
@@ -419,3 +420,16 @@ def test_evaluation_leaves_no_trace() -> None:
     assert all(value.equal(before[name]) for name, value in read_shard(module).items())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not any(moe.gate.load_C.any() for moe in module.moe_layers)
+
+
+def test_a_survey_counts_what_the_routers_choose_in_training() -> None:
+    """The same text with half of the experts; and the loss is that of `evaluate`."""
+    module, batches = judged().module(PLACEMENT["a"], "cpu"), some_tokens((2, 9), (3, 9))
+    loss, tokens, load_LE = survey(module, batches, "fp32", "cpu")
+    assert (loss, tokens) == evaluate(module, batches, "fp32", "cpu")
+    module.train()
+    for tokens_BT in batches:
+        module(tokens_BT)
+    assert load_LE == [moe.gate.load_C.tolist() for moe in module.moe_layers]
+    assert sum(load_LE[0]) == tokens * SMALL.top_k
+    assert any(load_LE[0][ghost] for ghost in (1, 3, 4))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fomoe_flwr import hf_files
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.hf_files import mxfp4, on_disk, read_architecture, read_state
+from fomoe_flwr.hf_files import mxfp4, on_disk, read_architecture, read_state, whole_routers
 from fomoe_flwr.model.spec import parameter_shapes
 from fomoe_flwr.placement import full_residents
 from tests.model.stock_models import CONFIGS, stock
@@ -72,6 +72,9 @@ def test_partitioned_rows_of_a_router_go_with_the_experts(family: str, tmp_path:
     assert state.keys() == parameter_shapes(model, everything, "partitioned").keys()
     router = whole[f"model.layers.{layer}.mlp.gate.weight"]
     assert state[f"model.layers.{layer}.mlp.experts.5.gate.weight"].equal(router[5])
+    back = whole_routers(state, model)
+    assert back.keys() == whole.keys()
+    assert all(back[name].equal(value) for name, value in whole.items())
 
 
 # What can be wrong with a folder, what is done to it, and what the line says.

@@ -141,6 +141,26 @@ def test_nobody_listens_where_the_plan_does_not_go_by_it(small: Compose, deaf: s
     assert policy.memory()["demand"] == {}
 
 
+@pytest.mark.parametrize("routing", ["skip", "partitioned"])
+def test_a_checkpoints_routers_place_experts_before_round_1(small: Compose, routing: str) -> None:
+    """Whatever the warm-up of an expert that moves: nobody has begun with any."""
+    composed = small(*FOUR, "strategy.placement=affine", "train.expert_warmup_steps=10000")
+    config = dataclasses.replace(
+        composed.config,
+        model=dataclasses.replace(composed.config.model, init="checkpoint"),
+        strategy=dataclasses.replace(composed.config.strategy, routing=routing),
+    )
+    policy = Planned(config)
+    assert policy.surveys
+    assert not planned(composed).surveys
+    drawn = policy.intended(0).placement
+    assert same(policy.for_round(0, ALL).placement, drawn)
+    policy.surveyed(asked_for(config))
+    placement = policy.for_round(1, ALL).placement
+    assert residents_of(placement) == [[sorted((2 * site + i) % 8 for i in range(4))] * 2 for site in ALL]
+    assert same(policy.for_round(2, ALL).placement, placement)
+
+
 def test_a_site_not_heard_of_asks_for_all_alike(small: Compose) -> None:
     composed = small(*AFFINE, "plan.demand_every=1")
     policy = planned(composed)

@@ -392,14 +392,15 @@ class Server:
             )  # fmt: skip
 
     def take_evaluation(self, site: int, header: str) -> None:
-        """A reply to an evaluation message."""
+        """A reply to an evaluation message; in round 0 only its load counts, for the text is the site's own."""
         try:
             with refusing():
                 self._count(site, header, {})
                 reply = check_evaluation(header, self._expected[site])
-                if not self.round.number:
+                if self.round.number:
+                    self.round.evaluations[site] = reply
+                else:
                     self.round.loads[site] = check_load(reply, self._expected[site])
-                self.round.evaluations[site] = reply
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
 
