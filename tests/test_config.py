@@ -482,6 +482,16 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["model=olmoe_tiny", "model.hf.hidden_size=wide"], "model.hf: transformers refuses it:"),
         (["model=olmoe_tiny", "model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key of olmoe"),
         (["model.hf.hidden_size=64"], "model.hf.model_type=None: allowed are olmoe"),
+        (["model=olmoe_tiny", "model.hf.hidden_size=-128"], "model.hf: transformers refuses it: "),
+        (["model=olmoe_tiny", "model.hf.hidden_size=1000000000000"], "model.hf: transformers refuses it: "),
+        (
+            ["model=olmoe_tiny", "model.hf.num_hidden_layers=1000000"],
+            "model.hf.num_hidden_layers=1000000: from 0 to 1024 are allowed",
+        ),
+        (
+            ["model=olmoe_tiny", "model.hf.num_experts=1000000"],
+            "model.hf.num_experts=1000000: from 0 to 16384 are allowed",
+        ),
         (["model=olmoe_tiny", "model.router=grap"], "model.router=grap: of the σ-MoE; olmoe has its own"),
         (
             ["model=olmoe_tiny", "train.seq_len=4097"],

@@ -34,6 +34,10 @@ from fomoe_flwr.model.families import family_of
 from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
 from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents
 
+# So that a slip of the finger does not take for ever.
+_MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 16384) | {
+    "num_hidden_layers": 1024
+}
 _STACKS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
@@ -54,19 +58,32 @@ def stock_config(hf: Mapping[str, Any]) -> Any:
             f"model.hf.model_type={family.model_type}: needs transformers; pip install 'fomoe-flwr[hf]'"
         ) from error
     try:
-        return AutoConfig.for_model(**hf)
+        config = AutoConfig.for_model(**hf)
     except Exception as error:  # of many kinds, some of huggingface_hub's own
-        raise ConfigError(
-            f"model.hf: transformers refuses it: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise _refused(error) from error
+    for key, most in _MOST.items():
+        if (value := getattr(config, key, None)) is not None and not 0 <= value <= most:
+            raise ConfigError(f"model.hf.{key}={value}: from 0 to {most} are allowed")
+    return config
+
+
+def _refused(error: Exception) -> ConfigError:
+    return ConfigError(f"model.hf: transformers refuses it: {' '.join(str(error).split())[:300]}")
 
 
 def _stock_class(config: Any) -> nn.Module:
-    """An instance without memory."""
+    """An instance without memory.
+
+    Raises:
+        ConfigError: sizes that do not fit each other.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        stock: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    try:
+        with torch.device("meta"):
+            stock: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever a class of somebody else's says of sizes
+        raise _refused(error) from error
     return stock
 
 
