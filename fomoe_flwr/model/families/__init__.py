@@ -25,6 +25,6 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         ConfigError: an architecture that is not known here.
     """
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model.hf.model_type={model_type!s:.80}: allowed are {', '.join(FAMILIES)}")
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]
