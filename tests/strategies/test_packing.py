@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType
+from flwr.supercore.task_identity import TaskIdentity
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array
@@ -22,7 +24,10 @@ def blob(named: dict[str, torch.Tensor]) -> bytes:
     return wire.encode(parts)
 
 
-def test_sites_share_the_array_of_a_bundle_and_no_record() -> None:
+def test_sites_share_the_array_of_a_bundle_and_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As Flower has it in a process that serves a run.
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
     dense, own = blob(NAMED), [blob({"model.x": torch.ones(site + 1)}) for site in range(2)]
     outgoing = {site: Outgoing(f"task {site}", {"dense": dense, "own": own[site]}) for site in range(2)}
     traffic = wire.Traffic()
