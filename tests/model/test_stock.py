@@ -279,3 +279,14 @@ def test_dense_layers_have_no_experts_and_every_tensor_is_told_once(family: str)
         assert f"model.layers.{layer}.mlp.up_proj.weight" in names
         assert not any(name.startswith(f"model.layers.{layer}.mlp.experts") for name in names)
     assert set(FAMILIES) == set(CONFIGS)
+
+
+def test_another_activation_is_the_stock_models(tmp_path: Path) -> None:
+    model = stock("qwen3_moe", hidden_act="gelu")
+    state = random_state(model)
+    loaded = reference(model, state, tmp_path / "hf")
+    module = build(model, everything(model), "skip", state, "cpu").eval()
+    with torch.no_grad():
+        hidden_BSD, _ = module.hidden(TOKENS_BT)
+        theirs = loaded(input_ids=TOKENS_BT).logits
+    torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)

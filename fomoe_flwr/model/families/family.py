@@ -5,11 +5,11 @@ Letters: T tokens, C candidates of the router, K experts a token, H d_expert, P 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,9 +33,17 @@ def switch_balance(config: Any) -> float:
     return float(config.router_aux_loss_coef * config.num_experts_per_tok)
 
 
-def silu_gate(config: Any, gate_PH: Tensor, up_PH: Tensor) -> Tensor:
-    """SwiGLU."""
-    return F.silu(gate_PH) * up_PH
+@functools.cache
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    from transformers.activations import ACT2FN
+
+    found: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return found
+
+
+def gated(config: Any, gate_PH: Tensor, up_PH: Tensor) -> Tensor:
+    """SwiGLU, or with another `hidden_act`."""
+    return _activation(config.hidden_act)(gate_PH) * up_PH
 
 
 def always(config: Any) -> bool:
@@ -86,7 +94,7 @@ class Family:
     router: str = "gate"
     by_logits: Callable[[Any], bool] = always
     fewest: int = 1
-    activation: Callable[[Any, Tensor, Tensor], Tensor] = silu_gate
+    activation: Callable[[Any, Tensor, Tensor], Tensor] = gated
     biases: bool = False
     to_disk: Callable[[str], str] = same_name
     cut: Callable[[str, Tensor], Tensor] = whole
