@@ -57,9 +57,13 @@ PARTITIONS = {"iid": "alike", "domain": "a domain each"}
 EVAL_BATCHES = 32
 STEPS = ("train.rounds=6", "train.local_steps=8", "train.warmup_steps=8")
 # Without ghosts the routings are one.
-FULL, HALF = ("strategy.overlap=2", "strategy.routing=skip"), "strategy.overlap=1"
+FULL = ("strategy.overlap=2", "strategy.routing=skip", "strategy.placement=fixed")
+HALF = "strategy.overlap=1"
 # For the learning rate.
-TRIED = {"full": FULL, "half, partitioned": (HALF, "strategy.routing=partitioned")}
+TRIED = {
+    "full": FULL,
+    "half, partitioned": (HALF, "strategy.routing=partitioned", "strategy.placement=fixed"),
+}
 
 
 def texts(folder: Path) -> None:
@@ -200,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="olmoe_tiny", choices=["olmoe_tiny", "qwen3_moe_tiny"])
     parser.add_argument("--steps", type=int, default=1000, help="of the checkpoint's own training")
-    parser.add_argument("--lr", default="0.001", help="of what is compared")
+    parser.add_argument("--lr", default="0.0003", help="of what is compared")
     parser.add_argument("--lrs", nargs="*", default=[], help="to try, at the first seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="folder in which what is done is kept")
