@@ -169,7 +169,8 @@ def _complete_model(config: RunConfig, given: Collection[str]) -> None:
             raise ConfigError(f"{key}: unknown key of {model.hf.get('model_type')}")
     usual = ModelConfig()
     for key, size in sizes_of(model.hf).items():
-        if (value := getattr(model, key)) not in (getattr(usual, key), size):
+        value = getattr(model, key)
+        if value != size and (value != getattr(usual, key) or f"model.{key}" in given):
             raise ConfigError(f"model.{key}={value}: follows from model.hf, which has {size}; leave it out")
         setattr(model, key, size)
     check_fields(model, "model.")

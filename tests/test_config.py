@@ -482,6 +482,10 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["model=olmoe_tiny", "model.hf.hidden_size=wide"], "model.hf: transformers refuses it:"),
         (["model=olmoe_tiny", "model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key of olmoe"),
         (["model.hf.hidden_size=64"], "model.hf.model_type=None: allowed are olmoe"),
+        (
+            ["model=olmoe_tiny", "model.top_k=2"],
+            "model.top_k=2: follows from model.hf, which has 4; leave it out",
+        ),
         (["model=olmoe_tiny", "model.hf.model_type=[1]"], "model.hf.model_type=[1]: allowed are olmoe"),
         (["model=olmoe_tiny", "model.hf.num_attention_heads=0"], "model.hf: transformers refuses it: "),
         (["model=olmoe_tiny", "model.hf.hidden_size=-128"], "model.hf: transformers refuses it: "),

@@ -64,6 +64,9 @@ def stock_config(hf: Mapping[str, Any]) -> Any:
     for key, most in _MOST.items():
         if (value := getattr(config, key, None)) is not None and not 0 <= value <= most:
             raise ConfigError(f"model.hf.{key}={value}: from 0 to {most} are allowed")
+    groups, experts = getattr(config, "n_group", None) or 1, getattr(config, "n_routed_experts", None) or 0
+    if experts % groups:
+        raise ConfigError(f"model.hf.n_group={groups}: must divide n_routed_experts={experts}")
     return config
 
 
