@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fomoe_flwr.compose import Composed, compose, earlier_placement
 from fomoe_flwr.errors import CheckpointError, ConfigError, WireError
-from fomoe_flwr.files import expanded, flush, naming
+from fomoe_flwr.files import expanded, flush, naming, whole_folder
 from fomoe_flwr.mapped import map_file
 from fomoe_flwr.overrides import (
     check_single,
@@ -215,17 +215,8 @@ def _remove(path: Path) -> None:
 def copy_checkpoint(path: Path, run_dir: Path, round_: int) -> None:
     """Have a checkpoint in another run directory, too: whole or not at all."""
     final = checkpoint_path(run_dir, round_)
-    aside = final.with_name(f".partial-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        shutil.copytree(path, aside)
-        for file in (*aside.iterdir(), aside):
-            flush(file)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    aside.rename(final)
-    flush(final.parent)
+    with whole_folder(final) as aside:
+        shutil.copytree(path, aside, dirs_exist_ok=True)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -380,5 +371,4 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
 
 def compose_run(overrides: Sequence[str | Override]) -> Composed:
     """`compose`, with `resume=` followed."""
-    asked = keys_of(overrides)
-    return replace(compose(resumed_overrides(overrides)), asked=asked)
+    return replace(compose(resumed_overrides(overrides)), asked=keys_of(overrides))

@@ -25,7 +25,7 @@ from fomoe_flwr.console import Parser
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, check_tokenizer, load
-from fomoe_flwr.files import expanded, flush, naming
+from fomoe_flwr.files import expanded, whole_folder
 from fomoe_flwr.hf_files import on_disk, whole_routers
 from fomoe_flwr.model.spec import (
     depth_multiplier,
@@ -71,34 +71,23 @@ def export(saved: Saved, target: Path, dtype: torch.dtype) -> None:
         CheckpointError: the checkpoint's tensors are not those of its model, or the tokenizer has changed since.
         OSError: it cannot be written.
     """
-    aside = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    state = whole_state(saved)
-    try:
-        with naming(target):
-            aside.mkdir(parents=True)
-            model = saved.judged.model
-            makers = {name: itemgetter(name) for name in state} if not model.hf else on_disk(model)
-            # Sizes and shapes, before anything is read.
-            blank = {name: tensor.to("meta") for name, tensor in state.items()}
-            shapes = {name: make(blank).to(_written(name, dtype)) for name, make in makers.items()}
-            write_weights(aside, shapes, lambda name: makers[name](state))
-            eos = write_tokenizer(aside, saved)
-            config = hf_config(saved, eos, dtype) if not model.hf else stock_json(model, dtype, eos)
-            for name, content in (
-                ("config.json", config),
-                ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
-            ):
-                (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            if not model.hf:
-                shutil.copyfile(str(files("fomoe_flwr") / "model" / CODE), aside / CODE)
-            (aside / "README.md").write_text(_card(saved, dtype), encoding="utf-8")
-            for file in aside.iterdir():
-                flush(file)
-            aside.rename(target)
-            flush(target.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    model, state = saved.judged.model, whole_state(saved)
+    makers = on_disk(model) if model.hf else {name: itemgetter(name) for name in state}
+    # Sizes and shapes, before anything is read.
+    blank = {name: tensor.to("meta") for name, tensor in state.items()}
+    shapes = {name: make(blank).to(_written(name, dtype)) for name, make in makers.items()}
+    with whole_folder(target) as aside:
+        write_weights(aside, shapes, lambda name: makers[name](state))
+        eos = write_tokenizer(aside, saved)
+        config = stock_json(model, dtype, eos) if model.hf else hf_config(saved, eos, dtype)
+        for name, content in (
+            ("config.json", config),
+            ("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
+        ):
+            (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if not model.hf:
+            shutil.copyfile(str(files("fomoe_flwr") / "model" / CODE), aside / CODE)
+        (aside / "README.md").write_text(_card(saved, dtype), encoding="utf-8")
 
 
 def whole_state(saved: Saved) -> dict[str, Tensor]:

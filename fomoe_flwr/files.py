@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,27 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise
         aside.replace(path)
         flush(path.parent)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write files into, which gets the target's name when all of them are on the disk.
+
+    Raises:
+        OSError: naming the file. Nothing of it is left then, nor after any other error, for the disk may be full.
+    """
+    aside = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with naming(target):
+            aside.mkdir(parents=True)
+            yield aside
+            for file in (*aside.iterdir(), aside):
+                flush(file)
+            aside.rename(target)
+            flush(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:

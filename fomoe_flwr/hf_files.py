@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -152,15 +152,17 @@ class _Shards:
         return ConfigError(f"{self._key}={self._folder}: {what}")
 
 
-Shapes = Mapping[str, Tensor]  # of tensors without content (`meta`)
+class Opened(NamedTuple):
+    """The tensors of a folder, by their names there."""
+
+    shapes: Mapping[str, Tensor]  # without content (`meta`)
+    dtype: Callable[[str], torch.dtype]  # of what `read` gives
+    read: Callable[[str], Tensor]
 
 
 @contextlib.contextmanager
-def open_checkpoint(
-    folder: Path, model: ModelConfig, key: str
-) -> Iterator[tuple[Shapes, Callable[[str], Tensor]]]:
-    """The tensors of a folder that has all of this model's and no other, by their names on disk: as `meta` tensors, and
-    a function that reads one.
+def open_checkpoint(folder: Path, model: ModelConfig, key: str) -> Iterator[Opened]:
+    """A folder that has this model's tensors and no others.
 
     Args:
         key: that named the folder, for the error lines.
@@ -186,7 +188,7 @@ def open_checkpoint(
                 )
             return tensor
 
-        yield {name: tensor.to(shards.dtype(name)) for name, tensor in shapes.items()}, read
+        yield Opened(shapes, shards.dtype, read)
 
 
 def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iterator[tuple[str, Tensor]]:
@@ -198,9 +200,9 @@ def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iter
         ConfigError: a file or tensor is missing, has another shape, or is no part of the architecture.
     """
     family = family_of(model.hf)
-    with open_checkpoint(folder, model, key) as (_, read):
+    with open_checkpoint(folder, model, key) as found:
         for there, names in _by_disk_name(model).items():
-            whole = read(there)
+            whole = found.read(there)
             for name in names:
                 yield from _as_held(name, family.cut(name, whole), model, routing)
 

@@ -19,7 +19,7 @@ from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.console import Parser
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.export import DTYPES, stock_json, write_weights
-from fomoe_flwr.files import expanded, flush, naming
+from fomoe_flwr.files import expanded, whole_folder
 from fomoe_flwr.hf_files import open_checkpoint, read_architecture
 from fomoe_flwr.reading import reason
 from fomoe_flwr.units import in_bytes
@@ -102,31 +102,21 @@ def write(folder: Path, target: Path, dtype: torch.dtype | None, asked: str) -> 
 
     hf = read_architecture(folder, asked)
     model = ModelConfig(name=folder.name, hf=hf, **sizes_of(hf))
-    aside = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with naming(target), open_checkpoint(folder, model, asked) as (shapes, read):
-            if dtype is not None:
-                shapes = {name: tensor.to(dtype) for name, tensor in shapes.items()}
-            needed = sum(tensor.nbytes for tensor in shapes.values())
-            parent = next(parent for parent in target.parents if parent.exists())
-            if (free := shutil.disk_usage(parent).free) < needed:
-                raise ConfigError(
-                    f"{asked}: needs {in_bytes(needed)} in {parent}, where {in_bytes(free)} are free"
-                )
-            aside.mkdir(parents=True)
-            write_weights(aside, shapes, read)
+    with open_checkpoint(folder, model, asked) as found:
+        shapes = {name: tensor.to(dtype or found.dtype(name)) for name, tensor in found.shapes.items()}
+        needed = sum(tensor.nbytes for tensor in shapes.values())
+        parent = next(parent for parent in target.parents if parent.exists())
+        if (free := shutil.disk_usage(parent).free) < needed:
+            raise ConfigError(
+                f"{asked}: needs {in_bytes(needed)} in {parent}, where {in_bytes(free)} are free"
+            )
+        with whole_folder(target) as aside:
+            write_weights(aside, shapes, found.read)
             for name in _BESIDE:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, aside / name)
             config = json.dumps(stock_json(model, dtype or _common(shapes.values())), indent=1)
             (aside / "config.json").write_text(config + "\n", encoding="utf-8")
-            for file in aside.iterdir():
-                flush(file)
-            aside.rename(target)
-            flush(target.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return model
 
 

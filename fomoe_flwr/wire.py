@@ -74,7 +74,6 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
     read: Callable[[str], Tensor] | None = None,
     seen: Callable[[bytes | memoryview], object] = lambda piece: None,
 ) -> None:
@@ -85,8 +84,8 @@ def write_tensors(
 
     Args:
         facts: more metadata.
-        dtype: to which each is cast while it is written; None: as it is.
-        read: a tensor by its name, when its turn has come; `tensors` may then be without content (`meta`).
+        read: a tensor by its name, when its turn has come; it is cast to the dtype of the one in `tensors`, which may
+            then be without content (`meta`).
         seen: is given all that is written, in order.
 
     Raises:
@@ -94,15 +93,14 @@ def write_tensors(
     """
     # The widest numbers first, so that each lies at a multiple of its size.
     read = read or tensors.__getitem__
-    dtypes = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     # transformers opens no file without `format`.
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(facts or {})}}
     size = 0
     for name in order:
-        end = size + tensors[name].numel() * dtypes[name].itemsize
+        end = size + tensors[name].nbytes
         header[name] = {
-            "dtype": _DTYPES[dtypes[name]],
+            "dtype": _DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [size, end],
         }
@@ -115,7 +113,7 @@ def write_tensors(
 
         write(_header_bytes(header))
         for name in in_pieces(order, lambda name: tensors[name].nbytes):
-            write(raw_bytes(read(name).to(dtypes[name])))
+            write(raw_bytes(read(name).to(tensors[name].dtype)))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -142,6 +142,14 @@ def compare(model: ModelConfig, ours: State, theirs: State) -> None:
         assert float((value - theirs[name]).norm() / size) < PRECISION[model.experts_impl][1], name
 
 
+@torch.no_grad()
+def compare_logits(model: ModelConfig, state: State, loaded: Any) -> None:
+    module = build(model, everything(model), "skip", state, "cpu").eval()
+    hidden_BSD, _ = module.hidden(TOKENS_BT)
+    theirs = loaded(input_ids=TOKENS_BT).logits
+    torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)
+
+
 def gradients_of(
     model: ModelConfig, state: State, residents: list[list[int]], routing: str
 ) -> tuple[float, State]:
@@ -164,13 +172,9 @@ def test_with_all_experts_it_is_the_stock_model(family: str, impl: str, tmp_path
     model.experts_impl = impl
     state = random_state(model)
     loaded = reference(model, state, tmp_path / "hf")
-    module = build(model, everything(model), "skip", state, "cpu").eval()
-    with torch.no_grad():
-        hidden_BSD, _ = module.hidden(TOKENS_BT)
-        theirs = loaded(input_ids=TOKENS_BT).logits
+    compare_logits(model, state, loaded)
     expected = loss_of(loaded.to(PRECISION[impl][0]))
     expected.backward()
-    torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)
     loss, gradients = gradients_of(model, state, everything(model), "skip")
     assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
     # All but DeepSeek-V3's bias, which no gradient trains.
@@ -284,9 +288,4 @@ def test_dense_layers_have_no_experts_and_every_tensor_is_told_once(family: str)
 def test_another_activation_is_the_stock_models(tmp_path: Path) -> None:
     model = stock("qwen3_moe", hidden_act="gelu")
     state = random_state(model)
-    loaded = reference(model, state, tmp_path / "hf")
-    module = build(model, everything(model), "skip", state, "cpu").eval()
-    with torch.no_grad():
-        hidden_BSD, _ = module.hidden(TOKENS_BT)
-        theirs = loaded(input_ids=TOKENS_BT).logits
-    torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)
+    compare_logits(model, state, reference(model, state, tmp_path / "hf"))
