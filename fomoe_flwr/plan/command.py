@@ -76,7 +76,7 @@ def _compose(overrides: Sequence[Override]) -> RunConfig:
         return compose(overrides).config
     # They import PyTorch, which a plan does not need.
     from fomoe_flwr.checkpoint import compose_run, resume_from
-    from fomoe_flwr.server.run import check_resumable
+    from fomoe_flwr.server.resume import check_resumable
 
     config = compose_run(overrides).config
     if config.resume is not None:
