@@ -15,15 +15,17 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from torch import Tensor
 
 from fomoe_flwr.compose import Composed, compose, earlier_placement
+from fomoe_flwr.config import TAKEN
 from fomoe_flwr.errors import CheckpointError, ConfigError, WireError
 from fomoe_flwr.files import expanded, flush, naming, whole_folder
 from fomoe_flwr.mapped import map_file
@@ -102,6 +104,15 @@ class Facts(TypedDict, total=False):
     placement: dict[str, list[list[int]]]
 
 
+class Origin(TypedDict):
+    """The checkpoint with whose model a run began (`init_from=`)."""
+
+    path: str
+    run: str
+    round: int
+    sha256: str  # of its parameters.safetensors
+
+
 class _Version(TypedDict):
     format: int
 
@@ -115,6 +126,7 @@ class Manifest(_Head, Facts, total=False):
     """`manifest.json`."""
 
     inputs: dict[str, str]  # see inputs.py; not in those of an earlier version
+    init_from: Origin
 
 
 @dataclass(frozen=True)
@@ -228,15 +240,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, tensors: bool = True) -> Checkpoint:
     """One checkpoint, verified.
+
+    Args:
+        tensors: False: the manifest alone is read and verified, which takes no time.
 
     Raises:
         CheckpointError: what is wrong with which file.
     """
     manifest = read_manifest(path)
-    tensors = {}
-    for name in ("parameters", "outer"):
+    found: dict[str, dict[str, Tensor]] = {"parameters": {}, "outer": {}}
+    for name in found if tensors else ():
         file = path / f"{name}.safetensors"
         try:
             if not file.exists():
@@ -245,7 +260,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(
                     f"checkpoint {path}: {file.name} is damaged (its SHA-256 differs from the manifest's)"
                 )
-            tensors[name] = decode(map_file(file))
+            found[name] = decode(map_file(file))
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} cannot be read ({reason(error)})"
@@ -254,7 +269,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} holds no tensors ({reason(error)})"
             ) from error
-    return Checkpoint(path, manifest, tensors["parameters"], tensors["outer"])
+    return Checkpoint(path, manifest, found["parameters"], found["outer"])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -282,12 +297,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def resume_from(where: str) -> tuple[Path, Checkpoint]:
+def resume_from(where: str, tensors: bool = True) -> tuple[Path, Checkpoint]:
     """What `resume=` names; see `find_checkpoint`."""
-    return find_checkpoint(where, spelled("resume", where))
+    return find_checkpoint(where, spelled("resume", where), tensors)
 
 
-def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
+def named_checkpoint(where: str, asked: str, tensors: bool = True) -> Checkpoint:
+    """The checkpoint alone; it may have been copied from its run into a folder of any name.
+
+    Raises:
+        CheckpointError: as `find_checkpoint`.
+    """
+    folder = expanded(where).absolute()
+    try:
+        copied = (folder / "manifest.json").exists()
+    except OSError as error:
+        raise ConfigError(f"{asked:.200}: cannot be read ({reason(error)})") from error
+    return read_checkpoint(folder, tensors) if copied else find_checkpoint(where, asked, tensors)[1]
+
+
+def find_checkpoint(where: str, asked: str, tensors: bool = True) -> tuple[Path, Checkpoint]:
     """The run directory and its newest whole checkpoint, or just the checkpoint that is named.
 
     A damaged checkpoint of a run directory is named in the log and the one before it is used.
@@ -295,6 +324,7 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
     Args:
         where: a run directory, its `checkpoints` folder, or one checkpoint.
         asked: what the user wrote, for the error lines.
+        tensors: see `read_checkpoint`.
 
     Raises:
         CheckpointError: there is none, or the one that was named is damaged.
@@ -308,7 +338,7 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
         if path.name == "checkpoints" and not (path / "checkpoints").is_dir():
             path = path.parent
         if _PATTERN.fullmatch(path.name):
-            return path.parent.parent, read_checkpoint(path)
+            return path.parent.parent, read_checkpoint(path, tensors)
         candidates = list_checkpoints(path)
     except OSError as error:
         raise CheckpointError(f"{asked}: cannot be read ({reason(error)})") from error
@@ -320,7 +350,7 @@ def find_checkpoint(where: str, asked: str) -> tuple[Path, Checkpoint]:
     problems = []
     for candidate in reversed(candidates):
         try:
-            return path, read_checkpoint(candidate)
+            return path, read_checkpoint(candidate, tensors)
         except CheckpointError as error:
             log.warning("%s; trying the one before it", error)
             problems.append(str(error))
@@ -334,7 +364,7 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     """The overrides as they are, or completed by those of the run that `resume=` names.
 
     Raises:
-        ConfigError: an override cannot be read.
+        ConfigError: an override cannot be read, or another run is named by `init_from`.
         CheckpointError: nothing there to resume from, or an override in it that is not taken from a file.
     """
     given = read_overrides(overrides)
@@ -343,17 +373,25 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     # An empty one, or none: `compose` says what is wrong with it.
     if not isinstance(where, str) or not where.strip():
         return given
-    run_dir, checkpoint = resume_from(where)
+    if any(override.key_or_group == "init_from" for override in given):
+        raise ConfigError(
+            "init_from: begins a new run, and resume= goes on with one that has its model; give one of them"
+        )
+    # The tensors are verified when they are read.
+    run_dir, checkpoint = resume_from(where, tensors=False)
     saved, config = checkpoint.manifest.get("overrides"), checkpoint.manifest.get("config")
     if not isinstance(saved, list) or not isinstance(config, dict):
         raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json has no list of overrides")
     items: list[str | Override] = [str(item) for item in saved]
     if (placement := earlier_placement(config)) is not None:
         items.append(setting("strategy.placement", placement))
-    model = config.get("model")
-    if isinstance(model, dict) and model.get("hf") and last_value(given, "model.path") is None:
-        # The folder that it was read from may be gone.
-        items.append(setting("model.hf", model["hf"]))
+    for key, value in _read_elsewhere(config, given):
+        try:
+            items.append(setting(key, value))
+        except HydraException as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: {key}: {value!r:.80} is no value"
+            ) from error
     try:
         kept = merge_overrides(items, given)
     except ConfigError as error:
@@ -367,6 +405,20 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     if not any(override.key_or_group == "hydra.run.dir" for override in kept):
         kept.append(setting("hydra.run.dir", str(run_dir)))
     return kept
+
+
+def _read_elsewhere(config: Mapping[str, Any], given: Sequence[Override]) -> Iterator[tuple[str, Any]]:
+    """What the run that goes on read in a folder that may be gone."""
+    model, begun = config.get("model"), config.get("init_from") is not None
+    if not isinstance(model, dict):
+        return
+    if model.get("hf") and last_value(given, "model.path") is None:
+        yield "model.hf", model["hf"]
+    if begun:
+        for key in TAKEN:
+            section, _, name = key.partition(".")
+            if isinstance(values := config.get(section), dict) and name in values:
+                yield key, values[name]
 
 
 def compose_run(overrides: Sequence[str | Override]) -> Composed:

@@ -133,10 +133,10 @@ def check_combinations(config: RunConfig) -> None:
     for key, share in (("skip_price", config.skip_price), ("mfu", config.plan.mfu)):
         if share > 1:
             raise ConfigError(f"plan.{key}={share}: a share, at most 1")
-    if strategy.placement == "affine" and strategy.routing == "partitioned" and model.init == "random":
+    if strategy.placement == "affine" and strategy.routing == "partitioned" and not config.trained_before:
         raise ConfigError(
             "strategy.placement=affine: needs strategy.routing=skip, where a router can ask for any expert, or "
-            "model.init=checkpoint"
+            "model.init=checkpoint, or init_from"
         )
     for key in ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"):
         if (getattr(strategy, key) or 0) > num_sites:

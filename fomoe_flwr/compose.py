@@ -116,6 +116,11 @@ def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()
     assert isinstance(config, RunConfig)
     check_fields(config, names=not saved)
     if not saved:
+        if config.init_from is not None and config.resume is None:
+            # It imports PyTorch.
+            from fomoe_flwr.init_from import take_model
+
+            take_model(config, given)
         _complete_model(config, given)
     if config.federation.path is not None:
         num_sites = config.federation.num_sites

@@ -334,6 +334,14 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: int = at_least(42, 0)  # of weights, placement, deal of the text and order of batches
     resume: str | None = a_path()  # a run directory or one of its checkpoints
+    # The same, of an earlier run, with whose model a new one begins at step 0. Sizes, strategy.routing and
+    # data.tokenizer are those of that run.
+    init_from: str | None = a_path()
+
+    @property
+    def trained_before(self) -> bool:
+        """Whether the weights at step 0 are those of a checkpoint."""
+        return self.init_from is not None or self.model.init == "checkpoint"
 
     @property
     def overlap(self) -> int:
@@ -345,6 +353,18 @@ class RunConfig:
         """What a token is worth less at a site that holds no expert, by the routing where it is not given."""
         given = self.plan.skip_price
         return SKIP_PRICES[self.strategy.routing] if given is None else given
+
+
+# What a run that `init_from` begins takes from the checkpoint where the user gives nothing else.
+TAKEN = (
+    *(
+        f"model.{spec.name}"
+        for spec in dataclasses.fields(ModelConfig)
+        if spec.name not in ("hf", "path", "init")
+    ),
+    "strategy.routing",
+    "data.tokenizer",
+)
 
 
 def schema(config_type: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from rich.console import Console
 from tqdm import tqdm
 
-from fomoe_flwr.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from fomoe_flwr.checkpoint import Checkpoint, named_checkpoint
 from fomoe_flwr.checks import FILE_SOURCES
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
@@ -35,11 +35,9 @@ from fomoe_flwr.evaluation import (
     necessity,
     text_of,
 )
-from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import Inputs, differences, inputs_of, short
 from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.overrides import read_overrides, setting
-from fomoe_flwr.reading import reason
 from fomoe_flwr.report.tables import show_evaluation
 from fomoe_flwr.units import finite
 
@@ -155,13 +153,7 @@ def load(where: str, asked: str) -> Saved:
     Raises:
         CheckpointError: it is missing, damaged or not of this program.
     """
-    folder = expanded(where).absolute()
-    # The folder of one checkpoint may have been copied and may have any name.
-    try:
-        copied = (folder / "manifest.json").exists()
-    except OSError as error:
-        raise ConfigError(f"{asked:.200}: cannot be read ({reason(error)})") from error
-    checkpoint = read_checkpoint(folder) if copied else find_checkpoint(where, asked)[1]
+    checkpoint = named_checkpoint(where, asked)
     try:
         config, placement = checkpoint.manifest["config"], checkpoint.manifest["placement"]
         routing = config["strategy"]["routing"]

@@ -232,6 +232,10 @@ def _card(saved: Saved, dtype: torch.dtype) -> str:
     inputs = "\n".join(f"| {key} | {value} |" for key, value in manifest.get("inputs", {}).items() if value)
     sites = ", ".join(manifest.get("placement", {}))
     loss = metrics.get("val_loss")
+    begun = Path(saved.judged.model.path or "").name if saved.judged.model.init == "checkpoint" else ""
+    if (origin := manifest.get("init_from")) is not None:
+        begun = f"{Path(origin['path']).name}, round {origin['round']} of run {origin['run']}, "
+        begun += f"SHA-256 of the parameters {origin['sha256']}"
     trust = "" if saved.judged.model.hf else ", trust_remote_code=True"
     return f"""---
 library_name: transformers
@@ -246,6 +250,7 @@ Exported by fomoe-flwr {__version__} from round {checkpoint.round} of run {manif
 | text | {data.source} {data.name or Path(data.path or "").name} |
 | tokens trained, all sites | {manifest.get("tokens", "?")} |
 | sites | {sites} |
+| model at step 0 | {begun or "at random"} |
 | routing in training | {saved.judged.routing} |
 | validation loss, nats a token | {"not measured" if loss is None else f"{loss:.4f}"} |
 | SHA-256 of the parameters in the checkpoint | {manifest["sha256"].get("parameters.safetensors", "?")} |

@@ -204,7 +204,7 @@ def read_state(folder: Path, model: ModelConfig, routing: str, key: str) -> Iter
         for there, names in _by_disk_name(model).items():
             whole = found.read(there)
             for name in names:
-                yield from _as_held(name, family.cut(name, whole), model, routing)
+                yield from as_held(name, family.cut(name, whole), model, routing)
 
 
 def _check_names(
@@ -236,7 +236,7 @@ def _check_names(
         )  # fmt: skip
 
 
-def _as_held(name: str, tensor: Tensor, model: ModelConfig, routing: str) -> Iterator[tuple[str, Tensor]]:
+def as_held(name: str, tensor: Tensor, model: ModelConfig, routing: str) -> Iterator[tuple[str, Tensor]]:
     """A router's rows go with the experts in partitioned mode."""
     for layer in expert_layers(model) if routing == "partitioned" else ():
         whole = gate_name(layer).removesuffix("weight")

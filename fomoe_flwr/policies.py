@@ -139,7 +139,7 @@ class Planned(Policy):
     @property
     def surveys(self) -> bool:
         # Routers at random ask for nothing.
-        return self._by_demand and self._config.model.init == "checkpoint"
+        return self._by_demand and self._config.trained_before
 
     def surveyed(self, loads: Mapping[str, NDArray[np.int64]]) -> None:
         self._listen(loads)

@@ -120,7 +120,8 @@ def _check_here(overrides: Sequence[Override]) -> None:
     """
     file = last_value(overrides, "federation.path")
     # Only the server has the run, or the file.
-    if last_value(overrides, "resume") is not None or not (file is None or Path(str(file)).is_file()):
+    elsewhere = any(last_value(overrides, key) is not None for key in ("resume", "init_from"))
+    if elsewhere or not (file is None or Path(str(file)).is_file()):
         return
     compose(overrides)
 

@@ -80,7 +80,7 @@ def _compose(overrides: Sequence[Override]) -> RunConfig:
 
     config = compose_run(overrides).config
     if config.resume is not None:
-        check_resumable(resume_from(config.resume)[1], config)
+        check_resumable(resume_from(config.resume, tensors=False)[1], config)
     return config
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fomoe_flwr.checkpoint import (
     Checkpoint,
     Facts,
+    Origin,
     checkpoint_path,
     list_checkpoints,
     resume_from,
@@ -53,6 +54,7 @@ from fomoe_flwr.evaluation import (
 )
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.hf_files import read_state
+from fomoe_flwr.init_from import open_model
 from fomoe_flwr.inputs import UNKNOWN, Inputs, run_inputs
 from fomoe_flwr.messages import deals
 from fomoe_flwr.model.build import build, initial_tensors
@@ -91,6 +93,7 @@ class Run:
     plan: Plan
     recorder: RunRecorder
     checkpoint: Checkpoint | None
+    weights: Iterator[tuple[str, Tensor]] | None  # of another run, with which this one begins
     plan_changed: bool  # what was asked of the planner is not what the checkpoint's plan was made for
     inputs: Inputs
     inputs_changed: bool  # as this command asked for, against the checkpoint's
@@ -99,7 +102,7 @@ class Run:
         """Give the server its model, fresh or from the checkpoint; returns the rounds that are done."""
         checkpoint = self.checkpoint
         if checkpoint is None:
-            server.load(first_state(config))
+            server.load(self.weights or first_state(config))
             return 0
         log.info("resuming run %s after round %d", self.name, checkpoint.round)
         memory = checkpoint.manifest["memory"]
@@ -135,7 +138,9 @@ def open_run(composed: Composed) -> Iterator[Run]:
     """
     config, run_dir = composed.config, composed.run_dir
     origin, checkpoint = resume_from(config.resume) if config.resume else (None, None)
+    begun, weights = None, None
     if checkpoint is not None:
+        begun = checkpoint.manifest.get("init_from")
         if missing := sorted(Facts.__annotations__.keys() - checkpoint.manifest):
             raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json lacks {', '.join(missing)}")
         check_resumable(checkpoint, config)
@@ -145,6 +150,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
             raise ConfigError(
                 f"hydra.run.dir={run_dir}: lies in what the sites of the resumed run keep; choose another"
             )
+    elif config.init_from is not None:
+        begun, weights = open_model(config, composed.asked)
     if origin is None or origin.resolve() != run_dir.resolve():
         check_unused(composed)
         keep_aside(run_dir)
@@ -168,10 +175,10 @@ def open_run(composed: Composed) -> Iterator[Run]:
     tokens = checkpoint.manifest["tokens"] if checkpoint else 0
     # Losses on other text, or of other tokens, cannot be compared.
     best = None if changed else (last or {}).get("best")
-    recorder = RunRecorder(composed, name, corpus, telemetry, tokens, best, inputs, plan)
+    recorder = RunRecorder(composed, name, corpus, telemetry, tokens, best, inputs, plan, begun)
     failed = True
     try:
-        yield Run(name, plan, recorder, checkpoint, plan != before, inputs, changed)
+        yield Run(name, plan, recorder, checkpoint, weights, plan != before, inputs, changed)
         failed = False
     finally:
         telemetry.close(failed)
@@ -199,6 +206,7 @@ class RunRecorder(RoundObserver):
     Args:
         best: round and val_loss of the best checkpoint so far, which is kept beside the newest ones.
         plan: what the first round's times are held against.
+        begun: the checkpoint with whose model the run began.
     """
 
     def __init__(
@@ -211,13 +219,14 @@ class RunRecorder(RoundObserver):
         best: dict[str, Any] | None = None,
         inputs: Inputs = UNKNOWN,
         plan: Plan | None = None,
+        begun: Origin | None = None,
     ) -> None:
         self._composed, self._run, self._corpus, self._telemetry = composed, run, corpus, telemetry
         self._tokens = tokens  # trained so far, by all sites together
         self._health = RoutingHealth(composed.config, probe_batch(corpus, composed.config.train.seq_len))
         self._collected_s = 0.0
         self._placement: Placement | None = None  # the last one that this process recorded
-        self._best, self._plan = best, plan
+        self._best, self._plan, self._begun = best, plan, begun
         self._inputs = dataclasses.asdict(inputs)
         self._repeating: set[str] = set()  # sites of which it is said that they read their text too often
         # Twice the loss of guessing every token with equal probability; nan is above it, too.
@@ -399,6 +408,8 @@ class RunRecorder(RoundObserver):
             # Every random choice is drawn anew from the seed and a counter, so this is the generator's whole state.
             "rng": {"seed": config.seed, "round": number},
         }
+        if self._begun is not None:
+            facts["init_from"] = self._begun
         save_checkpoint(
             self._composed.run_dir,
             number,

@@ -211,7 +211,7 @@ def test_the_kind_of_plan_of_an_earlier_version_is_kept(
     config["strategy"]["placement"], config["plan"]["policy"] = "planned", "memory"
     overrides = [*whole.manifest["overrides"], spelled, "++plan.policy=memory"]
     whole.manifest["overrides"] = overrides
-    monkeypatch.setattr(checkpoint, "resume_from", lambda _: (where, whole))
+    monkeypatch.setattr(checkpoint, "resume_from", lambda *_, **__: (where, whole))
     assert compose_run(["resume=RUN"]).config.strategy.placement == "memory"
     assert compose_run(["resume=RUN", "strategy.placement=equal"]).config.strategy.placement == "equal"
 
