@@ -42,6 +42,7 @@ from fomoe_flwr.server.run import (
 )
 from tests.conftest import SMALL_MODEL, SMALL_TRAIN, Compose
 from tests.data.test_tokenizer import train_bpe
+from tests.model.stock_models import stock
 from tests.server.federation import config_of
 from tests.strategies.helpers import run
 
@@ -138,6 +139,24 @@ def test_a_site_that_is_given_more_than_it_has_is_named(
     (line,) = caplog.messages
     assert "small" in line
     assert "memory_gib=0.0005" in line
+
+
+def test_groups_of_experts_that_the_routing_drops_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("transformers")
+    hf = stock("deepseek_v3").hf
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    composed = compose(
+        [
+            "model=hf", f"model.path={tmp_path}", "model.init=random", "federation.num_sites=2", "strategy.overlap=1",
+            "train.eval_batches=0", "wandb.mode=disabled", f"hydra.run.dir={tmp_path / 'run'}",
+        ]
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="fomoe"), open_run(composed):
+        pass
+    (line,) = (line for line in caplog.messages if "n_group" in line)
+    assert line.endswith("strategy.routing=skip keeps them")
 
 
 def saved(config: RunConfig, folder: Path) -> Checkpoint:
