@@ -24,8 +24,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from torch import Tensor
 
-from fomoe_flwr.compose import Composed, compose, earlier_placement
-from fomoe_flwr.config import TAKEN
+from fomoe_flwr.compose import Composed, as_in_conf, compose, earlier_placement
+from fomoe_flwr.config import TAKEN, path_keys
 from fomoe_flwr.errors import CheckpointError, ConfigError, WireError
 from fomoe_flwr.files import expanded, flush, naming, whole_folder
 from fomoe_flwr.mapped import map_file
@@ -402,6 +402,7 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
                 f"checkpoint {checkpoint.path}: its override {override.input_line} is refused: from a checkpoint only "
                 "plain values for keys of this program are taken; if you want it, give it yourself"
             )
+    kept = merge_overrides([*_as_it_was(kept, config), *kept], given)
     if not any(override.key_or_group == "hydra.run.dir" for override in kept):
         kept.append(setting("hydra.run.dir", str(run_dir)))
     return kept
@@ -419,6 +420,23 @@ def _read_elsewhere(config: Mapping[str, Any], given: Sequence[Override]) -> Ite
             section, _, name = key.partition(".")
             if isinstance(values := config.get(section), dict) and name in values:
                 yield key, values[name]
+
+
+def _as_it_was(overrides: Sequence[Override], config: Mapping[str, Any]) -> list[Override]:
+    """What the run had from the files of `conf/` of its version, where those of this one have something else."""
+    now, asked = as_in_conf(overrides), keys_of(overrides)
+    found = []
+    # What else a run goes by is compared with what is on the disk (`inputs.py`), or may change.
+    for section in ("model", "strategy", "train"):
+        saved = config.get(section)
+        # Sizes follow from model.hf.
+        for key, value in saved.items() if isinstance(saved, dict) and not saved.get("hf") else ():
+            name = f"{section}.{key}"
+            if name in asked or key not in now[section] or name in path_keys() or now[section][key] == value:
+                continue
+            if value is None or isinstance(value, str | int | float):
+                found.append(setting(name, value))
+    return found
 
 
 def compose_run(overrides: Sequence[str | Override]) -> Composed:

@@ -90,10 +90,13 @@ def check_fields(config: Any, prefix: str = "", names: bool = True) -> None:
             if names and isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{key}= is empty; give a value, or leave the key out")
             allowed, minimum = spec.metadata.get("allowed"), spec.metadata.get("minimum")
+            maximum = spec.metadata.get("maximum")
             if allowed and value not in allowed:
                 raise ConfigError(f"{key}={value}: allowed are {', '.join(allowed)}")
             if minimum is not None and not (value >= minimum and math.isfinite(value)):  # nan fails too
                 raise ConfigError(f"{key}={value}: must be at least {minimum:g}")
+            if maximum is not None and value > maximum:
+                raise ConfigError(f"{key}={value!s:.40}: at most {maximum} are allowed")
             above = spec.metadata.get("above")
             if above is not None and not (value > above and math.isfinite(value)):
                 raise ConfigError(f"{key}={value}: must be above {above:g}")
@@ -317,6 +320,12 @@ def _check_stock(config: RunConfig, hf: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"model.locality=bias: {family.model_type} does not choose by the logits alone; use model.locality=loss"
         )
+    for key in ("attention_dropout", "router_jitter_noise"):
+        if noise := getattr(settings, key, None):
+            raise ConfigError(
+                f"model.hf.{key}={noise:g}: must be 0.0; it draws from no seed, so that a run could neither be "
+                "repeated nor go on as if nothing had happened"
+            )
     if (most := settings.max_position_embeddings) < config.train.seq_len:
         raise ConfigError(f"train.seq_len={config.train.seq_len}: this model has at most {most} positions")
     held = model.num_experts * config.overlap // len(config.federation.sites)

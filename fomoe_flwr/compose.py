@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,38 @@ def compose(overrides: Sequence[str | Override]) -> Composed:
     Raises:
         ConfigError: one line naming the key, the value and what is allowed.
     """
-    register_schema()
     given = read_overrides(overrides)
+    with _composing(given) as tree:
+        run_dir, sweep_dir = Path(str(tree.hydra.run.dir)), Path(str(tree.hydra.sweep.dir))
+        config = from_tree(tree, given=keys_of(given))
+    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(given, tree))
+
+
+def as_in_conf(overrides: Sequence[Override]) -> dict[str, Any]:
+    """What the files of `conf/` make of these overrides, by section: neither checked nor completed.
+
+    Raises:
+        ConfigError: see `compose`.
+    """
+    with _composing(overrides) as tree:
+        task = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+        values: dict[str, Any] = OmegaConf.to_container(task, resolve=False)  # type: ignore[assignment]
+    return values
+
+
+@contextmanager
+def _composing(given: Sequence[Override]) -> Iterator[DictConfig]:
+    """What Hydra composes, while it can be resolved."""
+    register_schema()
     check_single(given)
     GlobalHydra.instance().clear()  # a process may compose more than once (tests, sweeps)
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            tree = hydra_compose("config", texts(given), return_hydra_config=True)
-            run_dir, sweep_dir = Path(str(tree.hydra.run.dir)), Path(str(tree.hydra.sweep.dir))
-            config = from_tree(tree, given=keys_of(given))
+            yield hydra_compose("config", texts(given), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, of `model=1` and `+=`
         raise ConfigError(f"{' '.join(texts(given))}: {one_line(error) or 'not an override'}") from error
-    return Composed(config, run_dir.absolute(), sweep_dir.absolute(), task_overrides(given, tree))
 
 
 def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()) -> RunConfig:
@@ -144,7 +163,11 @@ def _complete_model(config: RunConfig, given: Collection[str]) -> None:
     Raises:
         ConfigError: there is none, it is not known, or something is given that follows from it or that it lacks.
     """
-    model = config.model
+    model, strategy = config.model, config.strategy
+    asks_nothing = model.init == "random" and strategy.routing == "partitioned"
+    if asks_nothing and strategy.placement == "affine" and "strategy.placement" not in given:
+        # model=hf has it for the checkpoints that it goes on from.
+        strategy.placement = "fixed"
     if model.init == "checkpoint":
         if model.path is None:
             raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")
@@ -153,24 +176,22 @@ def _complete_model(config: RunConfig, given: Collection[str]) -> None:
             config.data.tokenizer = str(Path(model.path) / "tokenizer.json")
     # A run that goes on has all of it in its overrides, and the folder may be gone.
     goes_on = config.resume is not None and model.hf
-    if model.path is not None and (model.init == "checkpoint" or not model.hf) and not goes_on:
-        # Slow to import, as is all that follows.
-        from fomoe_flwr.hf_files import read_architecture
-
-        model.hf = read_architecture(Path(model.path), "model.path") | model.hf
+    if model.path is not None and not goes_on:
+        _read_path(model, model.path, given)
     if not model.hf:
         if model.expert_layers is not None:
             raise ConfigError(
                 f"model.expert_layers={model.expert_layers}: follows from model.hf, which is empty; leave it out"
             )
         return
-    from fomoe_flwr.model.stock import sizes_of, stock_config
+    # Slow to import.
+    from fomoe_flwr.model.stock import is_key, sizes_of
 
     for key in given:
         # A file of somebody else's may have keys that transformers does not know, an override must not.
         name = key.removeprefix("model.hf.")
         rest = {other: value for other, value in model.hf.items() if other != name}
-        if name not in (key, "model_type") and not hasattr(stock_config(rest), name):
+        if name not in (key, "model_type") and not is_key(rest, name):
             raise ConfigError(f"{key}: unknown key of {model.hf.get('model_type')}")
     usual = ModelConfig()
     for key, size in sizes_of(model.hf).items():
@@ -179,6 +200,38 @@ def _complete_model(config: RunConfig, given: Collection[str]) -> None:
             raise ConfigError(f"model.{key}={value}: follows from model.hf, which has {size}; leave it out")
         setattr(model, key, size)
     check_fields(model, "model.")
+
+
+def _read_path(model: ModelConfig, path: str, given: Collection[str]) -> None:
+    """Take the architecture from the folder, what is given on top of it.
+
+    Raises:
+        ConfigError: its weights would not be read though nobody said so, or do not fit what is given.
+    """
+    # Slow to import.
+    from fomoe_flwr.hf_files import read_architecture
+    from fomoe_flwr.model.stock import other_shape
+
+    if model.init == "random" and "model_type" in model.hf:
+        raise ConfigError(
+            f"model.path={path}: not read, for model={model.name} has an architecture of its own; to go on from a "
+            "checkpoint give model=hf"
+        )
+    if model.init == "random" and "model.init" not in given:
+        raise ConfigError(
+            f"model.path={path}: its weights would not be read; to go on from them give model=hf, to begin its "
+            "architecture anew model.init=random"
+        )
+    there = read_architecture(Path(path), "model.path")
+    if model.init == "checkpoint" and (other := other_shape(there, model.hf)):
+        key, has = other
+        instead = "leave it out, or begin anew with model.init=random"
+        if f"model.hf.{key}" not in given:
+            instead = f"it comes with model={model.name}; give model=hf"
+        raise ConfigError(
+            f"model.hf.{key}={model.hf[key]!s:.80}: the checkpoint in model.path has {has!s:.80}; {instead}"
+        )
+    model.hf = there | model.hf
 
 
 def _make_absolute(values: dict[str, Any]) -> None:

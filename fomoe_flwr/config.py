@@ -33,9 +33,17 @@ def choice(default: str, *allowed: str) -> Any:
     return field(default=default, metadata={"allowed": allowed})
 
 
-def at_least(default: Any, minimum: float) -> Any:
-    """A number with a lower bound; an optional one may also be null."""
-    return field(default=default, metadata={"minimum": minimum})
+# So that a slip of the finger does not fill the memory, take for ever, or leave the 64 bits of an integer.
+MOST = 10**9
+MOST_LAYERS = 1024
+MOST_EXPERTS = 16384
+MOST_VOCABULARY = 2**24
+MOST_WIDTH = 2**20
+
+
+def at_least(default: Any, minimum: float, maximum: int | None = None) -> Any:
+    """A number with a lower bound, or two; an optional one may also be null."""
+    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
 
 
 def above(default: Any, bound: float) -> Any:
@@ -83,14 +91,16 @@ class ModelConfig:
     )  # the weights at step 0; checkpoint: those in model.path
     # Null: all. With model.hf those that have experts; the others are dense.
     expert_layers: list[int] | None = None
-    vocab_size: int = at_least(264, 2)  # rows of the embedding; at least the ids of data.tokenizer
-    d_model: int = at_least(128, 8)  # width; a multiple of 8 and of 2 num_heads
-    num_layers: int = at_least(4, 1)  # those with experts; in the σ-MoE all have
-    num_heads: int = at_least(2, 1)  # of attention
-    num_experts: int = at_least(16, 1)  # N_e, routed experts in a layer
-    d_expert: int = at_least(128, 8)  # width of one expert
+    vocab_size: int = at_least(
+        264, 2, MOST_VOCABULARY
+    )  # rows of the embedding; at least the ids of data.tokenizer
+    d_model: int = at_least(128, 8, MOST_WIDTH)  # width; a multiple of 8 and of 2 num_heads
+    num_layers: int = at_least(4, 1, MOST_LAYERS)  # those with experts; in the σ-MoE all have
+    num_heads: int = at_least(2, 1, MOST_WIDTH)  # of attention
+    num_experts: int = at_least(16, 1, MOST_EXPERTS)  # N_e, routed experts in a layer
+    d_expert: int = at_least(128, 8, MOST_WIDTH)  # width of one expert
     top_k: int = at_least(2, 1)  # experts chosen for a token
-    num_shared_experts: int = at_least(0, 0)  # always on, synchronised as dense
+    num_shared_experts: int = at_least(0, 0, MOST_EXPERTS)  # always on, synchronised as dense
     rope_theta: float = at_least(10_000.0, 1.0)  # base of the rotary position embedding
     norm_eps: float = at_least(1e-5, 0.0)  # added to a variance before its root
     init_std: float = at_least(0.02, 0.0)  # of the embedding; the other weights are scaled by fan-in
@@ -129,7 +139,7 @@ class SiteConfig:
     down_mbps: float | None = above(None, 0.0)  # from the server, Mbit/s
     latency_ms: float | None = at_least(None, 0.0)  # of a message, one way
     speed: float = above(1.0, 0.0)  # relative to the others
-    batch_size: int | None = at_least(None, 1)  # overrides train.batch_size
+    batch_size: int | None = at_least(None, 1, MOST)  # overrides train.batch_size
     domain: str | None = None  # data domain, for data.partition=domain
     # Text of its own, instead of a share of the common corpus: all of it is used. Read as data.source says (text, jsonl
     # or parquet), and at the site only.
@@ -206,10 +216,10 @@ class StrategyConfig:
 class TrainConfig:
     """The local loop (FoMoE, algorithm 2) and the evaluation on the server."""
 
-    rounds: int = at_least(10, 0)  # of the run, those before a resume included
-    local_steps: int = at_least(20, 1)  # K
-    batch_size: int = at_least(8, 1)  # sequences a step and site
-    seq_len: int = at_least(256, 2)  # tokens of a sequence
+    rounds: int = at_least(10, 0, MOST)  # of the run, those before a resume included
+    local_steps: int = at_least(20, 1, MOST)  # K
+    batch_size: int = at_least(8, 1, MOST)  # sequences a step and site
+    seq_len: int = at_least(256, 2, MOST)  # tokens of a sequence
     # Of the base model (CompleteP). The paper's 0.01 is for 2 M tokens a batch; this suits thousands.
     lr: float = at_least(0.003, 0.0)
     beta1: float = at_least(0.9, 0.0)  # of AdamW, first moment
@@ -219,9 +229,9 @@ class TrainConfig:
     grad_clip: float = at_least(1.0, 0.0)  # global norm; 0: off
     # Warm-up is counted in steps and not as a share of the run (the paper: 25 %), so that a run that is
     # prolonged or resumed begins exactly as the shorter one did. warmup_fraction, if set, takes its place.
-    warmup_steps: int = at_least(50, 0)
+    warmup_steps: int = at_least(50, 0, MOST)
     warmup_fraction: float | None = at_least(None, 0.0)  # share of the run; in place of warmup_steps
-    expert_warmup_steps: int = at_least(20, 0)  # for an expert new to a site
+    expert_warmup_steps: int = at_least(20, 0, MOST)  # for an expert new to a site
     # After the warm-up. cosine: down to final_lr at decay_until; wsd: constant, and over the last decay_steps before it
     # linear down to final_lr. Steps are nominal ones, local_steps a round.
     schedule: str = choice("constant", "constant", "cosine", "wsd")
@@ -233,10 +243,10 @@ class TrainConfig:
     dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
     compile: bool = False  # torch.compile
     threads: int = at_least(1, 0)  # CPU threads a site; 0: PyTorch's default
-    eval_batches: int = at_least(16, 0)  # validation batches on the server after a round; 0: off
+    eval_batches: int = at_least(16, 0, MOST)  # validation batches on the server after a round; 0: off
     eval_every: int = at_least(1, 1)  # rounds
     # Validation batches for the figures at the end of a run (evaluation.json); 0, or eval_batches=0: off.
-    final_eval_batches: int = at_least(4, 0)
+    final_eval_batches: int = at_least(4, 0, MOST)
 
 
 @dataclass(unsafe_hash=True)

@@ -53,6 +53,8 @@ def _text(value: Any) -> str:
 def _allowed(metadata: Any) -> str:
     if "allowed" in metadata:
         return ", ".join(metadata["allowed"])
+    if metadata.get("maximum") is not None:
+        return f"{metadata['minimum']} to {metadata['maximum']}"
     if "minimum" in metadata:
         return f">= {metadata['minimum']:g}"
     if "above" in metadata:

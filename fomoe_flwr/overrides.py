@@ -193,7 +193,13 @@ def _is_open(key: str) -> bool:
 
 def _open(override: Override) -> Override:
     """To such a key Hydra gives a value only if it is told to add it."""
-    if not _is_open(override.key_or_group) or override.type == OverrideType.DEL:
+    key = override.key_or_group
+    if key.startswith("model.hf.") and not _is_open(key):
+        whole = ".".join(key.split(".")[:3])
+        raise ConfigError(
+            f"{key:.80}: only whole keys of config.json can be given, {whole:.80}={{KEY: VALUE, …}}"
+        )
+    if not _is_open(key) or override.type == OverrideType.DEL:
         return override
     return _parse("++" + str(override.input_line).lstrip("+"))
 

@@ -460,6 +460,23 @@ def test_what_the_user_gives_takes_the_place_of_what_is_refused(tmp_path: Path) 
     assert found == ["model=tiny", f"resume={tmp_path}", "seed=2", f'hydra.run.dir="{tmp_path}"']
 
 
+def test_what_a_preset_of_another_version_gave_a_run_stays(tmp_path: Path) -> None:
+    """Not what the command asks for, and nothing that the presets of this version give as well."""
+    strategy = {"placement": "random", "overlap": 2, "clip": 7.0, "gone": 1, "outer_lr": {"a": 1}}
+    config = {
+        "strategy": strategy,
+        "train": {"lr": 0.01, "rounds": 5},
+        "model": {"d_model": 64, "path": "/x"},
+    }
+    save_checkpoint(tmp_path, 1, {}, {}, FACTS | {"overrides": ["train.rounds=5"], "config": config}, keep=1)
+    resume = f"resume={tmp_path}"
+    kept = ["model.d_model=64", 'strategy.placement="random"', "strategy.clip=7.0", "train.lr=0.01"]
+    assert texts(resumed_overrides([resume]))[:-2] == [*kept, "train.rounds=5"]
+    assert texts(resumed_overrides([resume, "train.lr=1"]))[:-3] == [*kept[:-1], "train.rounds=5"]
+    # A preset that is asked for counts as a whole.
+    assert texts(resumed_overrides([resume, "strategy=fomoe"]))[:-3] == [kept[0], kept[-1], "train.rounds=5"]
+
+
 def test_a_run_in_a_directory_of_any_name_is_resumed_there(tmp_path: Path) -> None:
     run_dir = tmp_path / "a=b, (c)#~ü '$' \"q\""
     save_checkpoint(run_dir, 1, parameters_of(1), {}, FACTS | {"config": {}}, keep=1)

@@ -181,7 +181,8 @@ TOGETHER = {
 ALONE = [
     ("model.locality", "loss", []),
     ("model.locality_target", 0.75, ["model.locality=bias"]),
-    ("model.path", "/some/where", ["model=olmoe_tiny"]),
+    # A run that goes on has its architecture already.
+    ("model.path", "/some/where", ["model=olmoe_tiny", "resume=/runs/before"]),
     ("strategy.routing", "partitioned", []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
@@ -230,13 +231,46 @@ def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:
 
 def test_a_checkpoint_goes_on_with_its_own_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
-    given = ["model=hf", f"model.path={tmp_path}", "model.init=checkpoint", "model.hf.num_experts=8"]
+    given = ["model=hf", f"model.path={tmp_path}", "model.init=checkpoint", "model.hf.num_experts_per_tok=4"]
     assert config_of(*given, "data.tokenizer=bytes").data.tokenizer == "bytes"
     assert config_of(*given).data.tokenizer == str(tmp_path / "tokenizer.json")
     assert config_of(*given, "data.tokenizer=/other.json").data.tokenizer == "/other.json"
     model = config_of(*given).model
-    assert (model.init, model.num_layers, model.num_experts) == ("checkpoint", 3, 8)
-    assert config_of("model=olmoe_tiny", given[1]).data.tokenizer == "bytes"
+    assert (model.init, model.num_layers, model.num_experts, model.top_k) == ("checkpoint", 3, 64, 4)
+
+
+def test_the_architecture_of_a_checkpoint_can_be_begun_anew(tmp_path: Path) -> None:
+    """Other sizes on top, and a placement that asks no router."""
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
+    given = [f"model.path={tmp_path}", "model.init=random"]
+    anew = config_of("model=hf", *given, "model.hf.num_experts=8")
+    assert (anew.model.init, anew.model.num_layers, anew.model.num_experts) == ("random", 3, 8)
+    assert (anew.strategy.placement, anew.data.tokenizer) == ("fixed", "bytes")
+    assert config_of(*given).model.num_layers == 3
+    assert "strategy.placement=affine: needs" in refusal("model=hf", *given, "strategy.placement=affine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["model=olmoe_tiny"],
+            ": not read, for model=olmoe_tiny has an architecture of its own; to go on from",
+        ),
+        ([], ": its weights would not be read; to go on from them give model=hf"),
+        (
+            ["model=hf", "model.hf.num_experts=8"],
+            "model.hf.num_experts=8: the checkpoint in model.path has 64; leave it out, or begin anew",
+        ),
+        (
+            ["model=olmoe_tiny", "model.init=checkpoint"],
+            "model.hf.vocab_size=264: the checkpoint in model.path has 50304; it comes with model=olmoe_tiny; give",
+        ),
+    ],
+)
+def test_weights_that_would_not_be_read_are_refused(overrides: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
+    assert said in refusal(f"model.path={tmp_path}", *overrides)
 
 
 @pytest.mark.parametrize("model", ["tiny", "proxy", "medium", "large", "xl", "xxl"])
@@ -479,7 +513,19 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             ["model=olmoe_tiny", "model.hf.model_type=llama"],
             "model.hf.model_type=llama: allowed are olmoe, qwen3_moe, mixtral, deepseek_v2, deepseek_v3, gpt_oss",
         ),
-        (["model=olmoe_tiny", "model.hf.hidden_size=wide"], "model.hf: transformers refuses it:"),
+        (
+            ["model=olmoe_tiny", "model.hf.hidden_size=wide"],
+            "model.hf.hidden_size=wide: from 8 to 1048576 are allowed",
+        ),
+        (
+            ["model=olmoe_tiny", "model.hf.norm_topk_prob=2"],
+            "model.hf.norm_topk_prob: transformers refuses it: TypeError: Field 'norm_topk_prob' expected bool",
+        ),
+        (
+            ["model=olmoe_tiny", "model.hf.rope_parameters.rope_theta=1"],
+            "model.hf.rope_parameters.rope_theta: only whole keys of config.json can be given, "
+            "model.hf.rope_parameters={",
+        ),
         (["model=olmoe_tiny", "model.hf.hidden_sise=64"], "model.hf.hidden_sise: unknown key of olmoe"),
         (["model.hf.hidden_size=64"], "model.hf.model_type=None: allowed are olmoe"),
         (
@@ -487,16 +533,28 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             "model.top_k=2: follows from model.hf, which has 4; leave it out",
         ),
         (["model=olmoe_tiny", "model.hf.model_type=[1]"], "model.hf.model_type=[1]: allowed are olmoe"),
-        (["model=olmoe_tiny", "model.hf.num_attention_heads=0"], "model.hf: transformers refuses it: "),
-        (["model=olmoe_tiny", "model.hf.hidden_size=-128"], "model.hf: transformers refuses it: "),
-        (["model=olmoe_tiny", "model.hf.hidden_size=1000000000000"], "model.hf: transformers refuses it: "),
+        (
+            ["model=olmoe_tiny", "model.hf.num_attention_heads=0"],
+            "model.hf.num_attention_heads=0: from 1 to ",
+        ),
+        (["model=olmoe_tiny", "model.hf.hidden_size=-128"], "model.hf.hidden_size=-128: from 8 to 1048576"),
+        (["model=olmoe_tiny", "model.hf.hidden_size=1000000000000"], "from 8 to 1048576 are allowed"),
         (
             ["model=olmoe_tiny", "model.hf.num_hidden_layers=1000000"],
-            "model.hf.num_hidden_layers=1000000: from 0 to 1024 are allowed",
+            "model.hf.num_hidden_layers=1000000: from 1 to 1024 are allowed",
         ),
         (
             ["model=olmoe_tiny", "model.hf.num_experts=1000000"],
-            "model.hf.num_experts=1000000: from 0 to 16384 are allowed",
+            "model.hf.num_experts=1000000: from 1 to 16384 are allowed",
+        ),
+        (
+            ["model=olmoe_tiny", "model.hf.attention_dropout=0.1"],
+            "model.hf.attention_dropout=0.1: must be 0.0; it draws from no seed",
+        ),
+        (["model.num_layers=1000000"], "model.num_layers=1000000: at most 1024 are allowed"),
+        (
+            ["train.batch_size=100000000000000000000"],
+            "train.batch_size=100000000000000000000: at most 1000000000 are allowed",
         ),
         (["model=olmoe_tiny", "model.router=grap"], "model.router=grap: of the σ-MoE; olmoe has its own"),
         (

@@ -65,6 +65,11 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
         assert "where 1.00 kB are free" in refusal(capsys, str(tmp_path / "in"), "--to", str(target))
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/config.json").write_text(json.dumps(config | {"router_aux_loss_coef": float("nan")}))
+    told = refusal(capsys, str(tmp_path / "odd"), "--to", str(target))
+    assert "model.hf.router_aux_loss_coef=nan: from 0 to" in told
     index = json.loads((tmp_path / "in/model.safetensors.index.json").read_text())
     (tmp_path / "in" / index["weight_map"]["model.norm.weight"]).unlink()
     assert "lacks model-0" in refusal(capsys, str(tmp_path / "in"), "--to", str(target))

@@ -24,6 +24,7 @@ def test_every_key_has_a_meaning() -> None:
         ">= 1",
         "O_e, sites holding each expert; null: all of them",
     )
+    assert told["model.num_layers"].allowed == "1 to 1024"
     assert told["strategy.routing"].allowed == "skip, skip_renormalised, partitioned"
 
 

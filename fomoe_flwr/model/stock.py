@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,18 +27,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.config import MOST, MOST_EXPERTS, MOST_LAYERS, MOST_VOCABULARY, MOST_WIDTH, ModelConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.model.base import LanguageModel, MoELayer
 from fomoe_flwr.model.experts import LINEARS, rows_of
-from fomoe_flwr.model.families import family_of
+from fomoe_flwr.model.families import FAMILIES, family_of
+from fomoe_flwr.model.families.family import Family
 from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
 from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents
 
-# So that a slip of the finger does not take for ever.
-_MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 16384) | {
-    "num_hidden_layers": 1024
+_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+)
+_WIDTHS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "q_lora_rank",
+    "kv_lora_rank",
+)
+_FACTORS = (
+    "router_aux_loss_coef",
+    "aux_loss_alpha",
+    "routed_scaling_factor",
+    "initializer_range",
+    "swiglu_limit",
+    "swiglu_alpha",
+)
+# From what to what a number of config.json may go: transformers itself lets pass what no model can be made of.
+_BOUNDS = {
+    "vocab_size": (2, MOST_VOCABULARY),
+    # Files on the hub have -1 for none.
+    "pad_token_id": (-1, MOST_VOCABULARY),
+    "num_hidden_layers": (1, MOST_LAYERS),
+    "first_k_dense_replace": (0, MOST_LAYERS),
+    "decoder_sparse_step": (1, MOST_LAYERS),
+    "n_shared_experts": (0, MOST_EXPERTS),
+    "max_position_embeddings": (1, MOST),
+    "sliding_window": (1, MOST),
+    "rms_norm_eps": (0, 1),
+    "attention_dropout": (0, 1),
+    "router_jitter_noise": (0, 1),
+    **dict.fromkeys(_COUNTS, (1, MOST_EXPERTS)),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), (8, MOST_WIDTH)),
+    **dict.fromkeys(_WIDTHS, (1, MOST_WIDTH)),
+    **dict.fromkeys(_FACTORS, (0, MOST)),
 }
+# Read by classes of transformers, or by a family, only where config.json has them.
+_READ_TOO = {"head_dim": tuple(FAMILIES), "aux_loss_alpha": ("deepseek_v2", "deepseek_v3")}
 _STACKS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
@@ -48,30 +93,70 @@ def stock_config(hf: Mapping[str, Any]) -> Any:
     """The configuration object of transformers.
 
     Raises:
-        ConfigError: transformers is not installed, or refuses the values.
+        ConfigError: transformers is not installed, or a value is none that a model can be made of.
     """
     family = family_of(hf)
     try:
         from transformers import AutoConfig
+        from transformers.activations import ACT2FN
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     except ImportError as error:
         raise ConfigError(
             f"model.hf.model_type={family.model_type}: needs transformers; pip install 'fomoe-flwr[hf]'"
         ) from error
+    # Before transformers sees them: it logs some, and divides by others.
+    _check_numbers(hf)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key)
+        given = rope if isinstance(rope, dict) else {}
+        kind = str(given.get("rope_type", given.get("type", "default")))
+        if kind not in (known := ("default", *ROPE_INIT_FUNCTIONS)):
+            raise ConfigError(f"model.hf.{key}: rope_type={kind:.80}: allowed are {', '.join(known)}")
     try:
         config = AutoConfig.for_model(**hf)
     except Exception as error:  # of many kinds, some of huggingface_hub's own
         raise _refused(error) from error
-    for key, most in _MOST.items():
-        if (value := getattr(config, key, None)) is not None and not 0 <= value <= most:
-            raise ConfigError(f"model.hf.{key}={value}: from 0 to {most} are allowed")
-    groups, experts = getattr(config, "n_group", None) or 1, getattr(config, "n_routed_experts", None) or 0
-    if experts % groups:
-        raise ConfigError(f"model.hf.n_group={groups}: must divide n_routed_experts={experts}")
+    if config.hidden_act not in ACT2FN:
+        raise ConfigError(f"model.hf.hidden_act={config.hidden_act:.80}: allowed are {', '.join(ACT2FN)}")
+    _check_division(config, family)
     return config
 
 
+def _check_numbers(hf: Mapping[str, Any]) -> None:
+    for key, (least, most) in _BOUNDS.items():
+        value = hf.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # NaN is between no two numbers.
+        if value is not None and not (number and least <= value <= most):
+            raise ConfigError(f"model.hf.{key}={value!s:.40}: from {least} to {most} are allowed")
+    size, padding = hf.get("vocab_size"), hf.get("pad_token_id")
+    if size is not None and padding is not None and padding >= size:
+        raise ConfigError(f"model.hf.pad_token_id={padding}: null or below vocab_size={size} is allowed")
+
+
+def _check_division(config: Any, family: Family) -> None:
+    """Sizes of which one must divide the other."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise ConfigError(
+            f"model.hf.num_attention_heads={heads}: must divide hidden_size={config.hidden_size}"
+        )
+    if heads % (shared or heads):
+        raise ConfigError(f"model.hf.num_key_value_heads={shared}: must divide num_attention_heads={heads}")
+    groups, experts = getattr(config, "n_group", None) or 1, getattr(config, "n_routed_experts", None) or 0
+    if experts and (experts % groups or experts // groups < family.fewest):
+        raise ConfigError(
+            f"model.hf.n_group={groups}: must divide n_routed_experts={experts} into groups of {family.fewest} or more"
+        )
+    if (chosen := getattr(config, "topk_group", None) or 1) > groups:
+        raise ConfigError(f"model.hf.topk_group={chosen}: at most n_group={groups}")
+
+
 def _refused(error: Exception) -> ConfigError:
-    return ConfigError(f"model.hf: transformers refuses it: {' '.join(str(error).split())[:300]}")
+    text = " ".join(str(error).split())
+    field = re.match(r"Validation error for field '(\w{1,64})': ", text)
+    key, text = (f"model.hf.{field[1]}", text[field.end() :]) if field else ("model.hf", text)
+    return ConfigError(f"{key}: transformers refuses it: {text[:300]}")
 
 
 def _stock_class(config: Any) -> nn.Module:
@@ -137,6 +222,38 @@ def sizes_of(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_shared_experts": getattr(config, "n_shared_experts", None) or 0,
         "norm_eps": config.rms_norm_eps,
     }
+
+
+def is_key(hf: Mapping[str, Any], name: str) -> bool:
+    """Whether the architecture has a key of this name."""
+    return hasattr(stock_config(hf), name) or hf.get("model_type") in _READ_TOO.get(name, ())
+
+
+def other_shape(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first of these changes that a checkpoint of this architecture cannot follow, and what it has itself.
+
+    Raises:
+        ConfigError: see `sizes_of`.
+    """
+
+    def shapes(values: Mapping[str, Any]) -> tuple[Any, ...]:
+        rows = _table(json.dumps(values, sort_keys=True), "skip")
+        return sizes_of(values)["expert_layers"], [(row.name, row.shape) for row in rows]
+
+    changed = {key: value for key, value in changes.items() if value != hf.get(key)}
+    if not changed or shapes({**hf, **changed}) == shapes(hf):
+        return None
+    for key, value in changed.items():
+        if shapes({**hf, key: value}) != shapes(hf):
+            return key, getattr(stock_config(hf), key, None)
+    return next(iter(changed)), None
+
+
+def drops_groups(hf: Mapping[str, Any]) -> bool:
+    """Whether a partitioned router, which chooses without groups (DeepSeek), chooses among other experts."""
+    config = stock_config(hf)
+    groups = getattr(config, "n_group", None) or 1
+    return (getattr(config, "topk_group", None) or 1) < groups and not family_of(hf).by_logits(config)
 
 
 def _d_expert(config: Any) -> int:

@@ -211,11 +211,29 @@ def communication_share(plan: Plan) -> float:
 
 def _placement_and_routing(config: RunConfig, plan: Plan, pairs: Pairs, cost: TokenCost) -> Iterator[str]:
     """Whether sites should hold more or fewer experts, and whether tokens should travel."""
+    if note := groups_note(config):
+        yield note
     yield from _overlap(config, plan, [site for site, _ in pairs])
     yield from _partitioned(config, plan)
     if config.strategy.routing != "partitioned" and config.strategy.inner != "gradient":
         yield from _replica(config, pairs, cost)
         yield from _exchange(config, pairs, cost)
+
+
+def groups_note(config: RunConfig) -> str | None:
+    """What partitioned routing makes of a router that chooses within groups of experts."""
+    hf = config.model.hf
+    if not hf or config.strategy.routing != "partitioned":
+        return None
+    # Slow to import, as what has read model.hf was.
+    from fomoe_flwr.model.stock import drops_groups
+
+    if not drops_groups(hf):
+        return None
+    return (
+        f"strategy.routing=partitioned chooses without the groups of {hf['model_type']} (model.hf.n_group): the model "
+        "is a slightly other function than its checkpoint and its export; strategy.routing=skip keeps them"
+    )
 
 
 def _overlap(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> Iterator[str]:

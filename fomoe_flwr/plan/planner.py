@@ -199,7 +199,7 @@ def useful_target(config: RunConfig, options: Options) -> float:
     """The useful work of a round with local_steps at each of these sites and each expert on `overlap` of all."""
     share = held_share(config, config.model.num_experts * config.overlap / len(config.federation.sites))
     worth = 1 - config.skip_price * (1 - share)
-    return float(config.train.local_steps * options.step_tokens_M.sum() * worth)
+    return config.train.local_steps * float(options.step_tokens_M.sum()) * worth
 
 
 def _equal(config: RunConfig, options: Options) -> Ints:

@@ -60,6 +60,7 @@ from fomoe_flwr.messages import deals
 from fomoe_flwr.model.build import build, initial_tensors
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
+from fomoe_flwr.plan.advice import groups_note
 from fomoe_flwr.plan.planner import clock_note, plan_for_run
 from fomoe_flwr.plan.record import Plan, load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, Measured, plan_sites, virtual_round
@@ -168,6 +169,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
 
     before, plan = load_plan(run_dir), plan_for_run(run_dir, config)
     warn_of_memory(plan, config)
+    if note := groups_note(config):
+        log.warning("%s", note)
     if corpus is not None:
         describe_corpus(corpus, plan, config, run_dir)
     last = checkpoint.manifest["metrics"] if checkpoint else None

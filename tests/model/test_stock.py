@@ -8,6 +8,7 @@ Letters: B sequences, S positions, T tokens, V vocabulary, K experts a token, E 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.export import stock_json
 from fomoe_flwr.hf_files import on_disk
 from fomoe_flwr.model.base import named_views
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.families import FAMILIES, family_of
 from fomoe_flwr.model.spec import expert_layers, parameters
+from fomoe_flwr.model.stock import is_key
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.wire import write_tensors
 from tests.model.helpers import poisoned_memory
@@ -283,6 +286,50 @@ def test_dense_layers_have_no_experts_and_every_tensor_is_told_once(family: str)
         assert f"model.layers.{layer}.mlp.up_proj.weight" in names
         assert not any(name.startswith(f"model.layers.{layer}.mlp.experts") for name in names)
     assert set(FAMILIES) == set(CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("olmoe", {"attention_dropout": -1}, "attention_dropout=-1: from 0 to 1 are allowed"),
+        (
+            "olmoe",
+            {"router_aux_loss_coef": math.nan},
+            "router_aux_loss_coef=nan: from 0 to 1000000000 are allowed",
+        ),
+        ("olmoe", {"vocab_size": 10**15}, "vocab_size=1000000000000000: from 2 to 16777216 are allowed"),
+        ("olmoe", {"pad_token_id": 300}, "pad_token_id=300: null or below vocab_size=300 is allowed"),
+        ("olmoe", {"num_attention_heads": 5}, "num_attention_heads=5: must divide hidden_size=64"),
+        ("qwen3_moe", {"num_key_value_heads": 3}, "num_key_value_heads=3: must divide num_attention_heads=4"),
+        ("mixtral", {"hidden_act": "tanhh"}, "hidden_act=tanhh: allowed are gelu, "),
+        (
+            "gpt_oss",
+            {"rope_parameters": {"rope_type": "x"}},
+            "rope_parameters: rope_type=x: allowed are default, ",
+        ),
+        ("deepseek_v3", {"n_group": 8}, "n_group=8: must divide n_routed_experts=8 into groups of 2 or more"),
+        ("deepseek_v3", {"topk_group": 5}, "topk_group=5: at most n_group=4"),
+        ("deepseek_v2", {"aux_loss_alpha": "x"}, "aux_loss_alpha=x: from 0 to 1000000000 are allowed"),
+    ],
+)
+def test_a_number_of_which_no_model_can_be_made_is_one_line(
+    family: str, changes: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        stock(family, **changes)
+    assert str(raised.value).startswith(f"model.hf.{line}")
+    assert caplog.messages == []
+
+
+def test_keys_that_only_some_classes_read_are_known() -> None:
+    """transformers has no defaults for them, its classes and ours read them where they are there."""
+    hf = stock("qwen3_moe").hf
+    assert [is_key(hf, name) for name in ("head_dim", "norm_topk_prob", "aux_loss_alpha")] == [
+        True,
+        True,
+        False,
+    ]
+    assert is_key(stock("deepseek_v2").hf, "aux_loss_alpha")
 
 
 def test_another_activation_is_the_stock_models(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_with_too_little_for_the_dense_part_there_is_no_plan(tmp_path: Path) -> 
     [
         (LITE, {"first_k_dense_replace": 27}, "model.hf: no layer has experts"),
         (QWEN, {"mlp_only_layers": list(range(48))}, "model.hf: no layer has experts"),
-        (MIXTRAL, {"num_local_experts": 0}, "model.num_experts=0: must be at least 1"),
+        (MIXTRAL, {"num_local_experts": 0}, "model.hf.num_local_experts=0: from 1 to 16384 are allowed"),
         (OLMOE, None, "has no config.json; give the folder of a Hugging Face checkpoint"),
     ],
 )
@@ -95,6 +95,20 @@ def test_what_is_no_mixture_of_experts_is_one_line(
     assert error.startswith("error: ")
     assert error.endswith(f"{line}\n")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "routing", "dropped"),
+    [(V3, "partitioned", True), (V3, "skip", False), (LITE, "partitioned", False)],
+)
+def test_groups_that_partitioned_routing_drops_are_said(name: str, routing: str, dropped: bool) -> None:
+    config = config_of(name, f"strategy.routing={routing}", "federation.num_sites=2", "strategy.overlap=1")
+    said = [line for line in look_ahead(config).advice if "n_group" in line]
+    assert [
+        line.startswith("strategy.routing=partitioned chooses without the groups of deepseek_v3")
+        for line in said
+    ] == [True] * dropped
+    assert all("strategy.routing=skip keeps them" in line for line in said)
 
 
 @pytest.mark.parametrize("placement", ["planned", "memory"])

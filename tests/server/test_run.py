@@ -12,6 +12,7 @@ import pytest
 from fomoe_flwr.checkpoint import (
     checkpoint_path,
 )
+from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Reply
@@ -26,6 +27,7 @@ from fomoe_flwr.server.run import (
     warn_of_memory,
 )
 from tests.conftest import Compose
+from tests.model.stock_models import stock
 from tests.server.federation import config_of
 
 
@@ -121,3 +123,21 @@ def test_a_site_that_is_given_more_than_it_has_is_named(
     (line,) = caplog.messages
     assert "small" in line
     assert "memory_gib=0.0005" in line
+
+
+def test_groups_of_experts_that_the_routing_drops_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("transformers")
+    hf = stock("deepseek_v3").hf
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    composed = compose(
+        [
+            "model=hf", f"model.path={tmp_path}", "model.init=random", "federation.num_sites=2", "strategy.overlap=1",
+            "train.eval_batches=0", "wandb.mode=disabled", f"hydra.run.dir={tmp_path / 'run'}",
+        ]
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="fomoe"), open_run(composed):
+        pass
+    (line,) = (line for line in caplog.messages if "n_group" in line)
+    assert line.endswith("strategy.routing=skip keeps them")
