@@ -27,10 +27,12 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.data import TokenStream, deal_documents, prepare, read_documents
 from fomoe_flwr.eval_command import load
-from fomoe_flwr.evaluation import Judged, Residents, evaluate_text, survey, text_of
+from fomoe_flwr.evaluation import Judged, Residents, Survey, evaluate_text, survey, text_of
 from fomoe_flwr.export import export
+from fomoe_flwr.model.spec import expert_layers
+from fomoe_flwr.model.standins import take_over
 from fomoe_flwr.placement import Placement
-from fomoe_flwr.policies import POLICIES
+from fomoe_flwr.policies import POLICIES, Policy
 from fomoe_flwr.server.run import first_state, open_run
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
@@ -46,7 +48,12 @@ SITES = (
     "federation.num_sites=null",
     "federation.sites=[{name: prose, domain: pydoc_data}, {name: code, domain: tkinter}]",
 )
-ROUTINGS = ("skip", "skip_renormalised", "partitioned")
+ROUTINGS: dict[str, tuple[str, ...]] = {
+    "`skip`": ("strategy.routing=skip",),
+    "`skip_renormalised`": ("strategy.routing=skip_renormalised",),
+    "`partitioned`": ("strategy.routing=partitioned",),
+    "`skip`, stand-ins of rank 8": ("strategy.routing=skip", "model.standins=8"),
+}
 PLACEMENTS = {
     "drawn once": ("strategy.placement=fixed",),
     "by demand": ("strategy.placement=affine",),
@@ -143,9 +150,16 @@ def continued(work: Path, model: str, name: str, seed: int, *overrides: str) -> 
         ]
     before, after = dict(first_state(config)), dict(strategy.server.state.parameters())
     everything = by_domain(config, before, None)
+    if config.model.standins:
+        fits = {
+            site: own.standins for site, own in enumerate(surveys(config, before, strategy.server.policy))
+        }
+        placement = strategy.server.policy.intended(0).placement
+        take_over(before, fits, placement.holds_LEM, expert_layers(config.model))
     costs = []
-    for site in config.federation.sites:
-        held = strategy.round.residents_by_name()[site.name]
+    for number, site in enumerate(config.federation.sites):
+        # The experts that were drawn first, whatever the placement makes of them.
+        held = POLICIES[config.strategy.placement](config).intended(1).placement.residents(number)
         costs.append(by_domain(config, before, held)[site.domain or ""] - everything[site.domain or ""])
     figures = {
         "before": everything[""],
@@ -159,6 +173,22 @@ def continued(work: Path, model: str, name: str, seed: int, *overrides: str) -> 
     return figures
 
 
+def surveys(config: RunConfig, state: dict[str, Tensor], policy: Policy, whole: bool = False) -> list[Survey]:
+    """What each site says of the text of its first round: with its experts of round 0, or with all of them."""
+    judged = Judged(config.model, "skip", state, {})
+    corpus, train = prepare(config.data), config.train
+    dealt = deal_documents(corpus, config.federation.sites, config.data, config.seed, train.seq_len)
+    said = []
+    for site, own in enumerate(dealt):
+        residents = judged.everything if whole else policy.intended(0).placement.residents(site)
+        stream = TokenStream(corpus, own, train.seq_len, config.seed)
+        batches = [
+            stream.batch(step * train.batch_size, train.batch_size) for step in range(train.local_steps)
+        ]
+        said.append(survey(judged.module(residents, "cpu"), batches, len(batches), "fp32", "cpu"))
+    return said
+
+
 def survey_worth(work: Path, model: str, seed: int) -> tuple[float, float, float]:
     """Share of the whole model's choices that are resident: drawn, by the survey, and by the whole model's own choices.
 
@@ -169,19 +199,11 @@ def survey_worth(work: Path, model: str, seed: int) -> tuple[float, float, float
          f"data.path={work / 'text' / 'new'}", "data.partition=domain", "data.val_fraction=0.1", *STEPS,
          "strategy.overlap=1", "strategy.placement=affine", "strategy.routing=skip"]
     ).config  # fmt: skip
-    judged = Judged(config.model, "skip", dict(first_state(config)), {})
-    corpus, train, policy = prepare(config.data), config.train, POLICIES["affine"](config)
-    dealt = deal_documents(corpus, config.federation.sites, config.data, seed, train.seq_len)
+    state, policy = dict(first_state(config)), POLICIES["affine"](config)
     drawn = policy.for_round(0, [0, 1]).placement
-
-    def asked(site: int, residents: Residents) -> NDArray[np.int64]:
-        stream = TokenStream(corpus, dealt[site], train.seq_len, seed)
-        batches = [
-            stream.batch(step * train.batch_size, train.batch_size) for step in range(train.local_steps)
-        ]
-        return np.array(survey(judged.module(residents, "cpu"), batches, "fp32", "cpu")[2])
-
-    truth = [asked(site, judged.everything) for site in range(2)]
+    half, truth = (
+        [np.array(own.load_LE) for own in surveys(config, state, policy, whole)] for whole in (False, True)
+    )
 
     def share(loads: list[NDArray[np.int64]]) -> float:
         policy = POLICIES["affine"](config)
@@ -193,7 +215,7 @@ def survey_worth(work: Path, model: str, seed: int) -> tuple[float, float, float
         held = [truth[site][placement.holds_LEM[:, :, site]].sum() for site in range(2)]
         return float(sum(held) / sum(load.sum() for load in truth))
 
-    return resident(drawn), share([asked(site, drawn.residents(site)) for site in range(2)]), share(truth)
+    return resident(drawn), share(half), share(truth)
 
 
 def spread(values: list[float], form: str = ".3f") -> str:
@@ -234,16 +256,18 @@ def main() -> None:
         gains = {seed: one["before"] - one["after"] for seed, one in full.items()}
         after = spread([one["after"] for one in full.values()])
         rows.append(f"| {text} | all experts at both | | 0 | 1 | {after} | 100 % |")
-        for routing in ROUTINGS:
+        for routing, how in ROUTINGS.items():
             for placed, overrides in PLACEMENTS.items():
-                settings = (HALF, f"strategy.routing={routing}", *overrides)
+                settings = (HALF, *how, *overrides)
                 ran = {
-                    seed: variant(f"{routing} {placed}", partition, seed, chosen.lr, *settings)
+                    seed: variant(
+                        f"{routing} {placed}".replace("`", ""), partition, seed, chosen.lr, *settings
+                    )
                     for seed in chosen.seeds
                 }
                 shares = [100 * (one["before"] - one["after"]) / gains[seed] for seed, one in ran.items()]
                 rows.append(
-                    f"| {text} | `{routing}` | {placed} | {spread([one['ghosts_cost'] for one in ran.values()])} | "
+                    f"| {text} | {routing} | {placed} | {spread([one['ghosts_cost'] for one in ran.values()])} | "
                     f"{statistics.median([one['resident_share'][0] for one in ran.values()]):.2f} | "
                     f"{spread([one['after'] for one in ran.values()])} | {spread(shares, '.0f')} % |"
                 )

@@ -39,20 +39,20 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Take K local steps and answer with the pseudo-gradient of what this site holds."""
-    answer = _work("train", message, context)
-    arrays = ArrayRecord({key: as_array(answer.blobs.pop(key)) for key in list(answer.blobs)})
-    return Message(RecordDict({"arrays": arrays, "config": _header(answer)}), reply_to=message)
+    return _reply(message, _work("train", message, context))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Validation loss of the shard this site was sent: dense part and its residents only."""
-    answer = _work("evaluate", message, context)
-    return Message(RecordDict({"config": _header(answer)}), reply_to=message)
+    return _reply(message, _work("evaluate", message, context))
 
 
-def _header(answer: Answer) -> ConfigRecord:
-    return ConfigRecord({"reply": answer.header})
+def _reply(message: Message, answer: Answer) -> Message:
+    content = RecordDict({"config": ConfigRecord({"reply": answer.header})})
+    if answer.blobs:
+        content["arrays"] = ArrayRecord({key: as_array(answer.blobs.pop(key)) for key in list(answer.blobs)})
+    return Message(content, reply_to=message)
 
 
 def _work(kind: str, message: Message, context: Context) -> Answer:

@@ -130,7 +130,7 @@ def perform(
         shard = CODECS[task.strategy.wire_dtype].decode(wire.from_blobs(blobs.values()))
         blobs.clear()
         if kind == "evaluate":
-            return {}, evaluate_shard(task, shard, settings, memory, beat)
+            return evaluate_shard(task, shard, settings, memory, beat)
         return train_round(task, shard, settings, memory, beat)
 
 
@@ -200,9 +200,9 @@ def train_round(
 
 def evaluate_shard(
     task: Task, shard: dict[str, Tensor], settings: NodeSettings, memory: Memory, beat: Beat
-) -> Reply:
+) -> tuple[dict[str, bytes], Reply]:
     """Loss of the shard, nats a token, with this site's residents only: of the validation text, and in round 0 of the
-    text that round 1 will train on, with what its tokens ask for.
+    text that round 1 will train on, with what its tokens ask for and stand-ins for its residents.
     """
     use_cpu(task.train.threads)
     device = resolve_device(*device_of(task, settings))
@@ -229,11 +229,18 @@ def evaluate_shard(
             yield tokens_BT
 
     load_LE: list[list[int]] = []
+    blobs: dict[str, bytes] = {}
     if first:
-        loss, tokens, load_LE = survey(module, batches(), task.train.dtype, device)
+        loss, tokens, load_LE, standins = survey(
+            module, batches(), task.train.local_steps, task.train.dtype, device
+        )
+        blobs, _ = wire.encode_update(standins, CODECS[task.strategy.wire_dtype], {})
     else:
         loss, tokens = evaluate(module, batches(), task.train.dtype, device)
-    return Reply(task.run, task.round, task.name, tokens, {"val_loss": loss}, start, load_LE, inputs=inputs)
+    reply = Reply(
+        task.run, task.round, task.name, tokens, {"val_loss": loss}, start, load_LE, bundle_digests(blobs), inputs
+    )  # fmt: skip
+    return blobs, reply
 
 
 def own_inputs(task: Task, corpus: TokenCorpus, settings: NodeSettings) -> Inputs:

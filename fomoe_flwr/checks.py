@@ -287,6 +287,15 @@ def _check_routing(config: RunConfig) -> None:
                     f"model.{key}={getattr(model, key)}: needs strategy.routing=skip, where every site has the "
                     "whole router"
                 )
+    if model.standins and strategy.routing != "skip":
+        raise ConfigError(
+            f"model.standins={model.standins}: needs strategy.routing=skip; with {strategy.routing} no ghost is asked"
+        )
+    if model.standins % 8 or model.standins > model.d_model:
+        raise ConfigError(
+            f"model.standins={model.standins}: must be a multiple of 8 (grouped_mm strides), at most "
+            f"model.d_model={model.d_model}"
+        )
     if model.router == "orthogonal" and model.num_experts > model.d_model:
         raise ConfigError(
             f"model.router=orthogonal: model.num_experts={model.num_experts} rows cannot be orthogonal in "

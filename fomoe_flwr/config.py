@@ -110,6 +110,9 @@ class ModelConfig:
     base_top_k: int = at_least(2, 1)  # the same
     # orthogonal: cosines with orthonormal rows; grap: means of slices of the token, no parameters. Skip mode only.
     router: str = choice("linear", "linear", "orthogonal", "grap")
+    # Rank of a ghost's stand-in, an affine map that all sites hold (skip mode only; a multiple of 8). 0: ghosts are
+    # skipped.
+    standins: int = at_least(0, 0)
     # Coefficient of the load-balancing loss; null: 0.01, with model.hf what its family has.
     load_balance: float | None = at_least(None, 0.0)
     # Whose load that loss evens out: the site's own batch's, or the federation's (skip mode only). Local needs no

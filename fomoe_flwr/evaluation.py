@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from fomoe_flwr.engine.device import autocast
 from fomoe_flwr.model.base import LanguageModel
 from fomoe_flwr.model.build import build
 from fomoe_flwr.model.moe import Routing
-from fomoe_flwr.model.spec import parameter_shapes
+from fomoe_flwr.model.spec import expert_layers, parameter_shapes
+from fomoe_flwr.model.standins import Sample, as_tensors
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.units import finite
 
@@ -114,18 +115,32 @@ def evaluate(module: LanguageModel, batches: Iterable[Tensor], dtype: str, devic
     return float(total_D[0]) / max(int(tokens_D[0]), 1), int(tokens_D[0])
 
 
+class Survey(NamedTuple):
+    """What a site says before round 1."""
+
+    loss: float  # nats a token
+    tokens: int  # predicted
+    load_LE: list[list[int]]  # how often the routers chose each expert, ghosts too: what this text asks for
+    standins: dict[
+        str, Tensor
+    ]  # by name, fitted to the residents; zeros for ghosts, and for what no token chose
+
+
 def survey(
-    module: LanguageModel, batches: Iterable[Tensor], dtype: str, device: str
-) -> tuple[float, int, list[list[int]]]:
-    """`evaluate`, and how often the routers chose each expert, load_LE, ghosts too: what this text asks for.
+    module: LanguageModel, batches: Iterable[Tensor], num_batches: int, dtype: str, device: str
+) -> Survey:
+    """`evaluate`, and what the routers choose and the residents compute.
 
     Behind a layer whose ghosts are missing the tokens are not quite those of the whole model, so deeper layers' choices
     are near to its own and not equal.
     """
+    samples = [Sample(num_batches) for _ in module.moe_layers]
     load_LE = torch.zeros(len(module.moe_layers), module.config.num_experts, dtype=torch.int64)
 
     def counting(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Routing], None]:
-        def hook(_: nn.Module, __: tuple[Any, ...], routing: Routing) -> None:
+        def hook(_: nn.Module, x: tuple[Tensor, ...], routing: Routing) -> None:
+            if module.config.standins:
+                samples[layer].add(x[0], routing.chosen_TK)
             chosen = routing.chosen_TK.flatten().cpu()
             load_LE[layer] += torch.bincount(chosen, minlength=load_LE.shape[1])
 
@@ -137,7 +152,18 @@ def survey(
     finally:
         for handle in handles:
             handle.remove()
-    return loss, tokens, load_LE.tolist()
+    return Survey(loss, tokens, load_LE.tolist(), _fitted(module, samples))
+
+
+@torch.no_grad()
+def _fitted(module: LanguageModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Stand-ins by name; none where the model has none."""
+    model, tensors = module.config, dict[str, Tensor]()
+    if model.standins:
+        for layer, moe, sample in zip(expert_layers(model), module.moe_layers, samples, strict=True):
+            found = sample.fit(moe.experts, moe.resident_experts, model.standins)
+            tensors |= as_tensors(layer, found, model.num_experts)
+    return tensors
 
 
 def evaluate_text(module: LanguageModel, text: Text, dtype: str) -> Figures:

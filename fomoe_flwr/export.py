@@ -29,6 +29,7 @@ from fomoe_flwr.files import expanded, whole_folder
 from fomoe_flwr.hf_files import on_disk, whole_routers
 from fomoe_flwr.model.spec import (
     depth_multiplier,
+    is_standin,
     logit_multiplier,
     parameters,
 )
@@ -101,6 +102,7 @@ def whole_state(saved: Saved) -> dict[str, Tensor]:
     for name, param in parameters(model, everything, routing).items():
         if name not in state or tuple(state[name].shape) != tuple(param.shape):
             raise CheckpointError(f"checkpoint {saved.checkpoint.path}: not of the model it names: {name}")
+    state = {name: tensor for name, tensor in state.items() if not is_standin(name)}
     return whole_routers(state, model) if routing == "partitioned" else state
 
 

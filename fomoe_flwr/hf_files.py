@@ -22,7 +22,7 @@ from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.mapped import PIECE_BYTES
 from fomoe_flwr.model.families import family_of
-from fomoe_flwr.model.spec import expert_layers, expert_name, gate_name, parameters, table
+from fomoe_flwr.model.spec import Param, expert_layers, expert_name, gate_name, is_standin, parameters, table
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.reading import reason
 
@@ -170,12 +170,7 @@ def open_checkpoint(folder: Path, model: ModelConfig, key: str) -> Iterator[Open
     Raises:
         ConfigError: see `read_state`; also when a tensor is read.
     """
-    blank = {
-        name: torch.empty(param.shape, device="meta")
-        for name, param in parameters(
-            model, full_residents(model.num_layers, model.num_experts), "skip"
-        ).items()
-    }
+    blank = {name: torch.empty(param.shape, device="meta") for name, param in _standard(model).items()}
     shapes = {name: make(blank) for name, make in on_disk(model).items()}
     with _Shards(folder, key) as shards:
         _check_names(shards, _by_disk_name(model), model, folder, key)
@@ -301,10 +296,17 @@ def on_disk(model: ModelConfig) -> dict[str, Maker]:
     return {name: maker(ours) for name, ours in _by_disk_name(model).items()}
 
 
+def _standard(model: ModelConfig) -> dict[str, Param]:
+    """The tensors that the architecture itself has."""
+    everything = full_residents(model.num_layers, model.num_experts)
+    own = parameters(model, everything, "skip").items()
+    return {name: param for name, param in own if not is_standin(name)}
+
+
 def _by_disk_name(model: ModelConfig) -> dict[str, list[str]]:
     """Of which of our names (skip mode) each tensor of a checkpoint is made."""
     family = family_of(model.hf)
     found: dict[str, list[str]] = {}
-    for name in parameters(model, full_residents(model.num_layers, model.num_experts), "skip"):
+    for name in _standard(model):
         found.setdefault(family.to_disk(name), []).append(name)
     return found

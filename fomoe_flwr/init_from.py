@@ -20,6 +20,7 @@ from fomoe_flwr.export import whole_state
 from fomoe_flwr.hf_files import as_held
 from fomoe_flwr.inputs import FREE_MODEL_KEYS
 from fomoe_flwr.mapped import in_pieces
+from fomoe_flwr.model.build import initial_standins
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.reading import WrongTypeError, as_type
 
@@ -27,7 +28,7 @@ log = logging.getLogger("fomoe")
 
 # Of the model, what may be another than in the checkpoint: the weights mean the same.
 _FREE = (
-    *FREE_MODEL_KEYS, "name", "balance", "locality", "locality_target", "locality_coefficient", "locality_epsilon",
+    *FREE_MODEL_KEYS, "name", "standins", "balance", "locality", "locality_target", "locality_coefficient", "locality_epsilon",
 )  # fmt: skip
 _KEYS = {spec.name for spec in dataclasses.fields(ModelConfig)}
 
@@ -148,10 +149,15 @@ def open_model(config: RunConfig, asked: Collection[str]) -> tuple[Origin, Itera
         sha256=checkpoint.manifest["sha256"]["parameters.safetensors"],
     )
     log.info("weights of %s", checkpoint.path)
-    return origin, _copies(state, model, config.strategy.routing)
+    return origin, _copies(state, model, config)
 
 
-def _copies(state: Mapping[str, Tensor], model: ModelConfig, routing: str) -> Iterator[tuple[str, Tensor]]:
+def _copies(
+    state: Mapping[str, Tensor], model: ModelConfig, config: RunConfig
+) -> Iterator[tuple[str, Tensor]]:
+    routing = config.strategy.routing
     for name, tensor in in_pieces(state.items(), lambda item: item[1].nbytes):
         for held, part in as_held(name, tensor, model, routing):
             yield held, part.to(torch.float32, copy=True).contiguous()
+    # Those of the checkpoint stood in for experts as they were while they were trained.
+    yield from initial_standins(config.model, config.strategy.routing, config.seed)

@@ -160,7 +160,7 @@ class FoMoE(Strategy):
         result, nothing = Result(), ArrayRecord()
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if self.first_round == 1:
-            if self.server.policy.surveys:
+            if self.server.surveys:
                 self._survey(grid)
             self._after_round(result, evaluate_fn)
         for current in range(self.first_round, num_rounds + 1):
@@ -184,7 +184,8 @@ class FoMoE(Strategy):
 
     def _survey(self, grid: Grid) -> None:
         """Ask the sites what their text asks for, by the routers that a checkpoint brings, so that round 1 can place
-        experts by it. A site that does not answer is taken to ask for all experts alike.
+        experts by it, and for stand-ins of what they hold. A site that does not answer is taken to ask for all experts
+        alike.
         """
         current = self.round
         current.deadline_s = self._deadline.seconds()
@@ -192,9 +193,7 @@ class FoMoE(Strategy):
         self._finish_evaluation(
             self._exchange(grid, self._messages(sites, MessageType.EVALUATE, ConfigRecord()))
         )
-        heard = {self.site_names[site]: load_LE for site, load_LE in sorted(current.loads.items())}
-        self.server.policy.surveyed(heard)
-        log.info("%d of %d sites said which experts their text asks for", len(heard), len(self.site_names))
+        self.server.surveyed()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -406,8 +405,16 @@ class FoMoE(Strategy):
                 continue
             if reply.has_error():
                 self.round.fail(site, error_line(reply))
-            else:
-                self.server.take_evaluation(site, header_in(reply.content, self.configrecord_key, "reply"))
+                continue
+            arrays = record_in(reply.content, self.arrayrecord_key, ArrayRecord)
+            try:
+                with refusing():
+                    blobs = blobs_of(arrays) if arrays else {}
+            except Refused as refused:
+                self.round.fail(site, str(refused), refused.kind)
+                continue
+            header = header_in(reply.content, self.configrecord_key, "reply")
+            self.server.take_evaluation(site, header, blobs)
         evaluations = self.round.evaluations
         return self._mean_metrics(self.evaluate_metrics_aggr_fn, evaluations) if evaluations else None
 

@@ -425,7 +425,7 @@ def test_evaluation_leaves_no_trace() -> None:
 def test_a_survey_counts_what_the_routers_choose_in_training() -> None:
     """The same text with half of the experts; and the loss is that of `evaluate`."""
     module, batches = judged().module(PLACEMENT["a"], "cpu"), some_tokens((2, 9), (3, 9))
-    loss, tokens, load_LE = survey(module, batches, "fp32", "cpu")
+    loss, tokens, load_LE, _ = survey(module, batches, len(batches), "fp32", "cpu")
     assert (loss, tokens) == evaluate(module, batches, "fp32", "cpu")
     module.train()
     for tokens_BT in batches:

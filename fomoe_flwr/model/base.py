@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.model.moe import Router
+from fomoe_flwr.model.moe import Experts, Router
 from fomoe_flwr.model.spec import Residents, slots
 
 # Logits of more than this many numbers are computed in pieces and again in the backward pass: with a
@@ -39,6 +39,7 @@ class MoELayer:
     num_experts: int
     resident_experts: Sequence[int]
     candidates: Sequence[int]  # the experts that the router chooses among
+    experts: Experts  # of the residents
 
 
 class LanguageModel(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.base import LanguageModel, load_shard
 from fomoe_flwr.model.moe import orthonormal_rows
 from fomoe_flwr.model.sigma_moe import Transformer
-from fomoe_flwr.model.spec import Residents, expert_name, parameters
+from fomoe_flwr.model.spec import Residents, expert_name, is_standin, parameters
 
 
 def build(
@@ -50,10 +50,20 @@ def initial_state(model: ModelConfig, residents: Residents, routing: str, seed: 
 
 
 def initial_tensors(
-    model: ModelConfig, residents: Residents, routing: str, seed: int
+    model: ModelConfig,
+    residents: Residents,
+    routing: str,
+    seed: int,
+    wanted: Callable[[str], bool] = lambda _: True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same, one after the other: of a model that is larger than the memory."""
+    """The same, one after the other: of a model that is larger than the memory.
+
+    Args:
+        wanted: names for which it is false are left out.
+    """
     for name, param in parameters(model, residents, routing).items():
+        if not wanted(name):
+            continue
         if param.init_std is None:
             yield name, torch.ones(param.shape)
         elif param.kind == "router" and not param.per_expert:
@@ -63,6 +73,11 @@ def initial_tensors(
             yield name, orthonormal_rows(rows_CD) if model.router == "orthogonal" else rows_CD
         else:
             yield name, _draw(name, param.shape, param.init_std, seed)
+
+
+def initial_standins(model: ModelConfig, routing: str, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Those of them that no checkpoint brings: the stand-ins of ghosts, if the model has any."""
+    return initial_tensors(model, [[] for _ in range(model.num_layers)], routing, seed, is_standin)
 
 
 def _draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

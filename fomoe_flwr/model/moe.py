@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.experts import LINEARS, plain_experts
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
+from fomoe_flwr.model.standins import StandIns, standins_of
 
 # What a batch needs for its resident share drifts as the router learns, in one direction for many steps, and whoever
 # goes by the batch before comes too late each time. So the bias is what that batch needed and the trend, which is
@@ -269,6 +270,10 @@ def renormalised(weights_TK: Tensor, resident_TK: Tensor) -> Tensor:
     return kept_TK * scale_T1
 
 
+# Outputs of rows in the order of their experts, from the rows x_PD and the ends of each expert's, offsets_E.
+Experts = Callable[[Tensor, Tensor], Tensor]
+
+
 # The number of pairs that stay depends on the data, so torch.compile steps aside here.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def routed(
@@ -278,16 +283,25 @@ def routed(
     slot_C: Tensor,
     num_slots: int,
     routing: str,
-    experts: Callable[[Tensor, Tensor], Tensor],
+    experts: Experts,
+    standins: StandIns | None = None,
 ) -> Tensor:
-    """`y = Σ_{i chosen, resident} w_i · E_i(x)`, y_TD.
+    """`y = Σ_{i chosen, resident} w_i · E_i(x)`, y_TD; with stand-ins also `Σ_{i chosen, ghost} w_i · S_i(x)`.
 
     Args:
         routing: with skip_renormalised the weights are those of `renormalised`.
-        experts: outputs of rows in the order of their experts, from the rows and the ends of each expert's.
     """
     if routing == "skip_renormalised":
         weights_TK = renormalised(weights_TK, (slot_C < num_slots)[chosen_TK].to(weights_TK.dtype))
+    y_TD = _through(x_TD, weights_TK, chosen_TK, slot_C, num_slots, experts)
+    if standins is not None:
+        y_TD = y_TD + _through(x_TD, weights_TK, chosen_TK, standins.slot_E, standins.num, standins)
+    return y_TD
+
+
+def _through(
+    x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, slot_C: Tensor, num_slots: int, experts: Experts
+) -> Tensor:
     pairs = dispatch(chosen_TK, slot_C, num_slots)
     # index_select and index_add, not x[i]: the backward of plain indexing is several times slower.
     y_PD = experts(x_TD.index_select(0, pairs.tokens_P), pairs.offsets_E)
@@ -299,7 +313,7 @@ def routed(
 # ----- the σ-MoE
 
 
-class Experts(nn.Module):
+class SigmaExperts(nn.Module):
     """Weights of the resident experts, stacked; the stacking is known in `fomoe_flwr/model/` alone."""
 
     def __init__(self, model: ModelConfig, num_local: int) -> None:
@@ -337,7 +351,8 @@ class MoE(nn.Module):
         self.num_experts, self.resident_experts, self.routing = model.num_experts, list(residents), routing
         self.candidates = list(range(model.num_experts)) if whole else self.resident_experts
         self.gate = SigmaRouter(model, len(self.candidates), residents if whole else None)
-        self.experts = Experts(model, len(residents))
+        self.experts = SigmaExperts(model, len(residents))
+        self.standins = standins_of(model, residents)
         self.shared_experts = SharedExperts(model) if model.num_shared_experts else None
         self.slots = slots_of(residents, self.candidates)
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
@@ -346,13 +361,22 @@ class MoE(nn.Module):
         """Fill the buffers of a module that was built without memory, and forget the load."""
         self.slot_C.copy_(torch.tensor(self.slots, device="cpu"))
         self.gate.reset_buffers()
+        if self.standins is not None:
+            self.standins.reset_buffers()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y_TD, the load-balancing loss and the locality loss."""
         routing = self.gate(x_TD)
         num_slots = len(self.resident_experts)
         y_TD: Tensor = routed(
-            x_TD, routing.weights_TK, routing.chosen_TK, self.slot_C, num_slots, self.routing, self.experts
+            x_TD,
+            routing.weights_TK,
+            routing.chosen_TK,
+            self.slot_C,
+            num_slots,
+            self.routing,
+            self.experts,
+            self.standins,
         )
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

@@ -113,7 +113,10 @@ class Transformer(LanguageModel):
     @property
     def moe_layers(self) -> list[MoELayer]:
         layers = [block.mlp for block in self.blocks]
-        return [MoELayer(moe.gate, moe.num_experts, moe.resident_experts, moe.candidates) for moe in layers]
+        return [
+            MoELayer(moe.gate, moe.num_experts, moe.resident_experts, moe.candidates, moe.experts)
+            for moe in layers
+        ]
 
     def finish_building(self, device: str) -> None:
         for block in self.blocks:

@@ -32,6 +32,8 @@ FLOPS_PER_PARAMETER = 6  # of a matrix and token: 2 in the forward pass, 4 in th
 # So many digits and no more: a name may come from anybody.
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts\.(\d{1,9})\.", re.ASCII)
 
+_STANDINS = "model.layers.{layer}.mlp.standins"
+
 # LocalAdamW also averages AdamW's moments; each travels under its parameter's name with one of these in front.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -108,7 +110,30 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
     rows.append(matrix(up, h, d, width, "expert", f"{mlp}experts.up_EHD"))
     row = matrix(down, d, h, expert_width / chosen, "expert", f"{mlp}experts.down_EDH")
     rows.append(row._replace(init_std=(h * chosen) ** -0.5))
-    return rows
+    return rows + standin_rows(model, d**-0.5, width)
+
+
+def standin_rows(model: ModelConfig, std: float, lr: float, module: str = "") -> list[Param]:
+    """The stand-ins of ghosts (`model/standins.py`), which begin as zero: dense tensors of a layer, of all its experts.
+
+    What they compute is next to nothing beside an expert, and is not counted.
+
+    Args:
+        std: of the matrix that is not zero.
+        lr: its factor of the learning rate.
+        module: its path, if not the name of its tensors.
+    """
+    if not model.standins:
+        return []
+    e, d, rank = model.num_experts, model.d_model, model.standins
+    of = {"down": ((e, rank, d), std, lr, "down_ERD"), "up": ((e, d, rank), 0.0, 1.0, "up_EDR"),
+          "bias": ((e, d), 0.0, 1.0, "bias_ED")}  # fmt: skip
+    return [
+        Param(
+            f"{_STANDINS}.{part}", shape, "dense", start, factor, 0.0, 0, f"{module or _STANDINS}.{parameter}"
+        )
+        for part, (shape, start, factor, parameter) in of.items()
+    ]
 
 
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
@@ -156,6 +181,16 @@ def expert_layers(model: ModelConfig) -> Sequence[int]:
 def expert_name(layer: int, expert: int, part: str) -> str:
     """Name of an expert's tensor; `part` is up_proj, down_proj or gate."""
     return f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+
+
+def standin_name(layer: int, part: str) -> str:
+    """Name of a layer's stand-ins of ghosts; `part` is down, up or bias."""
+    return f"{_STANDINS.format(layer=layer)}.{part}"
+
+
+def is_standin(name: str) -> bool:
+    """Whether a tensor or moment belongs to the stand-ins of ghosts, which no export has."""
+    return ".mlp.standins." in name
 
 
 def gate_name(layer: int) -> str:

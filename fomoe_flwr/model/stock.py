@@ -34,7 +34,8 @@ from fomoe_flwr.model.experts import LINEARS, rows_of
 from fomoe_flwr.model.families import FAMILIES, family_of
 from fomoe_flwr.model.families.family import Family
 from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
-from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents
+from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents, standin_rows
+from fomoe_flwr.model.standins import standins_of
 
 _COUNTS = (
     "num_experts",
@@ -268,7 +269,9 @@ def stock_table(model: ModelConfig, routing: str) -> list[Param]:
 
     At random every matrix is drawn with `initializer_range`, as transformers does.
     """
-    return list(_table(json.dumps(model.hf, sort_keys=True), routing))
+    std = stock_config(model.hf).initializer_range
+    rows = _table(json.dumps(model.hf, sort_keys=True), routing)
+    return [*rows, *standin_rows(model, std, 1.0, "stock.model.layers.{layer}.mlp.experts.standins")]
 
 
 @functools.lru_cache(maxsize=16)
@@ -417,14 +420,22 @@ class StockExperts(nn.Module):
         self.num_slots, self.slots = e, slots_of(residents, candidates)
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
         self.linear = LINEARS[model.experts_impl]
+        self.standins = standins_of(model, residents)
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD: Tensor = routed(
-            x_TD, weights_TK, chosen_TK, self.slot_C, self.num_slots, self.routing, self._compute
+            x_TD,
+            weights_TK,
+            chosen_TK,
+            self.slot_C,
+            self.num_slots,
+            self.routing,
+            self.compute,
+            self.standins,
         )
         return y_TD
 
-    def _compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
+    def compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
         def project(part: str, x: Tensor) -> Tensor:
             y = self.linear(x, getattr(self, part), offsets_E)
             if self.family.biases:
@@ -450,7 +461,8 @@ class StockModel(LanguageModel):
             router = StockRouter(model, config, stock, candidates, held if whole else None)
             setattr(block, family.router, StockGate(router))
             block.experts = StockExperts(model, config, held, candidates, routing)
-            self._layers.append((block, MoELayer(router, model.num_experts, held, candidates)))
+            layer = MoELayer(router, model.num_experts, held, candidates, block.experts.compute)
+            self._layers.append((block, layer))
         self._family = family
 
     @property
@@ -465,6 +477,8 @@ class StockModel(LanguageModel):
                 self.stock._init_weights(module)
             if isinstance(module, StockExperts):
                 module.slot_C.copy_(torch.tensor(module.slots, device="cpu"))
+                if module.standins is not None:
+                    module.standins.reset_buffers()
             if isinstance(module, StockRouter):
                 module.reset_buffers()
 

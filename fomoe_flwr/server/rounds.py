@@ -32,9 +32,11 @@ from fomoe_flwr.model.spec import (
     expert_layers,
     expert_of,
     is_moment,
+    is_standin,
     moment_name,
     parameter_shapes,
 )
+from fomoe_flwr.model.standins import take_over
 from fomoe_flwr.placement import Placement, from_residents, full_residents, holder_groups
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.policies import POLICIES
@@ -165,6 +167,7 @@ class Server:
         self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
+        self._fitted: dict[int, dict[str, Tensor]] = {}  # stand-ins by site, before round 1
         self._clipped: set[int] = set()  # sites of which this process has said that they were scaled down
         self._lock = threading.Lock()
 
@@ -391,18 +394,42 @@ class Server:
                 self.round.number, self.site_names[site],
             )  # fmt: skip
 
-    def take_evaluation(self, site: int, header: str) -> None:
-        """A reply to an evaluation message; in round 0 only its load counts, for the text is the site's own."""
+    def take_evaluation(self, site: int, header: str, blobs: Mapping[str, bytes]) -> None:
+        """A reply to an evaluation message; in round 0 its loss does not count, for the text is the site's own."""
+        expected = self._expected[site]
         try:
             with refusing():
-                self._count(site, header, {})
-                reply = check_evaluation(header, self._expected[site])
+                self._count(site, header, blobs)
+                reply = check_evaluation(header, expected)
                 if self.round.number:
                     self.round.evaluations[site] = reply
-                else:
-                    self.round.loads[site] = check_load(reply, self._expected[site])
+                    return
+                load_LE = check_load(reply, expected)
+                if blobs:
+                    check_blobs(blobs, reply, expected)
+                    fitted = self._codec.decode(wire.from_blobs(blobs.values()))
+                    if other := [name for name in fitted if not is_standin(name)]:
+                        raise Refused("unknown_name", f"{other[0]}: before round 1 there are stand-ins alone")
+                    self._fitted[site] = fitted
+                self.round.loads[site] = load_LE
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the sites shall look at their text before round 1, with a shard of what a checkpoint brought."""
+        return self.policy.surveys or (self.config.model.standins > 0 and self.config.trained_before)
+
+    def surveyed(self) -> None:
+        """All answers are in: round 1 goes by them."""
+        current, loads, model = self.round, self.round.loads, self.config.model
+        self.policy.surveyed({self.site_names[site]: load_LE for site, load_LE in sorted(loads.items())})
+        log.info("%d of %d sites said which experts their text asks for", len(loads), len(self.site_names))
+        if model.standins:
+            holds_LEM = current.placement.holds_LEM
+            taken = take_over(self.state.tensors, self._fitted, holds_LEM, expert_layers(model))
+            log.info("%d of %d experts have a stand-in that a holder fitted", taken, holds_LEM[..., 0].size)
+        self._fitted.clear()
 
     # ----- decide
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -57,7 +58,7 @@ from fomoe_flwr.hf_files import read_state
 from fomoe_flwr.init_from import open_model
 from fomoe_flwr.inputs import UNKNOWN, Inputs, run_inputs
 from fomoe_flwr.messages import deals
-from fomoe_flwr.model.build import build, initial_tensors
+from fomoe_flwr.model.build import build, initial_standins, initial_tensors
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.plan.advice import groups_note
@@ -200,7 +201,8 @@ def first_state(config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     assert model.path is not None
     log.info("weights of %s", model.path)
     tensors = read_state(Path(model.path), model, routing, "model.path")
-    return ((name, tensor.to(torch.float32, copy=True).contiguous()) for name, tensor in tensors)
+    exact = ((name, tensor.to(torch.float32, copy=True).contiguous()) for name, tensor in tensors)
+    return itertools.chain(exact, initial_standins(model, routing, config.seed))
 
 
 class RunRecorder(RoundObserver):

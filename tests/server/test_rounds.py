@@ -21,7 +21,8 @@ from fomoe_flwr.codecs import CODECS, Part
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.messages import Reply, Task
-from fomoe_flwr.model.spec import MOMENTS, expert_name, expert_of, moment_name
+from fomoe_flwr.model.spec import MOMENTS, expert_name, expert_of, moment_name, standin_name
+from fomoe_flwr.model.standins import Fit
 from fomoe_flwr.placement import Placement, draw_placement
 from fomoe_flwr.server import outer as outer_module
 from fomoe_flwr.server import rounds as rounds_module
@@ -258,10 +259,35 @@ def test_an_evaluation_is_held_against_what_was_asked(
     server = server_of(config, tmp_path)
     server.begin(1, range(4), 60.0)
     out = server.outgoing([0, 1], training=False)
-    server.take_evaluation(0, answer_to(out[0], metrics={"val_loss": 2.0})[0])
-    server.take_evaluation(1, answer_to(out[1], **changed)[0])
+    server.take_evaluation(0, answer_to(out[0], metrics={"val_loss": 2.0})[0], {})
+    server.take_evaluation(1, answer_to(out[1], **changed)[0], {})
     assert {site: reply.metrics for site, reply in server.round.evaluations.items()} == {0: {"val_loss": 2.0}}
     assert server.round.refused == {"site-1": refused}
+
+
+def test_before_round_1_stand_ins_alone_are_taken_over(config: RunConfig, tmp_path: Path) -> None:
+    """Those of the holders; a site that sends another tensor is refused whole."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, standins=8))
+    server = server_of(config, tmp_path)
+    assert not server.surveys  # at random there is nothing to fit
+    before = {name: value.clone() for name, value in server.state.tensors.items()}
+    out = server.outgoing([0, 1], training=False)
+    names = [standin_name(layer, part) for layer in range(2) for part in Fit._fields]
+    for site, others in ((0, {}), (1, {"model.norm.weight": torch.ones(config.model.d_model)})):
+        own = {name: torch.full_like(before[name], site + 1.0) for name in names}
+        blobs, _ = wire.encode_update(own | others, FP32, {})
+        header, _ = answer_to(out[site], metrics={"val_loss": 2.0}, bundle_digests=bundle_digests(blobs))
+        server.take_evaluation(site, header, blobs)
+    server.surveyed()
+    assert server.round.refused == {"site-1": "unknown_name"}
+    held_LE = server.round.placement.holds_LEM[:, :, 0]
+    for name, value in server.state.tensors.items():
+        if name in names:
+            own_E = held_LE[int(name.split(".")[2])].astype(bool)
+            assert (value[own_E] == 1).all()
+            assert value[~own_E].equal(before[name][~own_E])
+        else:
+            assert value.equal(before[name]), name
 
 
 # -- after a crash, and observers ----------------------------------------------------------------------------
@@ -408,7 +434,7 @@ def test_whatever_a_reply_makes_a_check_raise_is_a_refusal_of_that_reply(
     for name in ("check_load", "check_evaluation"):
         monkeypatch.setattr(rounds_module, name, surprised)
     assert not server.take(0, header, blobs)
-    server.take_evaluation(1, header)
+    server.take_evaluation(1, header, {})
     assert server.round.refused == {"site-0": "damaged", "site-1": "damaged"}
     for reason in server.round.failures.values():
         assert reason.startswith("ArithmeticError at test_rounds.py")
