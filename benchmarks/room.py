@@ -34,7 +34,7 @@ def table(folders: Sequence[Path]) -> Iterator[str]:
     yield _row(columns)
     yield "|".join(["", "---", *("---:" for _ in columns[1:]), ""])
     for folder in folders:
-        config = compose(["model=hf", f"model.path={folder}", "strategy.routing=skip"]).config
+        config = compose(["model=hf", f"model.path={folder}", "model.standins=0"]).config
         for bytes_per_parameter in BYTES_A_PARAMETER:
             plan = dataclasses.replace(config.plan, bytes_per_parameter=bytes_per_parameter)
             priced = dataclasses.replace(config, plan=plan)

@@ -164,10 +164,9 @@ def _complete_model(config: RunConfig, given: Collection[str]) -> None:
         ConfigError: there is none, it is not known, or something is given that follows from it or that it lacks.
     """
     model, strategy = config.model, config.strategy
-    asks_nothing = model.init == "random" and strategy.routing == "partitioned"
-    if asks_nothing and strategy.placement == "affine" and "strategy.placement" not in given:
-        # model=hf has it for the checkpoints that it goes on from.
-        strategy.placement = "fixed"
+    # model=hf has them for the checkpoints that it goes on from, and for its routing.
+    if (model.init == "random" or strategy.routing != "skip") and "model.standins" not in given:
+        model.standins = 0
     if model.init == "checkpoint":
         if model.path is None:
             raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")

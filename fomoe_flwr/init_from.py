@@ -28,7 +28,8 @@ log = logging.getLogger("fomoe")
 
 # Of the model, what may be another than in the checkpoint: the weights mean the same.
 _FREE = (
-    *FREE_MODEL_KEYS, "name", "standins", "balance", "locality", "locality_target", "locality_coefficient", "locality_epsilon",
+    *FREE_MODEL_KEYS, "name", "standins", "balance", "locality", "locality_target", "locality_coefficient",
+    "locality_epsilon",
 )  # fmt: skip
 _KEYS = {spec.name for spec in dataclasses.fields(ModelConfig)}
 

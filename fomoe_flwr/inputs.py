@@ -23,7 +23,7 @@ OWN_TEXT = "own"  # the partition of a site that has text of its own
 # Of the model, what may differ between a checkpoint and the run that goes on from it.
 FREE_MODEL_KEYS = ("experts_impl", "load_balance", "path", "init")
 # They count where they are given; a run of an earlier version has none of them.
-_NEW_MODEL_KEYS = ("hf", "expert_layers")
+_NEW_MODEL_KEYS = ("hf", "expert_layers", "standins")
 _LONGEST = 80  # characters of a part
 
 

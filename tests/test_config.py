@@ -184,6 +184,7 @@ ALONE = [
     # A run that goes on has its architecture already.
     ("model.path", "/some/where", ["model=olmoe_tiny", "resume=/runs/before"]),
     ("strategy.routing", "partitioned", []),
+    ("model.standins", 16, []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
@@ -240,14 +241,24 @@ def test_a_checkpoint_goes_on_with_its_own_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_architecture_of_a_checkpoint_can_be_begun_anew(tmp_path: Path) -> None:
-    """Other sizes on top, and a placement that asks no router."""
+    """Other sizes on top, and no stand-ins for experts that have learned nothing."""
     (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
     given = [f"model.path={tmp_path}", "model.init=random"]
     anew = config_of("model=hf", *given, "model.hf.num_experts=8")
     assert (anew.model.init, anew.model.num_layers, anew.model.num_experts) == ("random", 3, 8)
-    assert (anew.strategy.placement, anew.data.tokenizer) == ("fixed", "bytes")
+    assert (anew.model.standins, anew.data.tokenizer) == (0, "bytes")
     assert config_of(*given).model.num_layers == 3
-    assert "strategy.placement=affine: needs" in refusal("model=hf", *given, "strategy.placement=affine")
+    partitioned = ["strategy.routing=partitioned", "strategy.placement=affine"]
+    assert "strategy.placement=affine: needs" in refusal("model=hf", *given, *partitioned)
+
+
+def test_ghosts_of_a_checkpoint_have_stand_ins_where_they_can_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe", "num_hidden_layers": 3}')
+    given = ["model=hf", f"model.path={tmp_path}"]
+    assert config_of(*given).model.standins == 8
+    assert config_of(*given, "strategy.routing=partitioned").model.standins == 0
+    said = refusal(*given, "strategy.routing=partitioned", "model.standins=8")
+    assert said == "model.standins=8: needs strategy.routing=skip; with partitioned no ghost is asked"
 
 
 @pytest.mark.parametrize(
@@ -609,6 +620,14 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["model.router=orthogonal", "model.num_experts=256"],
             "model.router=orthogonal: model.num_experts=256 rows cannot be orthogonal in model.d_model=128",
+        ),
+        (
+            ["model.standins=4"],
+            "model.standins=4: must be a multiple of 8 (grouped_mm strides), at most model.d_",
+        ),
+        (
+            ["model.standins=136"],
+            "model.standins=136: must be a multiple of 8 (grouped_mm strides), at most model",
         ),
         (
             ["model.router=grap", "model.num_experts=12"],

@@ -43,7 +43,7 @@ class Param(NamedTuple):
 
     name: str  # with {layer} and {expert} where there are several
     shape: tuple[int, ...]
-    kind: str  # dense, router or expert
+    kind: str  # dense, router, expert or standin (dense, too, but of no use to one who has all experts)
     init_std: float | None  # of the normal distribution it is drawn from; None: ones
     lr: float  # factor of the learning rate
     decay: float  # factor of the weight decay
@@ -130,7 +130,14 @@ def standin_rows(model: ModelConfig, std: float, lr: float, module: str = "") ->
           "bias": ((e, d), 0.0, 1.0, "bias_ED")}  # fmt: skip
     return [
         Param(
-            f"{_STANDINS}.{part}", shape, "dense", start, factor, 0.0, 0, f"{module or _STANDINS}.{parameter}"
+            f"{_STANDINS}.{part}",
+            shape,
+            "standin",
+            start,
+            factor,
+            0.0,
+            0,
+            f"{module or _STANDINS}.{parameter}",
         )
         for part, (shape, start, factor, parameter) in of.items()
     ]
@@ -239,14 +246,16 @@ def logit_multiplier(model: ModelConfig) -> float:
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters of the whole model."""
+    """Numbers of parameters of the whole model, and of what stands in for its experts."""
 
     dense: int  # embedding, attention, norms, shared experts
     router: int  # dense in skip mode; a row goes with each expert in partitioned mode
     experts: int  # all routed experts of all layers
+    standins: int = 0  # of all experts of all layers, at every site
 
     @property
     def total(self) -> int:
+        """Of the model itself."""
         return self.dense + self.router + self.experts
 
 
@@ -260,10 +269,10 @@ class TokenFlops(NamedTuple):
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of the whole model by class, without building it."""
-    counts = {"dense": 0, "router": 0, "expert": 0}
+    counts = {"dense": 0, "router": 0, "expert": 0, "standin": 0}
     for param in table(model, "skip"):
         counts[param.kind] += param.numel * _how_many(model, param, model.num_experts)
-    return ParameterCounts(counts["dense"], counts["router"], counts["expert"])
+    return ParameterCounts(counts["dense"], counts["router"], counts["expert"], counts["standin"])
 
 
 def expert_parameters(model: ModelConfig) -> int:
@@ -277,7 +286,7 @@ def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
     A matrix costs 6 FLOPs a parameter; attention scores and values 12·T·d a layer, half of it masked away. Looking the
     embedding up, norms and activations are left out.
     """
-    flops = {"dense": 0, "router": 0, "expert": 0}
+    flops = {"dense": 0, "router": 0, "expert": 0, "standin": 0}
     for param in table(model, "skip"):
         flops[param.kind] += param.flops * _how_many(model, param, model.top_k)
     return TokenFlops(flops["dense"] + attention_flops(model, seq_len), flops["expert"], flops["router"])

@@ -259,7 +259,8 @@ def _partitioned(config: RunConfig, plan: Plan) -> Iterator[str]:
     model = config.model
     # These need the whole router at every site.
     bound = model.router != "linear" or model.locality != "off" or model.balance != "local"
-    if config.strategy.routing == "partitioned" or config.strategy.inner == "gradient" or bound:
+    strategy = config.strategy
+    if strategy.routing == "partitioned" or strategy.inner == "gradient" or config.model.standins or bound:
         return
     other = _try(with_strategy(config, routing="partitioned"))
     if other is not None and _gain(plan, other) >= LEAST_GAIN:

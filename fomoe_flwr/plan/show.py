@@ -58,7 +58,8 @@ def facts_table(outlook: Outlook) -> Table:
     table.add_row(
         "model",
         f"{escape(config.model.name + kind)}: {count(counts.total)} parameters, {count(counts.dense)} dense, "
-        f"{count(counts.experts)} in experts, {count(counts.router)} in routers",
+        f"{count(counts.experts)} in experts, {count(counts.router)} in routers"
+        + (f"; {count(counts.standins)} in stand-ins, at every site" if counts.standins else ""),
     )
     table.add_row(
         "setting",
@@ -265,6 +266,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
             "params_dense": counts.dense,
             "params_expert": counts.experts,
             "params_router": counts.router,
+            "params_standin": counts.standins,
         },
         "sites": [
             {**dataclasses.asdict(planned), "memory_available_bytes": site.memory_bytes}

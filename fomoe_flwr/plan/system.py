@@ -97,10 +97,10 @@ class Split(NamedTuple):
 
 
 def split_parameters(model: ModelConfig, routing: str) -> Split:
-    """theta_dense and theta_sparse: the router is dense in `skip` mode and sparse in `partitioned` mode."""
+    """theta_dense and theta_sparse: router and stand-ins are dense in `skip` mode, the router sparse in `partitioned`."""
     counts = parameter_counts(model)
     if routing != "partitioned":
-        return Split(counts.dense + counts.router, expert_parameters(model))
+        return Split(counts.dense + counts.router + counts.standins, expert_parameters(model))
     row = counts.router // (model.num_layers * model.num_experts)
     return Split(counts.dense, expert_parameters(model) + row)
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.room import fitting
 from fomoe_flwr.cli import main
+from fomoe_flwr.compose import compose
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.plan.command import look_ahead
 from fomoe_flwr.plan.planner import make_plan, plan_placement
@@ -71,6 +72,19 @@ def test_with_too_little_for_the_dense_part_there_is_no_plan(tmp_path: Path) -> 
         "federation: site s0 has memory_gib=24, but the dense part and one expert a layer need 29.63 GiB "
         "(plan.bytes_per_parameter=18)"
     )
+
+
+def test_stand_ins_are_at_every_site(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two matrices of rank 8 and a bias for each expert: 48 layers x 128 experts x 17 x 2048 numbers."""
+    given = [*overrides(QWEN), "federation.num_sites=4", "strategy.overlap=1"]
+    plain, more = (look_ahead(compose([*given, f"model.standins={rank}"]).config) for rank in (0, 8))
+    for site, other in zip(plain.plan.sites, more.plan.sites, strict=True):
+        assert other.memory_bytes - site.memory_bytes == 18 * 213_909_504
+        assert other.bytes_down - site.bytes_down == other.bytes_up - site.bytes_up == 2 * 213_909_504
+    main(["plan", *given, "model.standins=8"])
+    shown = capsys.readouterr().out
+    assert "30.5 B parameters" in shown
+    assert "214 M in stand-ins, at every site" in shown.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
