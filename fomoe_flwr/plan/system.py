@@ -97,7 +97,7 @@ class Split(NamedTuple):
 
 
 def split_parameters(model: ModelConfig, routing: str) -> Split:
-    """theta_dense and theta_sparse: router and stand-ins are dense in `skip` mode, the router sparse in `partitioned`."""
+    """theta_dense and theta_sparse: stand-ins are dense; the router is, in `skip` mode, and sparse in `partitioned`."""
     counts = parameter_counts(model)
     if routing != "partitioned":
         return Split(counts.dense + counts.router + counts.standins, expert_parameters(model))

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from fomoe_flwr.hf_files import on_disk
 from fomoe_flwr.model.base import named_views
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.families import FAMILIES, family_of
-from fomoe_flwr.model.spec import expert_layers, parameters
+from fomoe_flwr.model.spec import expert_layers, is_standin, parameters, standin_name
 from fomoe_flwr.model.stock import is_key
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.wire import write_tensors
@@ -204,6 +204,46 @@ def test_with_half_of_the_experts_only_the_ghosts_outputs_are_missing(
     held = parameters(model, residents, routing)
     assert {name for name in held if "correction" not in name} == gradients.keys()
     compare(model, gradients, reference_gradients(model, loaded))
+
+
+@families
+def test_with_stand_ins_these_are_what_the_ghosts_give(family: str, tmp_path: Path) -> None:
+    model = stock(family)
+    model.standins, model.experts_impl = 8, "loop"
+    state, residents = random_state(model), half(model)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in state.items():
+        if is_standin(name):
+            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    loaded = reference(model, state, tmp_path / "hf")
+    added: dict[str, nn.Parameter] = {}
+
+    def with_stand_ins(layer: int, held: list[int]) -> Callable[..., Tensor]:
+        plain = loaded.model.layers[layer].mlp.experts.forward
+        names = [standin_name(layer, part) for part in ("down", "up", "bias")]
+        down, up, bias = own = [nn.Parameter(state[name].double()) for name in names]
+        added.update(zip(names, own, strict=True))
+        resident_E = torch.tensor([expert in held for expert in range(model.num_experts)])
+
+        def forward(x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            y_TD = plain(x_TD, chosen_TK, weights_TK * resident_E[chosen_TK])
+            for expert in (~resident_E).nonzero().flatten().tolist():
+                weight_T = (weights_TK * (chosen_TK == expert)).sum(1)
+                y_TD = y_TD + weight_T[:, None] * (x_TD @ down[expert].T @ up[expert].T + bias[expert])
+            return cast(Tensor, y_TD)
+
+        return forward
+
+    for layer, held in zip(expert_layers(model), residents, strict=True):
+        loaded.model.layers[layer].mlp.experts.forward = with_stand_ins(layer, held)
+    expected = loss_of(loaded.double())
+    expected.backward()
+    with poisoned_memory():
+        loss, gradients = gradients_of(model, state, residents, "skip")
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert gradients.keys() > added.keys()
+    theirs = {name: parameter.grad for name, parameter in added.items()}
+    compare(model, gradients, reference_gradients(model, loaded) | theirs)
 
 
 @families
