@@ -160,6 +160,7 @@ def test_the_object_has_what_is_promised_and_survives_the_way_through_text() -> 
         "params_dense": counts.dense,
         "params_expert": counts.experts,
         "params_router": counts.router,
+        "params_standin": 0,
     }
     assert counts.total == counts.dense + counts.experts + counts.router
     assert [site["site"] for site in content["sites"]] == ["datacentre", "lab-0", "lab-1", "workstation"]
