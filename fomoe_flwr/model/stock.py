@@ -340,8 +340,8 @@ def stock_attention_flops(model: ModelConfig, seq_len: int) -> int:
 class StockRouter(Router):
     """The stock router, counted, balanced and made local like ours.
 
-    In partitioned mode it has the residents' rows alone; groups of experts (DeepSeek) are of all of them, so there it
-    chooses without groups.
+    In partitioned mode it has the residents' rows alone; groups of experts (DeepSeek) are of all of them, so among some
+    it chooses without groups. Whoever holds all has the stock model.
     """
 
     def __init__(
@@ -360,7 +360,7 @@ class StockRouter(Router):
             stock._buffers.pop(name, None)
             rows = torch.empty(len(candidates), *tensor.shape[1:], dtype=torch.float32)
             setattr(stock, name, nn.Parameter(rows, requires_grad=trained))
-        if residents is None:
+        if len(candidates) < model.num_experts:
             sizes = {"num_experts": len(candidates), "top_k": self.top_k, "num_group": 1, "topk_group": 1}
             for name, size in sizes.items():
                 if hasattr(stock, name):

@@ -147,10 +147,24 @@ def compare(model: ModelConfig, ours: State, theirs: State) -> None:
 
 @torch.no_grad()
 def compare_logits(model: ModelConfig, state: State, loaded: Any) -> None:
-    module = build(model, everything(model), "skip", state, "cpu").eval()
-    hidden_BSD, _ = module.hidden(TOKENS_BT)
     theirs = loaded(input_ids=TOKENS_BT).logits
-    torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)
+    for routing, held in (("skip", state), ("partitioned", rows_apart(model, state, everything(model)))):
+        module = build(model, everything(model), routing, held, "cpu").eval()
+        hidden_BSD, _ = module.hidden(TOKENS_BT)
+        torch.testing.assert_close(module.logits(hidden_BSD), theirs, rtol=0, atol=1e-5)
+
+
+def rows_apart(model: ModelConfig, whole: State, residents: list[list[int]]) -> State:
+    """What a site with these residents holds in partitioned mode."""
+    state = {}
+    for name in parameters(model, residents, "partitioned"):
+        row = name.split(".gate.")
+        if ".experts." in name and len(row) == 2:
+            prefix, _, expert = row[0].partition(".experts.")
+            state[name] = whole[f"{prefix}.gate.{row[1]}"][int(expert)]
+        else:
+            state[name] = whole[name]
+    return state
 
 
 def gradients_of(
@@ -251,19 +265,12 @@ def test_partitioned_is_the_stock_model_with_these_experts_alone(family: str, tm
     """Where the layers hold equally many, that is a smaller model of the same family, numbered anew."""
     small = {"olmoe": "num_experts", "qwen3_moe": "num_experts", "deepseek_v2": "n_routed_experts",
              "deepseek_v3": "n_routed_experts"}  # fmt: skip
-    # Groups are of all experts, and a partitioned router has none.
+    # Groups are of all experts, and a partitioned router of some has none.
     groups = {"n_group": 1, "topk_group": 1} if family.startswith("deepseek") else {}
     model, residents = stock(family), half(stock(family))
     reduced = stock(family, **{small.get(family, "num_local_experts"): 4, **groups})
     whole = random_state(model)
-    state, smaller = {}, {}
-    for name in parameters(model, residents, "partitioned"):
-        row = name.split(".gate.")
-        if ".experts." in name and len(row) == 2:
-            prefix, _, expert = row[0].partition(".experts.")
-            state[name] = whole[f"{prefix}.gate.{row[1]}"][int(expert)]
-        else:
-            state[name] = whole[name]
+    state, smaller = rows_apart(model, whole, residents), {}
     for name in parameters(reduced, everything(reduced), "skip"):
         layer = int(name.split(".")[2]) if ".layers." in name else -1
         held = residents[list(expert_layers(model)).index(layer)] if layer in expert_layers(model) else []
