@@ -221,7 +221,7 @@ def _read_path(model: ModelConfig, path: str, given: Collection[str]) -> None:
             f"model.path={path}: its weights would not be read; to go on from them give model=hf, to begin its "
             "architecture anew model.init=random"
         )
-    there = read_architecture(Path(path), "model.path")
+    there = read_architecture(Path(path), f"model.path={path}")
     if model.init == "checkpoint" and (other := other_shape(there, model.hf)):
         key, has = other
         instead = "leave it out, or begin anew with model.init=random"

@@ -26,7 +26,7 @@ from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, check_tokenizer, load
 from fomoe_flwr.files import expanded, whole_folder
-from fomoe_flwr.hf_files import on_disk, whole_routers
+from fomoe_flwr.hf_files import largest, on_disk, whole_routers
 from fomoe_flwr.model.spec import (
     depth_multiplier,
     is_standin,
@@ -168,7 +168,20 @@ def write_weights(folder: Path, shapes: Mapping[str, Tensor], read: Callable[[st
     Args:
         shapes: the tensors without content (`meta`), in the dtype in which they are written.
         read: a tensor by its name, when its turn has come.
+
+    Raises:
+        ConfigError: a number is too large for fp16.
     """
+
+    def fitting(name: str) -> Tensor:
+        tensor = read(name)
+        most = torch.finfo(torch.float16).max
+        if shapes[name].dtype == torch.float16 and not largest(tensor) <= most:
+            raise ConfigError(
+                f"--dtype fp16: {name} has numbers above {most:g}, the largest of fp16; give bf16"
+            )
+        return tensor
+
     sizes = {name: tensor.nbytes for name, tensor in shapes.items()}
     shards = list(split_bundle(sorted(shapes), sizes, SHARD_BYTES))
     where: dict[str, str] = {}
@@ -176,7 +189,7 @@ def write_weights(folder: Path, shapes: Mapping[str, Tensor], read: Callable[[st
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = file if len(shards) > 1 else "model.safetensors"
         shard = {name: shapes[name] for name in names}
-        write_tensors(folder / file, shard, read=read)
+        write_tensors(folder / file, shard, read=fitting)
         where |= dict.fromkeys(names, file)
     if len(shards) == 1:
         return

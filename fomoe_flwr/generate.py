@@ -25,11 +25,11 @@ from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import Saved, load
 from fomoe_flwr.export import CODE, hf_config, whole_state, write_tokenizer
 from fomoe_flwr.files import expanded
+from fomoe_flwr.hf_files import INDEX, indexed
 from fomoe_flwr.reading import reason
-from fomoe_flwr.untrusted import parse_json
+from fomoe_flwr.untrusted import parse_json_file
 
 MAX_TOKENS = 200
-_LONGEST_CONFIG = 10**7  # characters of a config.json
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -203,6 +203,22 @@ def is_exported(folder: Path, where: str) -> bool:
     return False
 
 
+def check_files(folder: Path, where: str) -> None:
+    """What is to be held against transformers, which opens whatever is there, and whatever an index names.
+
+    Raises:
+        CheckpointError: something is neither file nor folder, or the index leads out of the folder.
+    """
+    for file in sorted(folder.iterdir()):
+        if not (file.is_file() or file.is_dir()):
+            raise CheckpointError(f"{where}: {file.name} is no regular file")
+    if (folder / INDEX).exists():
+        try:
+            indexed(folder, where)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
+
 def from_folder(folder: Path, where: str) -> tuple[Any, Any]:
     """A folder as `fomoe export` writes it, or of an architecture that transformers has.
 
@@ -211,10 +227,13 @@ def from_folder(folder: Path, where: str) -> tuple[Any, Any]:
     """
     transformers = importlib.import_module("transformers")
     try:
-        content = parse_json((folder / "config.json").read_bytes(), _LONGEST_CONFIG)
+        content = parse_json_file(folder / "config.json")
         model_type = content.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where}: config.json is no configuration ({reason(error)})") from error
+    check_files(folder, where)
+    if "transformers_weights" in content:
+        raise CheckpointError(f"{where}: transformers_weights of config.json is not followed; leave it out")
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(f"{where}: has no tokenizer ({', '.join(_TOKENIZERS)})")
     loader, tokenizers = transformers.AutoModelForCausalLM, transformers.AutoTokenizer

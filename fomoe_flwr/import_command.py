@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.console import Parser
-from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.data.tokenizer import load_tokenizer
+from fomoe_flwr.errors import ConfigError, DataError
 from fomoe_flwr.export import DTYPES, stock_json, write_weights
 from fomoe_flwr.files import expanded, whole_folder
 from fomoe_flwr.hf_files import open_checkpoint, read_architecture
@@ -110,6 +111,8 @@ def write(folder: Path, target: Path, dtype: torch.dtype | None, asked: str) -> 
             raise ConfigError(
                 f"{asked}: needs {in_bytes(needed)} in {parent}, where {in_bytes(free)} are free"
             )
+        if (tokenizer := folder / "tokenizer.json").is_file():
+            _check_tokenizer(tokenizer, model.vocab_size, asked)
         with whole_folder(target) as aside:
             write_weights(aside, shapes, found.read)
             for name in _BESIDE:
@@ -118,6 +121,18 @@ def write(folder: Path, target: Path, dtype: torch.dtype | None, asked: str) -> 
             config = json.dumps(stock_json(model, dtype or _common(shapes.values())), indent=1)
             (aside / "config.json").write_text(config + "\n", encoding="utf-8")
     return model
+
+
+def _check_tokenizer(file: Path, vocab_size: int, asked: str) -> None:
+    try:
+        tokenizer = load_tokenizer(str(file))
+    except DataError as error:
+        raise ConfigError(f"{asked}: {str(error).removeprefix(f'data.tokenizer={file}: ')}") from error
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{asked}: its tokenizer.json does not fit: it has token {tokenizer.vocab_size - 1}, the model "
+            f"{vocab_size} tokens (vocab_size of config.json)"
+        )
 
 
 def _common(tensors: Iterable[Tensor]) -> torch.dtype:

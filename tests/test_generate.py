@@ -23,6 +23,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.eval_command import Saved
 from fomoe_flwr.export import byte_tokenizer, export
 from fomoe_flwr.generate import stream, visible
+from fomoe_flwr.hf_files import INDEX
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from tests.test_cli import line_of
@@ -89,7 +90,8 @@ def test_without_a_temperature_each_token_is_the_likeliest(
 def test_the_same_seed_draws_the_same_text_through_both_doors(
     capsys: pytest.CaptureFixture[str], both: tuple[Path, Path]
 ) -> None:
-    drawn = ("--max-tokens", "16", "--temperature", "5", "--top-p", "0.9")
+    # So flat that two texts are never the same by chance.
+    drawn = ("--max-tokens", "16", "--temperature", "100", "--top-p", "0.9")
     run, out = (text_of(capsys, folder, *drawn, "--seed", "5") for folder in both)
     assert run == out
     assert text_of(capsys, both[1], *drawn, "--seed", "6") != out
@@ -227,6 +229,28 @@ def test_a_tokenizer_of_another_model(capsys: pytest.CaptureFixture[str], tmp_pa
     content["model"]["vocab"]["a"] = 300
     (tmp_path / "out" / "tokenizer.json").write_text(json.dumps(content))
     assert "does not fit: it has token 300, the model 257" in refused(capsys, tmp_path / "out")
+
+
+def test_what_transformers_would_open_is_a_file_of_the_folder(
+    capsys: pytest.CaptureFixture[str], out: Path
+) -> None:
+    (out / "chat_template.jinja").symlink_to("/dev/zero")
+    assert "chat_template.jinja is no regular file" in refused(capsys, out)
+    (out / "chat_template.jinja").unlink()
+    os.mkfifo(out / "generation_config.fifo")
+    assert "generation_config.fifo is no regular file" in refused(capsys, out)
+    (out / "generation_config.fifo").unlink()
+    (out / "model.safetensors").rename(out.parent / "model.safetensors")
+    for where in ("../model.safetensors", str(out.parent / "model.safetensors"), "model.bin"):
+        (out / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": where}}))
+        assert f"{INDEX} names {where}, which is no safetensors file of this folder" in refused(capsys, out)
+    (out / INDEX).write_text("[" * 10**5)
+    assert "JSON nested too deep" in refused(capsys, out)
+    (out / INDEX).unlink()
+    change(out / "config.json", transformers_weights="../model.safetensors")
+    assert "transformers_weights of config.json is not followed" in refused(capsys, out)
+    (out / "config.json").write_text("[" * 10**5)
+    assert "JSON nested too deep" in refused(capsys, out)
 
 
 EVIL = "open({!r}, 'w')\nfrom transformers import PretrainedConfig as FomoeConfig\nFomoeForCausalLM = FomoeConfig\n"

@@ -6,6 +6,8 @@ Letters: E experts, D d_model, H d_expert.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,55 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda at: (at / "model-00002-of-00009.safetensors").write_bytes(b"\0" * 9),
         "model-00002-of-00009.safetensors is damaged",
     ),
-    "leads out": (lambda at: reindex(at, lambda name, file: f"../{file}"), "lacks ../model-0000"),
+    "leads out": (
+        lambda at: reindex(at, lambda name, file: f"../{file}"),
+        "names ../model-00001-of-00009.safetensors, which is no safetensors file of this folder",
+    ),
+    "an absolute path": (
+        lambda at: reindex(at, lambda name, file: str(at / file)),
+        "which is no safetensors file of this folder",
+    ),
+    "a pickle": (
+        lambda at: reindex(at, lambda name, file: "model.bin"),
+        "names model.bin, which is no safetensors file of this folder",
+    ),
+    "nested JSON": (lambda at: (at / "config.json").write_text("[" * 10**5), "config.json cannot be read (JSON nested"),
+    "a nested value": (
+        lambda at: rewrite(at, more=json.loads("[" * 200 + "]" * 200)), "config.json cannot be read (JSON nested"
+    ),
+    "a nested index": (
+        lambda at: (at / hf_files.INDEX).write_text("[" * 10**5), f"{hf_files.INDEX} cannot be read (JSON nested"
+    ),
+    "config is a FIFO": (lambda at: pipe(at / "config.json"), "config.json cannot be read (no regular file)"),
+    "index is a FIFO": (lambda at: pipe(at / hf_files.INDEX), f"{hf_files.INDEX} cannot be read (no regular file)"),
+    "a shard is a FIFO": (
+        lambda at: pipe(at / "model-00002-of-00009.safetensors"),
+        "has no regular file model-00002-of-00009.safetensors",
+    ),
+    "the only file is a FIFO": (
+        lambda at: ((at / hf_files.INDEX).unlink(), pipe(at / "model.safetensors")),
+        "model.safetensors is no regular file",
+    ),
+    "fp8": (
+        lambda at: retensor(at, "model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn)),
+        "model.norm.weight has dtype F8_E4M3; allowed are BF16, F32, F16",
+    ),
+    "fp64": (
+        lambda at: retensor(at, "model.norm.weight", torch.ones(64).double()),
+        "model.norm.weight has dtype F64; allowed",
+    ),
+    "int8": (
+        lambda at: retensor(at, "model.norm.weight", torch.ones(64).to(torch.int8)),
+        "model.norm.weight has dtype I8; allowed",
+    ),
+    "NaN": (
+        lambda at: retensor(at, "model.norm.weight", torch.tensor([math.nan] + [1.0] * 63)),
+        "model.norm.weight has numbers that are not finite",
+    ),
+    "infinite": (
+        lambda at: retensor(at, "model.norm.weight", torch.tensor([1.0] * 63 + [-math.inf]).half()),
+        "model.norm.weight has numbers that are not finite",
+    ),
     "a tensor lacks": (
         lambda at: reindex(at, lambda name, file: None if name == "model.norm.weight" else file),
         "lacks model.norm.weight",
@@ -112,6 +162,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model.extra.weight is no part of what config.json describes",
     ),
 }  # fmt: skip
+
+
+def pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
 
 
 def rewrite(folder: Path, **values: Any) -> None:
@@ -140,8 +195,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(wrong: str, tmp_path: Path) -> 
     damage(tmp_path)
 
     def read() -> None:
-        read_architecture(tmp_path, "model.path")
-        list(read_state(tmp_path, stock("olmoe"), "skip", "model.path"))
+        read_architecture(tmp_path, "model.path=in")
+        list(read_state(tmp_path, stock("olmoe"), "skip", "model.path=in"))
 
     with pytest.raises(ConfigError) as caught:
         read()
@@ -194,3 +249,14 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     save_file(there | packed, tmp_path / "model.safetensors")
     state = dict(read_state(tmp_path, stock("gpt_oss"), "skip", "k"))
     assert state["model.layers.0.mlp.experts.3.up_proj.weight"].equal(theirs[3, :, 1::2].T)
+    scales[3, 5, 1] = 255
+    save_file(there | packed, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"{name} has numbers that are not finite"):
+        list(read_state(tmp_path, stock("gpt_oss"), "skip", "k"))
+    for spoilt, told in (
+        (scales[:, :9], "its blocks and its scales do not fit"),
+        (scales.float(), "F32; allowed are U8"),
+    ):
+        save_file(there | packed | {f"{name}_scales": spoilt.clone()}, tmp_path / "model.safetensors")
+        with pytest.raises(ConfigError, match=told):
+            list(read_state(tmp_path, stock("gpt_oss"), "skip", "k"))

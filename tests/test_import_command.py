@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fomoe_flwr.cli import main
+from fomoe_flwr.export import byte_tokenizer
 from tests.model.stock_models import CONFIGS
-from tests.test_hf_files import everything_in, saved
+from tests.test_hf_files import everything_in, retensor, saved
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,13 +23,14 @@ def test_the_tensors_come_out_as_they_went_in_and_transformers_agrees(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = saved(family, tmp_path / "in", "60KB")
-    (tmp_path / "in/tokenizer.json").write_text("{}")
+    tokenizer = json.dumps(byte_tokenizer())
+    (tmp_path / "in/tokenizer.json").write_text(tokenizer)
     main(["import", str(tmp_path / "in"), "--to", str(tmp_path / "out")])
     assert f"{family}, 2 layers of 8 experts; train with model=hf" in capsys.readouterr().out
     back = everything_in(tmp_path / "out")
     assert back.keys() == there.keys()
     assert all(back[name].dtype == value.dtype and back[name].equal(value) for name, value in there.items())
-    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out/tokenizer.json").read_text() == tokenizer
     tokens_BS = torch.arange(20).view(2, 10)
     first, second = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens_BS).logits
@@ -70,6 +72,31 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     (tmp_path / "odd/config.json").write_text(json.dumps(config | {"router_aux_loss_coef": float("nan")}))
     told = refusal(capsys, str(tmp_path / "odd"), "--to", str(target))
     assert "model.hf.router_aux_loss_coef=nan: from 0 to" in told
+    in_index = (tmp_path / "in/model.safetensors.index.json").read_text()
+    for value, dtype, told in (
+        (
+            torch.ones(64).to(torch.float8_e4m3fn),
+            [],
+            "model.norm.weight has dtype F8_E4M3; allowed are BF16, F32, F16",
+        ),
+        (torch.full((64,), 1e5), ["--dtype", "fp16"], "model.norm.weight has numbers above 65504"),
+        (torch.full((64,), torch.nan), [], "model.norm.weight has numbers that are not finite"),
+    ):
+        retensor(tmp_path / "in", "model.norm.weight", value)
+        line = refusal(capsys, str(tmp_path / "in"), "--to", str(target), *dtype)
+        assert told in line
+        assert line.count(str(tmp_path / "in")) <= 1
+    (tmp_path / "in/model.safetensors.index.json").write_text(in_index)
+    tokenizer, large = byte_tokenizer(), byte_tokenizer()
+    large["model"]["vocab"]["a"] = 300
+    for content, told in (
+        (large, "its tokenizer.json does not fit: it has token 300, the model 300 tokens"),
+        ({}, "not a tokenizer.json: "),
+        (tokenizer | {"decoder": json.loads("[" * 200 + "]" * 200)}, "recursion limit exceeded"),
+    ):
+        (tmp_path / "in/tokenizer.json").write_text(json.dumps(content))
+        assert told in refusal(capsys, str(tmp_path / "in"), "--to", str(target))
+    (tmp_path / "in/tokenizer.json").unlink()
     index = json.loads((tmp_path / "in/model.safetensors.index.json").read_text())
     (tmp_path / "in" / index["weight_map"]["model.norm.weight"]).unlink()
     assert "lacks model-0" in refusal(capsys, str(tmp_path / "in"), "--to", str(target))

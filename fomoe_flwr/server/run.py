@@ -200,7 +200,7 @@ def first_state(config: RunConfig) -> Iterator[tuple[str, Tensor]]:
         return initial_tensors(model, everything, routing, config.seed)
     assert model.path is not None
     log.info("weights of %s", model.path)
-    tensors = read_state(Path(model.path), model, routing, "model.path")
+    tensors = read_state(Path(model.path), model, routing, f"model.path={model.path}")
     exact = ((name, tensor.to(torch.float32, copy=True).contiguous()) for name, tensor in tensors)
     return itertools.chain(exact, initial_standins(model, routing, config.seed))
 
