@@ -111,13 +111,16 @@ def write(folder: Path, target: Path, dtype: torch.dtype | None, asked: str) -> 
             raise ConfigError(
                 f"{asked}: needs {in_bytes(needed)} in {parent}, where {in_bytes(free)} are free"
             )
-        if (tokenizer := folder / "tokenizer.json").is_file():
-            _check_tokenizer(tokenizer, model.vocab_size, asked)
+        beside = [folder / name for name in _BESIDE if (folder / name).exists()]
+        for file in beside:
+            if not file.is_file():
+                raise ConfigError(f"{asked}: {file.name} is no regular file")
+            if file.name == "tokenizer.json":
+                _check_tokenizer(file, model.vocab_size, asked)
         with whole_folder(target) as aside:
             write_weights(aside, shapes, found.read)
-            for name in _BESIDE:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, aside / name)
+            for file in beside:
+                shutil.copyfile(file, aside / file.name)
             config = json.dumps(stock_json(model, dtype or _common(shapes.values())), indent=1)
             (aside / "config.json").write_text(config + "\n", encoding="utf-8")
     return model
