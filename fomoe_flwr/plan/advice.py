@@ -231,8 +231,8 @@ def groups_note(config: RunConfig) -> str | None:
     if not drops_groups(hf):
         return None
     return (
-        f"strategy.routing=partitioned chooses without the groups of {hf['model_type']} (model.hf.n_group): the model "
-        "is a slightly other function than its checkpoint and its export; strategy.routing=skip keeps them"
+        f"strategy.routing=partitioned: a site chooses without the groups of {hf['model_type']} (model.hf.n_group), so "
+        "it trains a slightly other function than the whole model is; strategy.routing=skip keeps them"
     )
 
 

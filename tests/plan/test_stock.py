@@ -119,7 +119,7 @@ def test_groups_that_partitioned_routing_drops_are_said(name: str, routing: str,
     config = config_of(name, f"strategy.routing={routing}", "federation.num_sites=2", "strategy.overlap=1")
     said = [line for line in look_ahead(config).advice if "n_group" in line]
     assert [
-        line.startswith("strategy.routing=partitioned chooses without the groups of deepseek_v3")
+        line.startswith("strategy.routing=partitioned: a site chooses without the groups of deepseek_v3")
         for line in said
     ] == [True] * dropped
     assert all("strategy.routing=skip keeps them" in line for line in said)
