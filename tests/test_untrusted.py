@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fomoe_flwr.errors import WireError
-from fomoe_flwr.untrusted import MAX_DIGITS, one_line, parse_json
+from fomoe_flwr.untrusted import LONGEST_FILE, MAX_DIGITS, MOST_NESTED, one_line, parse_json, parse_json_file
 
 
 @settings(max_examples=50)
@@ -54,6 +57,26 @@ def test_an_error_is_cut_and_escaped() -> None:
 def test_json_that_is_refused(text: str | bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_json(text, 200_000)
+
+
+def test_a_file_of_json(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    deepest = "[" * MOST_NESTED + "]" * MOST_NESTED
+    file.write_text(deepest)
+    assert json.dumps(parse_json_file(file)) == deepest
+    file.write_text(f'{{"a": {deepest}}}')
+    with pytest.raises(ValueError, match="nested"):
+        parse_json_file(file)
+    os.truncate(file, LONGEST_FILE + 1)
+    with pytest.raises(ValueError, match="at most 100000000 are expected"):
+        parse_json_file(file)
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        parse_json_file(file)
+    os.mkfifo(file)
+    for odd in (file, tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="no regular file"):
+            parse_json_file(odd)
 
 
 def test_a_number_of_too_many_digits_is_infinite() -> None:
