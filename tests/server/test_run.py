@@ -134,7 +134,8 @@ def test_groups_of_experts_that_the_routing_drops_are_said(
     composed = compose(
         [
             "model=hf", f"model.path={tmp_path}", "model.init=random", "federation.num_sites=2", "strategy.overlap=1",
-            "train.eval_batches=0", "wandb.mode=disabled", f"hydra.run.dir={tmp_path / 'run'}",
+            "strategy.routing=partitioned", "train.eval_batches=0", "wandb.mode=disabled",
+            f"hydra.run.dir={tmp_path / 'run'}",
         ]
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, logger="fomoe"), open_run(composed):
