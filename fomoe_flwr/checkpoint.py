@@ -429,8 +429,10 @@ def _as_it_was(overrides: Sequence[Override], config: Mapping[str, Any]) -> list
     # What else a run goes by is compared with what is on the disk (`inputs.py`), or may change.
     for section in ("model", "strategy", "train"):
         saved = config.get(section)
-        # Sizes follow from model.hf.
-        for key, value in saved.items() if isinstance(saved, dict) and not saved.get("hf") else ():
+        if isinstance(saved, dict) and saved.get("hf"):
+            # Sizes follow from it. Earlier versions had no stand-ins.
+            saved = {"standins": saved.get("standins", 0)}
+        for key, value in saved.items() if isinstance(saved, dict) else ():
             name = f"{section}.{key}"
             if name in asked or key not in now[section] or name in path_keys() or now[section][key] == value:
                 continue

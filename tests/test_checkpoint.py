@@ -477,6 +477,18 @@ def test_what_a_preset_of_another_version_gave_a_run_stays(tmp_path: Path) -> No
     assert texts(resumed_overrides([resume, "strategy=fomoe"]))[:-3] == [kept[0], kept[-1], "train.rounds=5"]
 
 
+@pytest.mark.parametrize("saved", [{}, {"standins": 0}], ids=["of before they were there", "without"])
+def test_a_run_without_stand_ins_goes_on_without(tmp_path: Path, saved: dict[str, Any]) -> None:
+    """model=hf has some; what else it says of the model follows from model.hf."""
+    model = {"hf": {"model_type": "olmoe"}, "d_model": 64} | saved
+    facts = FACTS | {"overrides": ["model=hf", "model.path=/x"], "config": {"model": model}}
+    save_checkpoint(tmp_path, 1, {}, {}, facts, keep=1)
+    found = texts(resumed_overrides([f"resume={tmp_path}"]))
+    assert [text for text in found if not text.startswith(("hydra.", "resume", "++model.hf"))] == [
+        "model.standins=0", "model=hf", "model.path=/x",
+    ]  # fmt: skip
+
+
 def test_a_run_in_a_directory_of_any_name_is_resumed_there(tmp_path: Path) -> None:
     run_dir = tmp_path / "a=b, (c)#~ü '$' \"q\""
     save_checkpoint(run_dir, 1, parameters_of(1), {}, FACTS | {"config": {}}, keep=1)
