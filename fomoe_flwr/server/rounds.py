@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 import threading
 import time
@@ -405,12 +406,16 @@ class Server:
                     self.round.evaluations[site] = reply
                     return
                 load_LE = check_load(reply, expected)
-                if blobs:
-                    check_blobs(blobs, reply, expected)
+                if blobs or reply.bundle_digests:
+                    checked = check_blobs(blobs, reply, expected)
                     fitted = self._codec.decode(wire.from_blobs(blobs.values()))
                     if other := [name for name in fitted if not is_standin(name)]:
                         raise Refused("unknown_name", f"{other[0]}: before round 1 there are stand-ins alone")
                     self._fitted[site] = fitted
+                    # Of a stand-in in the mean, so that sites with few experts and with many can be compared.
+                    held = max(int(self.round.placement.holds_LEM[:, :, site].sum()), 1)
+                    total = math.hypot(*checked.by_name.values())
+                    self.round.norms[site] = {"stand-ins": total / math.sqrt(held)}
                 self.round.loads[site] = load_LE
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
@@ -423,6 +428,9 @@ class Server:
     def surveyed(self) -> None:
         """All answers are in: round 1 goes by them."""
         current, loads, model = self.round, self.round.loads, self.config.model
+        for site, reason in outliers(current.norms, [], self.config.strategy.norm_bound).items():
+            current.fail(site, reason, "norm")
+            del loads[site], self._fitted[site]
         self.policy.surveyed({self.site_names[site]: load_LE for site, load_LE in sorted(loads.items())})
         log.info("%d of %d sites said which experts their text asks for", len(loads), len(self.site_names))
         if model.standins:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -288,6 +289,34 @@ def test_before_round_1_stand_ins_alone_are_taken_over(config: RunConfig, tmp_pa
             assert value[~own_E].equal(before[name][~own_E])
         else:
             assert value.equal(before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [(1e38, "norm"), (1e3, "norm"), (math.nan, "not_finite"), (None, "digest")]
+)
+def test_stand_ins_that_the_others_find_out_of_the_ordinary_are_not_taken_over(
+    config: RunConfig, tmp_path: Path, wrong: float | None, kind: str
+) -> None:
+    """One holder's would be in the place of its experts at all sites. None: the bundles that it names are not there."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, standins=8))
+    server = server_of(config, tmp_path)
+    out = server.outgoing(range(4), training=False)
+    for site in range(4):
+        value = wrong if site == 0 and wrong is not None else 1.0
+        own = {
+            standin_name(layer, part): torch.full_like(server.state.tensors[standin_name(layer, part)], value)
+            for layer in range(2)
+            for part in Fit._fields
+        }
+        blobs, _ = wire.encode_update(own, FP32, {})
+        header, _ = answer_to(out[site], metrics={"val_loss": 2.0}, bundle_digests=bundle_digests(blobs))
+        server.take_evaluation(site, header, {} if site == 0 and wrong is None else blobs)
+    server.surveyed()
+    assert server.round.refused == {"site-0": kind}
+    assert server.round.loads.keys() == {1, 2, 3}
+    for layer in range(2):
+        # Of experts with two holders the other's.
+        assert (server.state.tensors[standin_name(layer, "bias")] == 1).all()
 
 
 # -- after a crash, and observers ----------------------------------------------------------------------------
