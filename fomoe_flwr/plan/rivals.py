@@ -157,7 +157,9 @@ def with_train(config: RunConfig, **settings: object) -> RunConfig:
 
 
 def _candidates(config: RunConfig) -> list[_Candidate]:
-    replica = with_strategy(config, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
+    # Who holds every expert needs no stand-ins.
+    whole = dataclasses.replace(config, model=dataclasses.replace(config.model, standins=0))
+    replica = with_strategy(whole, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
     ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw"), local_steps=1)
     # FoMoE comes with this run's own outer step, if this run is FoMoE.
     planned, overlap = config.strategy.placement in PLANNED, fomoe_overlap(config)

@@ -49,6 +49,18 @@ def row(name: str, *overrides: str) -> Row:
     return next(row for row in rows(*overrides) if row.name == name)
 
 
+def test_who_holds_every_expert_has_no_stand_ins() -> None:
+    """Nor has who chooses among residents; a run with stand-ins is held against them as they would be."""
+    more = {
+        name: row(name, "model.standins=8").bytes_per_round != row(name).bytes_per_round for name in NAMES
+    }
+    assert more == {name: name.endswith(", skip") for name in NAMES}
+    ours, *plain = compare_strategies(config())
+    mine, *others = compare_strategies(config("model.standins=8"))
+    assert mine.site_bytes > ours.site_bytes
+    assert [other.site_bytes for other in others] == [other.site_bytes for other in plain]
+
+
 def test_ddp_is_k_exchanges_of_everything_each_waiting_for_the_slowest() -> None:
     # tiny has 2,403,584 parameters, 4,807,168 bytes in bf16. The workstation's links are 100 and 50 Mbit/s with 50 ms
     # each way, its speed is a half; 8 x 256 tokens a step.
