@@ -109,7 +109,9 @@ def _before(where: str, asked: str) -> RunConfig:
 
 def _contradictions(was: ModelConfig, now: ModelConfig, keys: Set[str]) -> Iterator[tuple[str, Any, Any]]:
     """The keys, below `model`, by which it is another model, and their values."""
-    for key in now.hf.keys() | was.hf.keys() if "hf" in keys else ():
+    # The family first: with another one all else differs, too.
+    order = sorted(now.hf.keys() | was.hf.keys(), key=lambda key: (key != "model_type", key))
+    for key in order if "hf" in keys else ():
         if was.hf.get(key) != now.hf.get(key):
             yield f"hf.{key}", was.hf.get(key), now.hf.get(key)
     for key in sorted(keys - {"hf", *_FREE}):

@@ -165,6 +165,17 @@ def test_another_model_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_of_another_family_the_family_is_named(tmp_path: Path) -> None:
+    config = dataclasses.asdict(config_of())
+    config["model"]["hf"] = {"vocab_size": 264, "model_type": "olmoe", "rope_theta": 1e4}
+    save_checkpoint(tmp_path, 1, {}, {}, {"config": config}, 1)
+    other = {"a_key": 1, "vocab_size": 300, "model_type": "qwen3_moe"}
+    with pytest.raises(
+        ConfigError, match=r"^model\.hf\.model_type=qwen3_moe: the model of \S+ has olmoe; leave"
+    ):
+        taken(tmp_path, ("model",), hf=other)
+
+
 def test_what_is_no_part_of_the_model_may_be_given(earlier: Path) -> None:
     model = taken(earlier, load_balance=0.5, balance="global", experts_impl="loop", d_model=32).model
     assert (model.load_balance, model.balance, model.experts_impl) == (0.5, "global", "loop")
