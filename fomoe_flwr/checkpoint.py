@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fomoe_flwr.compose import Composed, as_in_conf, compose, earlier_placement
 from fomoe_flwr.config import TAKEN, path_keys
+from fomoe_flwr.data.tokenizer import at_hand
 from fomoe_flwr.errors import CheckpointError, ConfigError, WireError
 from fomoe_flwr.files import expanded, flush, naming, whole_folder
 from fomoe_flwr.mapped import map_file
@@ -385,7 +386,7 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     items: list[str | Override] = [str(item) for item in saved]
     if (placement := earlier_placement(config)) is not None:
         items.append(setting("strategy.placement", placement))
-    for key, value in _read_elsewhere(config, given):
+    for key, value in _read_elsewhere(config, given, run_dir):
         try:
             items.append(setting(key, value))
         except HydraException as error:
@@ -408,8 +409,15 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     return kept
 
 
-def _read_elsewhere(config: Mapping[str, Any], given: Sequence[Override]) -> Iterator[tuple[str, Any]]:
+def _read_elsewhere(
+    config: Mapping[str, Any], given: Sequence[Override], run_dir: Path
+) -> Iterator[tuple[str, Any]]:
     """What the run that goes on read in a folder that may be gone."""
+    data = config.get("data")
+    spec = data.get("tokenizer") if isinstance(data, dict) else None
+    named = last_value(given, "data.tokenizer") is not None
+    if isinstance(spec, str) and not named and (copy := at_hand(spec, run_dir)) != spec:
+        yield "data.tokenizer", copy
     model, begun = config.get("model"), config.get("init_from") is not None
     if not isinstance(model, dict):
         return

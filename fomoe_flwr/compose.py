@@ -30,6 +30,7 @@ from fomoe_flwr.checks import (
     expand_sites,
 )
 from fomoe_flwr.config import (
+    PLANNED,
     REMOVED,
     FederationConfig,
     ModelConfig,
@@ -149,6 +150,8 @@ def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()
         check_fields(config, names=not saved)
     config.federation.sites = expand_sites(config.federation)
     config.federation.num_sites = len(config.federation.sites)
+    if not saved and "model.standins" not in given and not _may_have_standins(config):
+        config.model.standins = 0
     check_combinations(config)
     if not saved:  # earlier versions took keys that they did not use
         check_outer(config.strategy)
@@ -157,16 +160,20 @@ def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()
     return config
 
 
+def _may_have_standins(config: RunConfig) -> bool:
+    """Whether the default of model=hf says something: of ghosts that were trained before, and that a router asks."""
+    strategy = config.strategy
+    ghosts = strategy.placement in PLANNED or config.overlap < len(config.federation.sites)
+    return config.trained_before and strategy.routing == "skip" and ghosts
+
+
 def _complete_model(config: RunConfig, given: Collection[str]) -> None:
     """Of an architecture of transformers, read what describes it, and take the sizes from there.
 
     Raises:
         ConfigError: there is none, it is not known, or something is given that follows from it or that it lacks.
     """
-    model, strategy = config.model, config.strategy
-    # model=hf has them for the checkpoints that it goes on from, and for its routing.
-    if (model.init == "random" or strategy.routing != "skip") and "model.standins" not in given:
-        model.standins = 0
+    model = config.model
     if model.init == "checkpoint":
         if model.path is None:
             raise ConfigError("model.path=null: model.init=checkpoint (model=hf) needs model.path=FOLDER")

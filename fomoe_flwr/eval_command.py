@@ -22,7 +22,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.console import Parser, at_least_1
 from fomoe_flwr.data import LabelledBatch, TokenCorpus, check_vocabulary, load_tokenizer, prepare
-from fomoe_flwr.data.tokenizer import Tokenizer
+from fomoe_flwr.data.tokenizer import Tokenizer, at_hand
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import CheckpointError, ConfigError, DataError, WireError
 from fomoe_flwr.evaluation import (
@@ -160,6 +160,7 @@ def load(where: str, asked: str) -> Saved:
         # A key that the checkpoint does not have gets its default.
         model, train = ModelConfig(**config["model"]), TrainConfig(**config["train"])
         data = DataConfig(**config["data"])
+        data.tokenizer = at_hand(data.tokenizer, checkpoint.path.parent.parent)
         inputs = inputs_of(checkpoint.manifest.get("inputs", {}))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

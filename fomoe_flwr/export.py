@@ -32,6 +32,7 @@ from fomoe_flwr.model.spec import (
     is_standin,
     logit_multiplier,
     parameters,
+    routing_in_words,
 )
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.wire import split_bundle, write_tensors
@@ -266,7 +267,7 @@ Exported by fomoe-flwr {__version__} from round {checkpoint.round} of run {manif
 | tokens trained, all sites | {manifest.get("tokens", "?")} |
 | sites | {sites} |
 | model at step 0 | {begun or "at random"} |
-| routing in training | {saved.judged.routing} |
+| routing in training | {routing_in_words(saved.judged.model, saved.judged.routing)} |
 | validation loss, nats a token | {"not measured" if loss is None else f"{loss:.4f}"} |
 | SHA-256 of the parameters in the checkpoint | {manifest["sha256"].get("parameters.safetensors", "?")} |
 {inputs}

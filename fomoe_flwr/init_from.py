@@ -14,6 +14,7 @@ from fomoe_flwr.checkpoint import Origin, named_checkpoint
 from fomoe_flwr.checks import check_fields
 from fomoe_flwr.config import DataConfig, ModelConfig, RunConfig, StrategyConfig
 from fomoe_flwr.data import load_tokenizer
+from fomoe_flwr.data.tokenizer import at_hand
 from fomoe_flwr.errors import CheckpointError, ConfigError
 from fomoe_flwr.eval_command import check_tokenizer, load
 from fomoe_flwr.export import whole_state
@@ -97,7 +98,7 @@ def _before(where: str, asked: str) -> RunConfig:
         before = RunConfig(
             model=found["model"],
             strategy=StrategyConfig(routing=found["strategy"]["routing"]),
-            data=DataConfig(tokenizer=found["data"]["tokenizer"]),
+            data=DataConfig(tokenizer=at_hand(found["data"]["tokenizer"], checkpoint.path.parent.parent)),
         )
         check_fields(before)
     except (WrongTypeError, ConfigError) as error:

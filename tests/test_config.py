@@ -257,6 +257,9 @@ def test_ghosts_of_a_checkpoint_have_stand_ins_where_they_can_be_asked(tmp_path:
     given = ["model=hf", f"model.path={tmp_path}"]
     assert config_of(*given).model.standins == 8
     assert config_of(*given, "strategy.routing=partitioned").model.standins == 0
+    everywhere = ["federation.num_sites=2", "strategy.overlap=2"]
+    assert config_of(*given, *everywhere).model.standins == 0
+    assert config_of(*given, *everywhere, "model.standins=8").model.standins == 8
     said = refusal(*given, "strategy.routing=partitioned", "model.standins=8")
     assert said == "model.standins=8: needs strategy.routing=skip; with partitioned no ghost is asked"
 

@@ -12,13 +12,14 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_flwr.errors import ConfigError, DataError
-from fomoe_flwr.files import expanded
+from fomoe_flwr.files import expanded, write_atomically
 
 END_TOKENS = (
     "<|endoftext|>",
@@ -31,6 +32,7 @@ END_TOKENS = (
     "[SEP]",
     "<｜end▁of▁sentence｜>",
 )
+KEPT = "tokenizer.json"  # in the run directory
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -44,6 +46,22 @@ class Tokenizer:
     fingerprint: str  # SHA-256 (hex); equal fingerprints give equal tokens
     encode_batch: Callable[[Sequence[str]], list[NDArray[np.integer]]]  # no end token added
     count_bytes: Callable[[], NDArray[np.int32]]  # [vocab_size], of text that each token stands for
+
+
+def keep_tokenizer(spec: str, run_dir: Path) -> None:
+    """Keep a copy of a tokenizer's file with the run, which may outlive the folder that it came from.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    if spec != "bytes" and (file := expanded(spec).resolve()) != (run_dir / KEPT).resolve():
+        write_atomically(run_dir / KEPT, lambda path: path.write_bytes(file.read_bytes()))
+
+
+def at_hand(spec: str, run_dir: Path) -> str:
+    """The tokenizer of a run: as it was given, or the run's own copy where that is gone."""
+    gone = spec != "bytes" and not expanded(spec).is_file()
+    return str(run_dir / KEPT) if gone and (run_dir / KEPT).is_file() else spec
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -195,6 +195,11 @@ def standin_name(layer: int, part: str) -> str:
     return f"{_STANDINS.format(layer=layer)}.{part}"
 
 
+def routing_in_words(model: ModelConfig, routing: str) -> str:
+    """strategy.routing, and what computes in the place of ghosts."""
+    return f"{routing}, stand-ins of rank {model.standins}" if model.standins else routing
+
+
 def is_standin(name: str) -> bool:
     """Whether a tensor or moment belongs to the stand-ins of ghosts, which no export has."""
     return ".mlp.standins." in name

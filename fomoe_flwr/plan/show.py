@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fomoe_flwr.config import SKIP_PRICES, RunConfig
 from fomoe_flwr.console import print_whole
-from fomoe_flwr.model.spec import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts, routing_in_words
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import Row, skipping_mode, some
 from fomoe_flwr.plan.system import PlanSite
@@ -63,7 +63,8 @@ def facts_table(outlook: Outlook) -> Table:
     )
     table.add_row(
         "setting",
-        f"{_sites(len(plan.sites))}, {strategy.routing} routing, {strategy.placement} placement, "
+        f"{_sites(len(plan.sites))}, {routing_in_words(config.model, strategy.routing)} routing, "
+        f"{strategy.placement} placement, "
         f"{strategy.outer} outer, {strategy.wire_dtype} on the wire",
     )
     table.add_row(
@@ -248,7 +249,8 @@ def assumptions_in_words(outlook: Outlook) -> list[str]:
         f"compute: {compute}; routing is balanced; nothing hides communication",
         f"memory: {plan.bytes_per_parameter:g} bytes a parameter, activations not counted",
         f"network: all sites at once through one server, {server}{links}; tensors alone, without headers",
-        f"useful: a token counts up to {less} where its experts are not held (plan.skip_price)",
+        f"useful: a token counts up to {less} where its experts are not held (plan.skip_price)"
+        + ("; what stand-ins save of that is not counted" if outlook.config.model.standins else ""),
     ]
 
 

@@ -19,7 +19,7 @@ from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.console import print_whole
 from fomoe_flwr.errors import LONGEST, ConfigError, FomoeError, RunError
 from fomoe_flwr.inputs import differences
-from fomoe_flwr.model.spec import parameter_counts
+from fomoe_flwr.model.spec import parameter_counts, routing_in_words
 from fomoe_flwr.plan.rivals import compare_strategies
 from fomoe_flwr.reading import read_json, read_yaml
 from fomoe_flwr.records import FAILURE
@@ -99,7 +99,7 @@ def setting(config: RunConfig) -> str:
         f"{model.name}: {count(counts.total)} parameters, {100 * counts.experts / counts.total:.0f} % in experts",
         f"{num_sites} {'site' if num_sites == 1 else 'sites'}, {holders}",
         f"K = {steps} local {'step' if steps == 1 else 'steps'}",
-        f"{strategy.routing} routing",
+        f"{routing_in_words(model, strategy.routing)} routing",
         f"{strategy.outer} outer",
     )
     return " | ".join(parts)

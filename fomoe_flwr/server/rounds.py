@@ -431,12 +431,19 @@ class Server:
         for site, reason in outliers(current.norms, [], self.config.strategy.norm_bound).items():
             current.fail(site, reason, "norm")
             del loads[site], self._fitted[site]
-        self.policy.surveyed({self.site_names[site]: load_LE for site, load_LE in sorted(loads.items())})
-        log.info("%d of %d sites said which experts their text asks for", len(loads), len(self.site_names))
+        if self.policy.surveys:
+            self.policy.surveyed({self.site_names[site]: load_LE for site, load_LE in sorted(loads.items())})
+            log.info(
+                "%d of %d sites said which experts their text asks for", len(loads), len(self.site_names)
+            )
         if model.standins:
             holds_LEM = current.placement.holds_LEM
             taken = take_over(self.state.tensors, self._fitted, holds_LEM, expert_layers(model))
-            log.info("%d of %d experts have a stand-in that a holder fitted", taken, holds_LEM[..., 0].size)
+            log.info(
+                "%d of %d experts have a stand-in that a holder fitted; no token of its text chose the others",
+                taken,
+                holds_LEM[..., 0].size,
+            )
         self._fitted.clear()
 
     # ----- decide

@@ -41,6 +41,7 @@ from fomoe_flwr.data import (
 )
 from fomoe_flwr.data.corpus import name_some
 from fomoe_flwr.data.statistics import FREE_PASSES, domain_statistics, repetition, site_statistics
+from fomoe_flwr.data.tokenizer import keep_tokenizer
 from fomoe_flwr.deploy.channel import WorkerError, locked
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
 from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
@@ -166,6 +167,7 @@ def open_run(composed: Composed) -> Iterator[Run]:
     write_atomically(run_dir / "config.yaml", lambda path: path.write_text(text))
     if checkpoint is not None and origin is not None and origin.resolve() != run_dir.resolve():
         bring_history(origin, run_dir, checkpoint)
+    keep_tokenizer(config.data.tokenizer, run_dir)
     log.info("run directory: %s", run_dir)
 
     before, plan = load_plan(run_dir), plan_for_run(run_dir, config)

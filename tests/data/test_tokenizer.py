@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.data import check_vocabulary, load_tokenizer, prepare
+from fomoe_flwr.data.tokenizer import at_hand, keep_tokenizer
 from fomoe_flwr.errors import ConfigError, DataError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "", "naïve café 🦀"]
@@ -194,3 +195,18 @@ def test_check_vocabulary() -> None:
     with pytest.raises(ConfigError) as caught:
         check_vocabulary(tokenizer, 256)
     assert str(caught.value) == "model.vocab_size=256: too small for tokenizer 'bytes', which needs 257"
+
+
+def test_a_run_keeps_its_tokenizer_for_when_the_file_is_gone(tmp_path: Path) -> None:
+    file, run_dir = tmp_path / "its.json", tmp_path / "run"
+    run_dir.mkdir()
+    file.write_text("{}")
+    keep_tokenizer(str(file), run_dir)
+    assert at_hand(str(file), run_dir) == str(file)
+    file.unlink()
+    assert at_hand(str(file), run_dir) == str(run_dir / "tokenizer.json")
+    keep_tokenizer(str(run_dir / "tokenizer.json"), run_dir)
+    assert (run_dir / "tokenizer.json").read_text() == "{}"
+    # Nothing was kept there, or nothing is needed.
+    assert at_hand(str(file), tmp_path) == str(file)
+    assert at_hand("bytes", run_dir) == "bytes"

@@ -102,7 +102,7 @@ def test_trained_resumed_exported_and_loaded_by_transformers(
     # The export goes on as a new run, of other sites, and is not needed once that has begun.
     if runtime == "local":
         again = tmp_path / "again"
-        given = ["model=hf", f"model.path={tmp_path / 'out'}", "data.tokenizer=bytes", *usual]
+        given = ["model=hf", f"model.path={tmp_path / 'out'}", *usual]
         given += [
             "federation.num_sites=3",
             "strategy.overlap=1",
@@ -115,3 +115,5 @@ def test_trained_resumed_exported_and_loaded_by_transformers(
         shutil.rmtree(tmp_path / "out")
         main(["train", f"resume={again}", "train.rounds=2"])
         assert [line["round"] for line in metrics(again)] == [0, 1, 2]
+        main(["export", str(again), "--to", str(tmp_path / "more")])
+        assert "skip, stand-ins of rank 8" in (tmp_path / "more/README.md").read_text()
