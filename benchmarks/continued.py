@@ -69,7 +69,7 @@ HALF = "strategy.overlap=1"
 # For the learning rate.
 TRIED = {
     "full": FULL,
-    "half, partitioned": (HALF, "strategy.routing=partitioned", "strategy.placement=fixed"),
+    "half, stand-ins": (HALF, *ROUTINGS["`skip`, stand-ins of rank 8"], *PLACEMENTS["drawn each round"]),
 }
 
 
