@@ -56,7 +56,7 @@ def work(
 
 SETTINGS = [
     (),
-    ("strategy.outer=local_adamw", "strategy.wire_dtype=fp32"),
+    ("strategy.outer=local_adamw", "strategy.up=fp32", "strategy.down=fp32"),
     ("strategy.placement=random", "strategy.overlap=2", "strategy.routing=partitioned"),
     ("strategy.placement=random", "strategy.overlap=2", "strategy.reshuffle_every=2", "train.expert_warmup_steps=5"),
     ("strategy.keep_moments=false",),
@@ -181,7 +181,7 @@ def test_the_answer_attests_what_the_model_really_held(
 def test_the_attestation_is_of_the_model_and_not_of_the_message(
     small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small("strategy.wire_dtype=fp32").config
+    config = small("strategy.up=fp32", "strategy.down=fp32").config
     real = local.load_shard
 
     def load_wrongly(module: Transformer, shard: Mapping[str, Tensor]) -> None:

@@ -74,7 +74,7 @@ def test_what_was_not_sent_comes_back_from_the_round_that_counts(
 ) -> None:
     """Round 2's reply is lost, so that round 3 goes on from round 1; a cold site has only its disk."""
     monkeypatch.setitem(CODECS, "bf16", Recorder())
-    config = small("strategy.wire_dtype=bf16").config
+    config = small("strategy.up=bf16", "strategy.down=bf16").config
     memory, errors = Memory(), {0: {}}
     for round_, counted in ((1, 0), (2, 1), (3, 1), (4, 3)):
         if not warm:

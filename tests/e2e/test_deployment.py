@@ -37,7 +37,7 @@ def small(corpus: Path, cache: Path) -> list[str]:
     train = [item for item in SMALL_TRAIN if not item.startswith("train.rounds=")]
     return [
         *SMALL_MODEL, *train, "model.num_experts=6", "data=text", f"data.path={corpus}", f"data.cache_dir={cache}",
-        "strategy.overlap=2", "strategy.wire_dtype=fp32", "wandb.mode=disabled",
+        "strategy.overlap=2", "strategy.up=fp32", "strategy.down=fp32", "wandb.mode=disabled",
     ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def run_overrides(corpus_dir: Path, cache_dir: Path) -> list[str]:
     """No `runtime=`: it is what the tests of this file vary."""
     return [
         *SMALL_MODEL, *SMALL_TRAIN, "data=text", f"data.path={corpus_dir}", f"data.cache_dir={cache_dir}",
-        "strategy.overlap=2", "strategy.wire_dtype=fp32", "wandb.mode=disabled",
+        "strategy.overlap=2", "strategy.up=fp32", "strategy.down=fp32", "wandb.mode=disabled",
     ]  # fmt: skip
 
 

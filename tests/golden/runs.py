@@ -23,7 +23,7 @@ DIGITS = 4  # significant, in the traces: processors differ in the last bits, an
 
 SMALL = (
     "model=tiny", "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=8",
-    "model.d_expert=16", "federation.num_sites=4", "strategy.overlap=2", "strategy.wire_dtype=bf16",
+    "model.d_expert=16", "federation.num_sites=4", "strategy.overlap=2", "strategy.up=bf16", "strategy.down=bf16",
     "train.rounds=3", "train.local_steps=4", "train.batch_size=2", "train.seq_len=32", "train.warmup_steps=4",
     "train.expert_warmup_steps=3", "train.eval_batches=2", "train.final_eval_batches=1", "train.device=cpu",
     "runtime=local", "wandb.mode=disabled", "checkpoint.keep=1",

@@ -116,7 +116,7 @@ def test_hetero_beats_equal_shares_by_letting_nobody_wait() -> None:
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    made = config(*PLANNED, "strategy.outer=local_adamw", "strategy.wire_dtype=fp32")
+    made = config(*PLANNED, "strategy.outer=local_adamw", "strategy.up=fp32", "strategy.down=fp32")
     split = split_parameters(made.model, "skip")
     for site in make_plan(made).sites:
         held = split.held(made.model.num_layers * site.experts_per_layer)

@@ -234,5 +234,5 @@ def test_each_rival_run_as_this_run_costs_what_the_formula_says_of_it() -> None:
 def test_local_adamw_on_a_full_replica_sends_three_times_diloco_and_fp32_doubles_all() -> None:
     this_run, diloco, _ = compare_strategies(config("strategy=local_adamw"))
     assert this_run.site_bytes == 3 * diloco.site_bytes
-    doubled = compare_strategies(config("strategy=local_adamw", "strategy.wire_dtype=fp32"))
+    doubled = compare_strategies(config("strategy=local_adamw", "strategy.up=fp32", "strategy.down=fp32"))
     assert [row.site_bytes for row in doubled[:2]] == [2 * this_run.site_bytes, 2 * diloco.site_bytes]

@@ -49,7 +49,7 @@ def test_a_shard_by_hand(residents: int, routing: str, numbers: int) -> None:
     assert held_parameters(made, residents) == numbers
     assert state_bytes(made, residents) == 3 * numbers
     assert one_way_bytes(made, residents) == 2 * numbers
-    wide = config(f"strategy.routing={routing}", "strategy.wire_dtype=fp32", "strategy.outer=local_adamw")
+    wide = config(f"strategy.routing={routing}", "strategy.up=fp32", "strategy.down=fp32", "strategy.outer=local_adamw")
     assert one_way_bytes(wide, residents) == 3 * 4 * numbers
 
 

@@ -385,7 +385,7 @@ def committed(
     steps: Sequence[int] = (STEPS,) * 3,
 ) -> dict[str, Tensor]:
     """The model after a round in which the replies arrived in this order; it was zero before."""
-    strategy.wire_dtype = "fp32"
+    strategy.up = strategy.down = "fp32"
     config = RunConfig(strategy=strategy)
     inbox = Inbox(folder)
     assert inbox.begin(1) == []
@@ -475,7 +475,7 @@ def test_orthogonal_routers_are_projected_after_the_step(tmp_path: Path) -> None
     gate = gate_name(0)
     config = RunConfig(
         model=ModelConfig(router="orthogonal", d_model=8, num_layers=1),
-        strategy=StrategyConfig(outer="nesterov", wire_dtype="fp32"),
+        strategy=StrategyConfig(outer="nesterov", up="fp32", down="fp32"),
     )
     inbox = Inbox(tmp_path)
     inbox.begin(1)

@@ -51,7 +51,7 @@ def config() -> RunConfig:
     return config_of(
         "federation.num_sites=4",
         "strategy.overlap=2",
-        "strategy.wire_dtype=fp32",
+        "strategy.up=fp32", "strategy.down=fp32",
         "strategy.outer=average",
         "strategy.norm_bound=10",
     )
@@ -398,7 +398,7 @@ def bits(path: Path) -> list[bytes]:
     [
         ("outer=nesterov",),
         ("outer=nesterov", "outer_momentum=0.0", "mean=trimmed", "overlap=null"),
-        ("outer=adamw", "wire_dtype=fp32", "routing=partitioned"),
+        ("outer=adamw", "up=fp32", "down=fp32", "routing=partitioned"),
         ("outer=local_adamw",),
         ("outer=average", "placement=random"),
         ("outer=nesterov", "inner=gradient"),

@@ -49,7 +49,7 @@ def site_number(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, 2.0**task.deal.place) for name, tensor in shard.items()}
 
 
-AVERAGE = ("strategy.outer=average", "strategy.wire_dtype=fp32", "train.rounds=1", "train.eval_batches=0")
+AVERAGE = ("strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "train.rounds=1", "train.eval_batches=0")
 
 
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
@@ -73,7 +73,7 @@ def test_the_mean_is_weighted_by_the_examples_a_site_reports(small: Compose) -> 
 
 
 def test_a_name_nobody_returned_stays_as_it_was(small: Compose) -> None:
-    composed = small("strategy.wire_dtype=fp32", "train.rounds=2", "train.eval_batches=0")
+    composed = small("strategy.up=fp32", "strategy.down=fp32", "train.rounds=2", "train.eval_batches=0")
     kept = ("model.norm.weight", "model.layers.0.mlp.experts.3.up_proj.weight")
 
     def all_but_two(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def test_the_result_does_not_depend_on_the_order_of_arrival(small: Compose, tmp_
         }
 
     overrides = ("federation.num_sites=8", "strategy.overlap=4", "train.rounds=2", "train.eval_batches=0")
-    overrides += ("strategy.norm_bound=0", "strategy.wire_dtype=fp32")
+    overrides += ("strategy.norm_bound=0", "strategy.up=fp32", "strategy.down=fp32")
     finals = []
     for index in range(2):
         composed = small(*overrides, run_dir=tmp_path / str(index))
@@ -146,11 +146,11 @@ class CountingGrid(LocalGrid):
         return replies
 
 
-@pytest.mark.parametrize(("outer", "wire_dtype"), [("nesterov", "bf16"), ("local_adamw", "fp32")])
-def test_reported_bytes_are_the_lengths_of_the_payloads(small: Compose, outer: str, wire_dtype: str) -> None:
+@pytest.mark.parametrize(("outer", "dtype"), [("nesterov", "bf16"), ("local_adamw", "fp32")])
+def test_reported_bytes_are_the_lengths_of_the_payloads(small: Compose, outer: str, dtype: str) -> None:
     CountingGrid.down, CountingGrid.up = [], []
     composed = small(
-        f"strategy.outer={outer}", f"strategy.wire_dtype={wire_dtype}", "strategy.fraction_evaluate=1.0",
+        f"strategy.outer={outer}", f"strategy.up={dtype}", f"strategy.down={dtype}", "strategy.fraction_evaluate=1.0",
         "strategy.placement=random",
     )  # fmt: skip
     lines = metrics(run(composed, real_client_app, CountingGrid))
@@ -327,7 +327,7 @@ def foreign_model() -> dict[str, Tensor]:
 def foreign_strategy(*overrides: str, **arguments: Any) -> FoMoE:
     return FoMoE(
         config_of(
-            "strategy.outer=average", "strategy.wire_dtype=fp32", "model.num_layers=1", "strategy.overlap=2", *overrides
+            "strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "model.num_layers=1", "strategy.overlap=2", *overrides
         ),
         **arguments,
     )  # fmt: skip

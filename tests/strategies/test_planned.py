@@ -40,7 +40,7 @@ PLANNED = (
     "train.local_steps=6",
 )
 
-EXACT = ("strategy.outer=average", "strategy.wire_dtype=fp32", "strategy.norm_bound=0")
+EXACT = ("strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "strategy.norm_bound=0")
 
 
 @pytest.fixture

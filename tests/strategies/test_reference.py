@@ -87,7 +87,7 @@ def assert_same_parameters(config: RunConfig, ours: dict[str, Tensor], reference
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
 def test_our_diloco_is_plain_diloco(small: Compose, routing: str) -> None:
     composed = small(
-        "strategy=diloco", f"strategy.routing={routing}", "strategy.wire_dtype=fp32", f"train.rounds={ROUNDS}",
+        "strategy=diloco", f"strategy.routing={routing}", "strategy.up=fp32", "strategy.down=fp32", f"train.rounds={ROUNDS}",
         "federation.num_sites=2",
     )  # fmt: skip
     config = composed.config
@@ -111,7 +111,7 @@ def test_our_diloco_is_plain_diloco(small: Compose, routing: str) -> None:
 
 def test_our_local_adamw_averages_parameters_and_both_moments(small: Compose) -> None:
     composed = small(
-        "strategy=local_adamw", "strategy.wire_dtype=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
+        "strategy=local_adamw", "strategy.up=fp32", "strategy.down=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
     )
     config = composed.config
 
@@ -136,7 +136,7 @@ def test_our_ddp_is_one_adamw_on_the_mean_gradient(small: Compose) -> None:
     composed = small(
         "strategy=ddp",
         "train.local_steps=1",
-        "strategy.wire_dtype=fp32",
+        "strategy.up=fp32", "strategy.down=fp32",
         "train.rounds=4",
         "federation.num_sites=2",
     )
@@ -159,7 +159,7 @@ def test_our_ddp_is_one_adamw_on_the_mean_gradient(small: Compose) -> None:
 
 def test_fedavg_is_the_mean_of_what_sites_return_with_fresh_moments_every_round(small: Compose) -> None:
     composed = small(
-        "strategy=fedavg", "strategy.wire_dtype=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
+        "strategy=fedavg", "strategy.up=fp32", "strategy.down=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
     )
     config = composed.config
 

@@ -36,7 +36,7 @@ SETTINGS = [
         "strategy.placement=random",
         "strategy.routing=partitioned",
         "strategy.outer=local_adamw",
-        "strategy.wire_dtype=fp32",
+        "strategy.up=fp32", "strategy.down=fp32",
     ),
     ("strategy=ddp", "train.local_steps=2"),
     ("strategy.fraction_train=0.5", "strategy.placement=random", "strategy.reshuffle_every=3"),
