@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import CASTS
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.messages import Reply
@@ -65,14 +65,15 @@ class Server:
 
     def __init__(self, folder: Path, state: dict[str, Tensor], sites: int) -> None:
         self.config = RunConfig()
-        self.config.strategy.outer, self.config.strategy.wire_dtype = "average", "fp32"
+        settings = self.config.strategy
+        settings.outer, settings.up, settings.down = "average", "fp32", "fp32"
         self.outer = OuterOptimizer(state, self.config.strategy, self.config.model, self.config.train)
-        self.inbox, self.sites = Inbox(folder), sites
+        self.inbox, self.sites = Inbox(folder, CASTS["fp32"]), sites
         self.inbox.begin(1)
         self.contributions: dict[int, Contribution] = {}
         digests = dict.fromkeys(state, bytes(DIGEST_BYTES))
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        self.expected = Expected("run", 1, "site", digests, shapes, CODECS["fp32"], 10**9, 1, (1, 1))
+        self.expected = Expected("run", 1, "site", digests, shapes, CASTS["fp32"], 10**9, 1, (1, 1))
         self.start = bytes(DIGEST_BYTES * len(state))
 
     def take_in(self, site: int, blobs: dict[str, bytes]) -> None:
@@ -143,7 +144,7 @@ def main() -> None:
         return
     chosen = options(__doc__ or "", repeats=7)
     state = model()
-    parts, _ = CODECS["fp32"].encode(state, {})
+    parts, _ = CASTS["fp32"].encode(state, {})
     blob = wire.encode(parts)
     blobs = [bytes(bytearray(blob)) for _ in range(4)]
     records = flower_records(state, 4)

@@ -117,7 +117,8 @@ def open_checkpoint(work: Path, model: str, steps: int) -> Path:
         if not (run_dir := work / f"open_{model}").exists():
             run(
                 run_dir, f"model={model}", f"data.path={work / 'text' / 'open'}", "federation.num_sites=1",
-                "strategy.overlap=1", "strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "train.rounds=10",
+                "strategy.overlap=1", "strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32",
+                "train.rounds=10",
                 f"train.local_steps={steps // 10}", "train.schedule=cosine", "train.eval_batches=32",
                 "checkpoint.every=10",
             )  # fmt: skip

@@ -112,8 +112,12 @@ def main() -> None:
     cases = {
         "ours, empty": lambda f: ours(f, (*EMPTY, "strategy.overlap=1"), rounds),
         "Flower, empty": lambda f: flowers(f, 0.001, rounds),
-        "ours, full replica, fp32": lambda f: ours(f, (*full, "strategy.up=fp32", "strategy.down=fp32"), rounds),
-        "ours, full replica, bf16": lambda f: ours(f, (*full, "strategy.up=bf16", "strategy.down=bf16"), rounds),
+        "ours, full replica, fp32": lambda f: ours(
+            f, (*full, "strategy.up=fp32", "strategy.down=fp32"), rounds
+        ),
+        "ours, full replica, bf16": lambda f: ours(
+            f, (*full, "strategy.up=bf16", "strategy.down=bf16"), rounds
+        ),
         "ours, each expert at one site, bf16, nesterov, moments and a checkpoint kept on disk each round": lambda f: (
             ours(f, (*HUNDRED, "strategy.overlap=1", "checkpoint.every=1"), rounds)
         ),

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.harness import write_result
 from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import CASTS
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.eval_command import load
@@ -100,7 +100,7 @@ def answers(folder: Path) -> None:
     config = config_of(folder, "memory", *SIGMA)
     model = config.model
     shapes = parameter_shapes(model, full_residents(model.num_layers, model.num_experts), "skip")
-    inbox = Inbox(folder / "inbox")
+    inbox = Inbox(folder / "inbox", CASTS["bf16"])
     inbox.begin(1)
     for site in range(2):
         generator = torch.Generator().manual_seed(site)
@@ -109,7 +109,7 @@ def answers(folder: Path) -> None:
             for name, shape in shapes.items()
             if (expert := expert_of(name)) is None or expert[1] % 2 == site
         }
-        blobs, _ = wire.encode_update(named, CODECS["bf16"], {})
+        blobs, _ = wire.encode_update(named, CASTS["bf16"], {})
         inbox.put(site, "{}", blobs)
 
 
@@ -189,7 +189,7 @@ def step(name: str, state: str, root: Path) -> None:
             sent = server.outgoing(sites, training=True)
         del sent
     elif name == "commit":
-        server, inbox = resumed(folder, config, 1), Inbox(root / "inbox")
+        server, inbox = resumed(folder, config, 1), Inbox(root / "inbox", CASTS["bf16"])
         inbox.begin(1)
         experts = {(layer, expert) for layer in range(config.model.num_layers) for expert in range(64)}
         with watched() as figures:

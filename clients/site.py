@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import decode, down_codec, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
     TokenCorpus,
@@ -127,7 +127,8 @@ def perform(
     """
     task = own_task(task_text, settings)
     with memory.serving(task.run):
-        shard = CODECS[task.strategy.wire_dtype].decode(wire.from_blobs(blobs.values()))
+        parts = wire.from_blobs(blobs.values())
+        shard = decode(down_codec(task.strategy), parts, {name: part.shape for name, part in parts.items()})
         blobs.clear()
         if kind == "evaluate":
             return evaluate_shard(task, shard, settings, memory, beat)
@@ -159,7 +160,7 @@ def train_round(
     state = memory.take_state(folder, task.counted_round) or load_state(
         folder, task.counted_round, task.counted_round * steps * batch
     )
-    position, encoder_state, codec = state.position, state.encoder, CODECS[task.strategy.wire_dtype]
+    position, encoder_state = state.position, state.encoder
 
     def batches() -> Iterator[Tensor]:
         for step in range(steps):
@@ -173,10 +174,10 @@ def train_round(
     shard.clear()
     # The engine holds the moments now, and changes them in place.
     del state
-    start = wire.digests(engine.loaded(), codec)
+    start = wire.digests(engine.loaded(), down_codec(task.strategy))
     report = engine.train(batches())
     # Encoded before the state is saved: what the encoder could not send is part of it.
-    blobs, encoder_state = wire.encode_update(engine.update(), codec, encoder_state)
+    blobs, encoder_state = wire.encode_update(engine.update(), up_codec(task.strategy), encoder_state)
     new_state = SiteState(
         task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state
     )
@@ -221,7 +222,7 @@ def evaluate_shard(
     module = memory.engine(task, device).module
     load_shard(module, shard)
     shard.clear()
-    start = wire.digests(read_shard(module), CODECS[task.strategy.wire_dtype])
+    start = wire.digests(read_shard(module), down_codec(task.strategy))
 
     def batches() -> Iterator[Tensor]:
         for tokens_BT in text:
@@ -234,7 +235,7 @@ def evaluate_shard(
         loss, tokens, load_LE, standins = survey(
             module, batches(), task.train.local_steps, task.train.dtype, device
         )
-        blobs, _ = wire.encode_update(standins, CODECS[task.strategy.wire_dtype], {})
+        blobs, _ = wire.encode_update(standins, down_codec(task.strategy), {})
     else:
         loss, tokens = evaluate(module, batches(), task.train.dtype, device)
     reply = Reply(

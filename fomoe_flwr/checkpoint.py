@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from torch import Tensor
 
-from fomoe_flwr.compose import Composed, as_in_conf, compose, earlier_placement
+from fomoe_flwr.compose import Composed, as_in_conf, compose, renamed
 from fomoe_flwr.config import TAKEN, path_keys
 from fomoe_flwr.data.tokenizer import at_hand
 from fomoe_flwr.errors import CheckpointError, ConfigError, WireError
@@ -384,8 +384,7 @@ def resumed_overrides(overrides: Sequence[str | Override]) -> list[Override]:
     if not isinstance(saved, list) or not isinstance(config, dict):
         raise CheckpointError(f"checkpoint {checkpoint.path}: manifest.json has no list of overrides")
     items: list[str | Override] = [str(item) for item in saved]
-    if (placement := earlier_placement(config)) is not None:
-        items.append(setting("strategy.placement", placement))
+    items += [setting(key, value) for key, value in renamed(config).items()]
     for key, value in _read_elsewhere(config, given, run_dir):
         try:
             items.append(setting(key, value))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.config import (
     DEVICE_RULE,
     NAME_RULE,
@@ -254,6 +255,20 @@ def check_outer(strategy: StrategyConfig) -> None:
             f"strategy.outer_momentum={strategy.outer_momentum:g}: must be null with strategy.outer={outer}; "
             "only nesterov has it"
         )
+    if strategy.up in LOSSY and outer == "local_adamw":
+        raise ConfigError(
+            f"strategy.up={strategy.up}: not with strategy.outer=local_adamw, whose moments it would spoil; allowed "
+            "are bf16, fp32"
+        )
+    usual = StrategyConfig()
+    for key, of in (("density", ("topk",)), ("value_bits", ("topk",)), ("feedback", LOSSY)):
+        if (value := getattr(strategy, key)) != getattr(usual, key) and strategy.up not in of:
+            raise ConfigError(
+                f"strategy.{key}={value:g}: of strategy.up={', '.join(of)}, not of {strategy.up}"
+            )
+    for key in ("density", "feedback"):
+        if ((value := getattr(strategy, key)) or 0) > 1:
+            raise ConfigError(f"strategy.{key}={value:g}: a share, at most 1")
     if not strategy.keep_moments and (outer == "local_adamw" or inner == "gradient"):
         kept = "averages the moments" if outer == "local_adamw" else "keeps them on the server"
         raise ConfigError(

@@ -260,18 +260,24 @@ def _literally(value: Any) -> Any:
     return literal(value) if isinstance(value, str) else value
 
 
-def earlier_placement(values: Mapping[str, Any]) -> str | None:
-    """strategy.placement of a run whose version said by plan.policy of which kind its plan was; else None."""
+def renamed(values: Mapping[str, Any]) -> dict[str, str]:
+    """Today's keys for what a run of an earlier version said by others, and their values."""
     plan, strategy = values.get("plan"), values.get("strategy")
-    if not isinstance(plan, dict) or not isinstance(strategy, dict) or strategy.get("placement") != "planned":
-        return None
-    return None if plan.get("policy") in (None, "solver") else str(plan["policy"])
+    found = {}
+    if isinstance(strategy, dict):
+        policy = plan.get("policy") if isinstance(plan, dict) else None
+        if strategy.get("placement") == "planned" and policy not in (None, "solver"):
+            found["strategy.placement"] = str(policy)
+        if (dtype := strategy.get("wire_dtype")) is not None:
+            found |= {"strategy.up": str(dtype), "strategy.down": str(dtype)}
+    return found
 
 
 def _renew(values: dict[str, Any]) -> None:
     """Take out what earlier versions had in a run's config.yaml (`REMOVED`)."""
-    if (placement := earlier_placement(values)) is not None:
-        values["strategy"]["placement"] = placement
+    for key, value in renamed(values).items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
     for section, _, name in (key.partition(".") for key in REMOVED):
         if isinstance(values.get(section), dict):
             values[section].pop(name, None)

@@ -19,7 +19,12 @@ T = TypeVar("T")
 
 # Keys of earlier versions, which a run of theirs may still have in its config.yaml or its checkpoint, and what to use
 # instead (`compose.py`).
-REMOVED = {"strategy.moves": "", "strategy.move_ratio": "", "plan.policy": "strategy.placement"}
+REMOVED = {
+    "strategy.moves": "",
+    "strategy.move_ratio": "",
+    "plan.policy": "strategy.placement",
+    "strategy.wire_dtype": "strategy.up and strategy.down",
+}
 
 # strategy.outer_lr where it is null. AdamW's is of pseudo-gradients: see docs/method.md.
 OUTER_LR = {"nesterov": 0.7, "adamw": 0.003}
@@ -174,7 +179,14 @@ class StrategyConfig:
     # anew when sites leave or return. overlap says how many copies there are (planned: how much work a round does).
     placement: str = choice("fixed", "fixed", "random", *PLANNED)
     reshuffle_every: int = at_least(1, 1)  # T, rounds between two random placements
-    wire_dtype: str = choice("bf16", "bf16", "fp32")  # of what travels, both ways
+    # What a site's update travels as. int8, int4: whole numbers and a scale for each 64; sign: signs and a scale for
+    # each 256; topk: the largest of each 4096, a share density of them, in value_bits each. What these four lose is
+    # kept at the site, and a share feedback of it is added to the next update (null: 0.95).
+    up: str = choice("bf16", "bf16", "fp32", "int8", "int4", "topk", "sign")
+    down: str = choice("bf16", "bf16", "fp32")  # what a shard travels as
+    density: float = above(1 / 64, 0.0)  # with up=topk
+    value_bits: int = at_least(2, 2, 8)  # with up=topk
+    feedback: float | None = at_least(None, 0.0)  # with up=int8, int4, topk or sign
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round
     # The outer step. nesterov: DiLoCo; local_adamw: means of parameters and AdamW's moments, three times the bytes;

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.codecs import Codec, CodecState, Parts
-from fomoe_flwr.codecs.cast import DIGEST_BYTES
+from fomoe_flwr.codecs.cast import DIGEST_BYTES, Cast
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.mapped import in_pieces
 from fomoe_flwr.model.spec import expert_of
@@ -287,7 +287,7 @@ def encode_update(
 
 
 def blob_digests(blob: Blob) -> dict[str, bytes]:
-    """Digest of every tensor in a blob of ours, from its bytes: the same as `Codec.digest` gives."""
+    """Digest of every tensor in a blob of ours, from its bytes: the same as `Cast.digest` gives."""
     data = memoryview(blob)
     return {
         entry.name: hashlib.blake2b(data[entry.begin : entry.end], digest_size=DIGEST_BYTES).digest()
@@ -295,7 +295,7 @@ def blob_digests(blob: Blob) -> dict[str, bytes]:
     }
 
 
-def digests(named: Mapping[str, Tensor], codec: Codec) -> bytes:
+def digests(named: Mapping[str, Tensor], codec: Cast) -> bytes:
     """The tensors' digests end to end, in the order of their sorted names."""
     return b"".join(codec.digest(named[name]) for name in sorted(named))
 

@@ -257,7 +257,7 @@ class FoMoE(Strategy):
             f"├──> Experts: {held} of {config.model.num_experts} a layer at each site "
             f"({settings.placement} placement)",
             f"├──> Routing: {settings.routing} | inner: {settings.inner} | outer: {settings.outer}",
-            f"├──> Local steps: {_span(steps_M)} | wire: {settings.wire_dtype}",
+            f"├──> Local steps: {_span(steps_M)} | wire: {settings.up} up, {settings.down} down",
             "├──> Sampling:",
             f"│\t├──Fraction: train ({self.fraction_train:.2f}) | evaluate ({self.fraction_evaluate:.2f})",
             f"│\t└──Minimum nodes: train ({self.min_train_nodes}) | evaluate ({self.min_evaluate_nodes})",

@@ -186,6 +186,9 @@ ALONE = [
     ("model.path", "/some/where", ["model=olmoe_tiny", "resume=/runs/before"]),
     ("strategy.routing", "partitioned", []),
     ("model.standins", 16, []),
+    ("strategy.density", 0.05, ["strategy.up=topk"]),
+    ("strategy.value_bits", 4, ["strategy.up=topk"]),
+    ("strategy.feedback", 0.5, ["strategy.up=int4"]),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
@@ -632,6 +635,16 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["model.standins=136"],
             "model.standins=136: must be a multiple of 8 (grouped_mm strides), at most model",
+        ),
+        (["strategy.density=0.1"], "strategy.density=0.1: of strategy.up=topk, not of bf16"),
+        (
+            ["strategy.feedback=0.5"],
+            "strategy.feedback=0.5: of strategy.up=int8, int4, topk, sign, not of bf16",
+        ),
+        (["strategy.up=sign", "strategy.feedback=1.5"], "strategy.feedback=1.5: a share, at most 1"),
+        (
+            ["strategy.up=int4", "strategy.outer=local_adamw"],
+            "strategy.up=int4: not with strategy.outer=local_adamw, whose moments it would spoil; allowed are bf16",
         ),
         (
             ["model.router=grap", "model.num_experts=12"],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of, bundle_digests, header_in
-from fomoe_flwr.codecs import CODECS, Part
+from fomoe_flwr.codecs import CASTS, Part
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.spec import expert_name
 from fomoe_flwr.wire import (
@@ -373,7 +373,7 @@ def test_bundles_are_cut_in_order_and_only_where_they_must_be(lengths: list[int]
 def test_an_update_is_dense_and_experts_apart() -> None:
     moment = f"exp_avg.{EXPERT}"
     named = example() | {moment: torch.zeros(2, 3)}
-    blobs, state = encode_update(named, CODECS["fp32"], {})
+    blobs, state = encode_update(named, CASTS["fp32"], {})
     assert {key: set(decode(blob)) for key, blob in blobs.items()} == {
         "dense": {DENSE},
         "expert": {EXPERT, moment},

@@ -5,14 +5,22 @@ No PyTorch at import: `fomoe plan` asks for byte counts and must not wait for it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from fomoe_flwr.codecs.blocks import Int, Sign
 from fomoe_flwr.codecs.cast import Cast
+from fomoe_flwr.codecs.lossy import BYTES, Layout, Lossy, with_feedback
+from fomoe_flwr.codecs.topk import TopK
+from fomoe_flwr.errors import WireError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fomoe_flwr.config import StrategyConfig
 
 
 class Part(NamedTuple):
@@ -22,32 +30,127 @@ class Part(NamedTuple):
     dtype: torch.dtype
 
 
+# By name: that of the tensor, or with a suffix behind it where a tensor travels in several parts (`part_name`).
 Parts = dict[str, Part]
-# What an encoder must remember from round to round, by name (the error it has not sent yet); empty for most.
+# What an encoder must remember from round to round, by name (the error it has not sent yet); empty for some.
 CodecState = dict[str, "Tensor"]
 
 
 class Codec(Protocol):
     """What a codec offers. Encoding is deterministic."""
 
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """The parts of a tensor of this shape by suffix: shape and dtype (PyTorch's name of it)."""
+
     def encode(self, named: Mapping[str, Tensor], state: CodecState) -> tuple[Parts, CodecState]:
         """What travels for these tensors, and what to remember for the next time."""
 
-    def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that arrived, by name.
+    def decode_one(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """The tensor of this shape whose parts arrived, by suffix.
 
         Raises:
-            DtypeError: a part of another dtype than `encode` makes.
+            WireError: they are not what `encode` makes; DtypeError, NotFiniteError: of this kind.
         """
 
-    def nbytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Bytes of the parts of tensors of these shapes, without names and headers."""
 
-    def round_trip(self, tensor: Tensor) -> Tensor:
-        """A tensor as it arrives if nothing was remembered."""
+@dataclass(frozen=True)
+class Lossily:
+    """A lossy codec for a site's updates: what it loses is remembered, and sent the next time.
 
-    def digest(self, tensor: Tensor) -> bytes:
-        """Digest of a tensor's values as they are after `decode`; sender and receiver get the same."""
+    Args:
+        feedback: share of what was lost that is added the next time; 0: nothing is remembered.
+    """
+
+    lossy: Lossy
+    feedback: float
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        return self.lossy.layout(shape)
+
+    def encode(self, named: Mapping[str, Tensor], state: CodecState) -> tuple[Parts, CodecState]:
+        parts, left = with_feedback(self.lossy, named, state, self.feedback)
+        return {
+            part_name(name, suffix): Part(part, part.dtype)
+            for name, own in parts.items()
+            for suffix, part in own.items()
+        }, left
+
+    def decode_one(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        return self.lossy.decode(parts, shape)
 
 
-CODECS: dict[str, Codec] = {"fp32": Cast("float32", 4), "bf16": Cast("bfloat16", 2)}
+# What travels down, and the plainest of what travels up.
+CASTS = {"fp32": Cast("float32"), "bf16": Cast("bfloat16")}
+LOSSY = ("int8", "int4", "topk", "sign")
+FEEDBACK = 0.95  # where strategy.feedback is null (SparseLoCo's, arXiv 2508.15706)
+
+
+def up_codec(strategy: StrategyConfig) -> Codec:
+    """That of a site's updates."""
+    if strategy.up in CASTS:
+        return CASTS[strategy.up]
+    lossy: dict[str, Lossy] = {
+        "int8": Int(8),
+        "int4": Int(4),
+        "topk": TopK(strategy.density, strategy.value_bits),
+        "sign": Sign(),
+    }
+    feedback = FEEDBACK if strategy.feedback is None else strategy.feedback
+    return Lossily(lossy[strategy.up], feedback)
+
+
+def down_codec(strategy: StrategyConfig) -> Cast:
+    """That of the shards that sites are sent."""
+    return CASTS[strategy.down]
+
+
+# ----- tensors in several parts
+
+
+def part_name(name: str, suffix: str) -> str:
+    """Under which a part of a tensor travels."""
+    return f"{name}:{suffix}" if suffix else name
+
+
+def of_part(part: str) -> tuple[str, str]:
+    """The inverse of `part_name`: the tensor's name, and the suffix."""
+    name, _, suffix = part.partition(":")
+    return name, suffix
+
+
+def grouped(parts: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Parts by name and suffix."""
+    named: dict[str, dict[str, Tensor]] = {}
+    for part, tensor in parts.items():
+        name, suffix = of_part(part)
+        named.setdefault(name, {})[suffix] = tensor
+    return named
+
+
+def decode(
+    codec: Codec, parts: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """The tensors that arrived, by name.
+
+    Args:
+        shapes: of the tensors, at least of those that arrived.
+
+    Raises:
+        WireError: as `Codec.decode_one`, with the tensor's name.
+    """
+    return {name: decoded(codec, name, own, shapes[name]) for name, own in grouped(parts).items()}
+
+
+def decoded(codec: Codec, name: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """One of them."""
+    try:
+        return codec.decode_one(parts, shape)
+    except WireError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def nbytes(codec: Codec | Lossy, shapes: Iterable[Sequence[int]]) -> int:
+    """Bytes of the parts of tensors of these shapes, without names and headers."""
+    return sum(
+        math.prod(size) * BYTES[dtype] for shape in shapes for size, dtype in codec.layout(shape).values()
+    )

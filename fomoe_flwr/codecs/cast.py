@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fomoe_flwr.errors import DtypeError
+from fomoe_flwr.codecs.lossy import Layout, check_layout
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +24,9 @@ class Cast:
     """All tensors as `dtype` (PyTorch's name of it)."""
 
     dtype: str
-    bytes_per_number: int
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        return {"": (tuple(shape), self.dtype)}
 
     def encode(self, named: Mapping[str, Tensor], state: CodecState) -> tuple[Parts, CodecState]:
         from fomoe_flwr.codecs import Part
@@ -33,20 +34,16 @@ class Cast:
         dtype = self._dtype()
         return {name: Part(tensor, dtype) for name, tensor in named.items()}, {}
 
-    def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        dtype = self._dtype()
-        for name, part in parts.items():
-            if part.dtype != dtype:
-                raise DtypeError(f"{name}: dtype {part.dtype}, agreed is {dtype}")
-        return dict(parts)
-
-    def nbytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
-        return self.bytes_per_number * sum(math.prod(shape) for shape in shapes.values())
+    def decode_one(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        check_layout(parts, self.layout(shape))
+        return parts[""]
 
     def round_trip(self, tensor: Tensor) -> Tensor:
+        """A tensor as it arrives."""
         return tensor.to(self._dtype())
 
     def digest(self, tensor: Tensor) -> bytes:
+        """Digest of a tensor's values as they are after decoding; sender and receiver get the same."""
         import torch
 
         flat = tensor.detach().to("cpu", self._dtype()).contiguous().view(-1)

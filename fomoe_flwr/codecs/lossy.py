@@ -27,7 +27,7 @@ Layout = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype by part
 # of 8 chunks of every codec, so that the parts of a tensor are those of its pieces, end to end and in whole bytes.
 PIECE = 2**20
 WHOLE = "whole"
-_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
+BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 
 
 class Lossy(ABC):
@@ -62,7 +62,7 @@ class Lossy(ABC):
         """
         import torch
 
-        _check_layout(parts, self.layout(shape))
+        check_layout(parts, self.layout(shape))
         if WHOLE in parts:
             check_finite(parts, WHOLE)
             return parts[WHOLE].clone()
@@ -88,15 +88,6 @@ class Lossy(ABC):
     @abstractmethod
     def _decode(self, parts: Mapping[str, Tensor], count: int) -> Tensor:
         """The piece of these parts, whose shapes and dtypes are right: `count` numbers, 1-D."""
-
-
-def nbytes(codec: Lossy, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Bytes of the parts of tensors of these shapes, without names and headers."""
-    return sum(
-        math.prod(size) * _BYTES[dtype]
-        for shape in shapes.values()
-        for size, dtype in codec.layout(shape).values()
-    )
 
 
 def with_feedback(
@@ -185,14 +176,20 @@ def unpacked(parts: Mapping[str, Tensor], suffix: str, width: int, count: int) -
     return unpack(packed, width, count)
 
 
-def _check_layout(parts: Mapping[str, Tensor], layout: Layout) -> None:
+def check_layout(parts: Mapping[str, Tensor], layout: Layout) -> None:
+    """Hold the parts of a tensor against their layout.
+
+    Raises:
+        WireError, DtypeError: they differ.
+    """
     for suffix, (shape, dtype) in layout.items():
+        at = f"{suffix}: " if suffix else ""
         if suffix not in parts:
-            raise WireError(f"{suffix}: missing")
+            raise WireError(f"{at}missing")
         part = parts[suffix]
         if str(part.dtype) != f"torch.{dtype}":
-            raise DtypeError(f"{suffix}: dtype {part.dtype}, agreed is torch.{dtype}")
+            raise DtypeError(f"{at}dtype {part.dtype}, agreed is torch.{dtype}")
         if tuple(part.shape) != shape:
-            raise WireError(f"{suffix}: shape {list(part.shape)}, expected {list(shape)}")
+            raise WireError(f"{at}shape {list(part.shape)}, expected {list(shape)}")
     if over := parts.keys() - layout.keys():
         raise WireError(f"{min(over)!r:.80}: not expected, only {', '.join(layout)}")

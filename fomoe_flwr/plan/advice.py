@@ -17,7 +17,15 @@ from fomoe_flwr.plan.hybridep import break_even_hit_rate, exchange_bandwidth_thr
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import possible_overlaps, some, too_small, with_strategy, with_train
-from fomoe_flwr.plan.system import PlanSite, TokenCost, exchange_s, one_way_bytes, state_bytes, token_cost
+from fomoe_flwr.plan.system import (
+    PlanSite,
+    TokenCost,
+    down_bytes,
+    exchange_s,
+    state_bytes,
+    token_cost,
+    up_bytes,
+)
 from fomoe_flwr.units import count, in_bits, in_bytes, percent, time_span
 
 LEAST_GAIN = 1.05  # a change is recommended from this ratio of useful tokens a second on
@@ -158,9 +166,11 @@ def _fewer_exchanges(config: RunConfig, plan: Plan) -> Iterator[str]:
 
 
 def _fewer_bytes(config: RunConfig, plan: Plan) -> Iterator[str]:
-    if config.strategy.wire_dtype == "fp32":
-        half = _try(with_strategy(config, wire_dtype="bf16"))
-        yield from _if_faster("strategy.wire_dtype=bf16 halves the bytes and", plan, half)
+    whole = [key for key in ("up", "down") if getattr(config.strategy, key) == "fp32"]
+    if whole:
+        half = _try(with_strategy(config, **dict.fromkeys(whole, "bf16")))
+        keys = " ".join(f"strategy.{key}=bf16" for key in whole)
+        yield from _if_faster(f"{keys} sends half of the bytes and", plan, half)
     if config.strategy.outer == "local_adamw":
         third = _try(with_strategy(config, outer="nesterov"))
         yield from _if_faster("strategy.outer=nesterov sends a third of the bytes and", plan, third)
@@ -278,10 +288,9 @@ def _replica(config: RunConfig, pairs: Pairs, cost: TokenCost) -> Iterator[str]:
     for site, planned in pairs:
         # Where memory is not given nobody knows what fits.
         if planned.resident_share < 1 and state_bytes(config, every) <= site.memory_bytes < math.inf:
-            sent = one_way_bytes(config, every)
             needed = break_even_hit_rate(
                 shard_sync_s=planned.communication_s,
-                replica_sync_s=exchange_s(site, sent, sent),
+                replica_sync_s=exchange_s(site, down_bytes(config, every), up_bytes(config, every)),
                 dense_round_s=_dense_round_s(site, planned, cost),
             )
             if planned.resident_share < needed:

@@ -36,11 +36,12 @@ from fomoe_flwr.plan.system import (
     PlanSite,
     TokenCost,
     compute_source,
+    down_bytes,
     exchange_s,
-    one_way_bytes,
     plan_sites,
     state_bytes,
     token_cost,
+    up_bytes,
 )
 from fomoe_flwr.units import time_span
 
@@ -128,11 +129,11 @@ def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) 
                 f"{needed / BYTES_A_GIB:.4g} GiB "
                 f"(plan.bytes_per_parameter={config.plan.bytes_per_parameter:g})"
             )
-    sent_R = one_way_bytes(config, counts_R)
+    down_R, up_R = down_bytes(config, counts_R), up_bytes(config, counts_R)
     return Options(
         fits_MR=np.array([(memory_R <= site.memory_bytes) & (counts_R >= least) for site in sites]),
         step_s_MR=np.array([token_s_R * site.step_tokens / site.speed for site in sites]),
-        communication_s_MR=np.array([exchange_s(site, sent_R, sent_R) for site in sites]),
+        communication_s_MR=np.array([exchange_s(site, down_R, up_R) for site in sites]),
         worth_MR=np.broadcast_to(worth_R, (len(sites), len(worth_R))),
         step_tokens_M=np.array([site.step_tokens for site in sites]),
         max_steps=int(config.plan.max_steps_ratio * config.train.local_steps),
@@ -167,11 +168,11 @@ def describe(
     done_s = finish_s(options, residents_M, steps_M)
     # A table of tensors is read for each of these, so once for all sites.
     memory_M = state_bytes(config, residents_M.astype(np.float64))
-    sent_M = one_way_bytes(config, residents_M.astype(np.float64))
+    held_M = residents_M.astype(np.float64)
+    down_M, up_M = down_bytes(config, held_M), up_bytes(config, held_M)
     planned = []
     for row, site in enumerate(sites):
         residents, steps = int(residents_M[row]), int(steps_M[row])
-        sent = int(sent_M[row])
         communication_s = float(options.communication_s_MR[row, residents - 1])
         planned.append(
             SitePlan(
@@ -181,8 +182,8 @@ def describe(
                 batch_size=site.batch_size,
                 tokens=steps * site.step_tokens,
                 memory_bytes=float(memory_M[row]),
-                bytes_down=sent,
-                bytes_up=sent,
+                bytes_down=int(down_M[row]),
+                bytes_up=int(up_M[row]),
                 compute_s=float(done_s[row]) - communication_s,
                 communication_s=communication_s,
                 round_s=float(done_s[row]),
@@ -433,7 +434,7 @@ def _request(config: RunConfig) -> dict[str, Any]:
         "plan": dataclasses.asdict(config.plan),
         "train": [train.local_steps, train.batch_size, train.seq_len],
         "strategy": [
-            strategy.placement, strategy.overlap, strategy.routing, strategy.outer, strategy.wire_dtype,
+            strategy.placement, strategy.overlap, strategy.routing, strategy.outer, strategy.up, strategy.down,
         ],
     }  # fmt: skip
     loaded: dict[str, Any] = json.loads(json.dumps(request))

@@ -16,7 +16,7 @@ from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap, least_overlap
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
-from fomoe_flwr.plan.system import PlanSite, held_parameters, one_way_bytes
+from fomoe_flwr.plan.system import PlanSite, down_bytes, held_parameters, up_bytes
 
 DDP, DILOCO, LOCAL_ADAMW = "DDP", "full-replica DiLoCo", "LocalAdamW"
 FOMOE_EQUAL, FOMOE_PLANNED = "FoMoE, equal", "FoMoE, planned"
@@ -101,7 +101,8 @@ def compare_strategies(
     rows: list[Traffic] = []
     for candidate in (this_run, rivals[DILOCO], rivals[DDP]):
         held = residents if candidate is this_run else float(config.model.num_experts)
-        site_bytes = candidate.exchanges * 2 * one_way_bytes(candidate.config, held)
+        once = down_bytes(candidate.config, held) + up_bytes(candidate.config, held)
+        site_bytes = candidate.exchanges * once
         share = held_parameters(config, held) / held_parameters(config, config.model.num_experts)
         ratio = site_bytes / (rows[0].site_bytes if rows else site_bytes)
         rows.append(Traffic(candidate.name, site_bytes, site_bytes / tokens, ratio, share))

@@ -65,7 +65,7 @@ def facts_table(outlook: Outlook) -> Table:
         "setting",
         f"{_sites(len(plan.sites))}, {routing_in_words(config.model, strategy.routing)} routing, "
         f"{strategy.placement} placement, "
-        f"{strategy.outer} outer, {strategy.wire_dtype} on the wire",
+        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down",
     )
     table.add_row(
         "a round",
@@ -206,7 +206,8 @@ def assumptions(outlook: Outlook) -> dict[str, Any]:
         "skip_price": config.skip_price,
         "holders": plan.holders,
         "max_steps_ratio": plan.max_steps_ratio,
-        "wire_dtype": config.strategy.wire_dtype,
+        "up": config.strategy.up,
+        "down": config.strategy.down,
         "sites_with_assumed_links": len(assumed_links(config)),
         "sites_with_unknown_memory": sum(math.isinf(site.memory_bytes) for site in outlook.sites),
         "balanced_routing": True,

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import Codec, down_codec, nbytes, up_codec
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.files import expanded
-from fomoe_flwr.model.spec import expert_parameters, parameter_counts, token_flops
+from fomoe_flwr.model.spec import expert_parameters, parameter_counts, table, token_flops
 from fomoe_flwr.reading import reason
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def plan_sites(config: RunConfig) -> list[PlanSite]:
 
 
 class Split(NamedTuple):
-    """Parameters by what happens to them (theta_dense and theta_sparse)."""
+    """Parameters, or their bytes, by what happens to them (theta_dense and theta_sparse)."""
 
     dense: int  # at every site
     per_expert: int  # goes with one expert
@@ -116,15 +116,32 @@ def state_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     return held_parameters(config, residents) * config.plan.bytes_per_parameter
 
 
-def one_way_bytes(config: RunConfig, residents: Amounts) -> Amounts:
-    """From the server to a site with so many residents a layer, or back: its dense part and its residents.
+def down_bytes(config: RunConfig, residents: Amounts) -> Amounts:
+    """From the server to a site with so many residents a layer: its dense part and its residents.
 
-    Unlike a ring of sites, a server also receives experts of a single holder. A redrawn placement costs nothing more:
-    an expert that is new to a site comes with the rest of its shard. LocalAdamW sends both Adam moments, too.
+    A redrawn placement costs nothing more: an expert that is new to a site comes with the rest of its shard. LocalAdamW
+    sends both Adam moments, too.
     """
-    bytes_a_number = CODECS[config.strategy.wire_dtype].nbytes({"": (1,)})
-    copies = 3 if config.strategy.outer == "local_adamw" else 1
-    return copies * bytes_a_number * held_parameters(config, residents)
+    return _sent_bytes(config, down_codec(config.strategy), residents)
+
+
+def up_bytes(config: RunConfig, residents: Amounts) -> Amounts:
+    """From such a site to the server. Unlike a ring of sites, a server also receives experts of a single holder."""
+    return _sent_bytes(config, up_codec(config.strategy), residents)
+
+
+def _sent_bytes(config: RunConfig, codec: Codec, residents: Amounts) -> Amounts:
+    model, strategy = config.model, config.strategy
+    copies = 3 if strategy.outer == "local_adamw" else 1
+    split = Split(0, 0)
+    for param in table(model, strategy.routing):
+        each = copies * nbytes(codec, [param.shape])
+        if param.per_expert:
+            split = split._replace(per_expert=split.per_expert + each)
+        else:
+            layers = model.num_layers if "{layer}" in param.name else 1
+            split = split._replace(dense=split.dense + layers * each)
+    return split.held(model.num_layers * residents)
 
 
 def transfer_s(num_bytes: Amounts, bytes_per_s: float, latency_s: float) -> Amounts:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.plan.record import SitePlan
-from fomoe_flwr.plan.system import compute_source, one_way_bytes
+from fomoe_flwr.plan.system import compute_source, down_bytes, up_bytes
 from fomoe_flwr.report.load import Round, Run, SiteRound
 from fomoe_flwr.report.tables import narrow_table
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
@@ -77,7 +77,8 @@ def compare(run: Run) -> Reality | None:
 
 def _payload(run: Run, round_: int) -> float:
     """Bytes of the tensors of a round, by formula, of what the sites held in it."""
-    return sum(2 * one_way_bytes(run.config, held) for held in run.residents(round_) if held)
+    config, residents = run.config, [held for held in run.residents(round_) if held]
+    return sum(down_bytes(config, held) + up_bytes(config, held) for held in residents)
 
 
 def _site(planned: SitePlan, rounds: Sequence[Round]) -> SiteReality:

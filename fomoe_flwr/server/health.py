@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import health
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import down_codec
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.data import TokenCorpus, validation_batches
 from fomoe_flwr.engine.device import autocast, cpu_threads, resolve_device
@@ -199,8 +199,7 @@ class SiteRouters(NamedTuple):
             weight_ED: the global router that was sent, before the wire rounded it.
         """
         settings = self.config.strategy
-        codec = CODECS[settings.wire_dtype]
-        weight_ED = codec.round_trip(weight_ED).to(torch.float32, copy=True)
+        weight_ED = down_codec(settings).round_trip(weight_ED).to(torch.float32, copy=True)
         if settings.inner == "gradient":  # a site that takes no step has the router that it was sent
             return weight_ED
         number = expert_layers(self.config.model)[layer]
@@ -208,7 +207,8 @@ class SiteRouters(NamedTuple):
         if settings.routing == "partitioned":
             residents = self.current.placement.residents(site)[layer]
             rows = {expert_name(number, expert, "gate"): expert for expert in residents}
-        for name, update in codec.decode(self.inbox.tensors(site, list(rows))).items():
+        shapes = {name: weight_ED[row].shape for name, row in rows.items()}
+        for name, update in self.inbox.tensors(site, shapes).items():
             weight_ED[rows[name]] -= update.float()
         return weight_ED
 

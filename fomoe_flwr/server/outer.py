@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import CODECS
 from fomoe_flwr.config import OUTER_LR, ModelConfig, RunConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.engine.device import cpu_threads
 from fomoe_flwr.mapped import fill, in_pieces, release
@@ -299,7 +298,7 @@ def commit(
     Returns:
         By what the tensors that were far larger than their fellows were multiplied.
     """
-    state, train, codec = outer.state, config.train, CODECS[config.strategy.wire_dtype]
+    state, train = outer.state, config.train
     names = [name for name in state if (place := place_of(config.model, name)) is None or place in updated]
     sizes = {name: state[name].numel() * state[name].itemsize for name in names}
     # Gradients are clipped, for which the whole of them is needed at once.
@@ -343,7 +342,7 @@ def commit(
         return factors.get(site, {}).get(name, 1.0)
 
     def read(name: str, site: int) -> Tensor:
-        return codec.decode(inbox.tensors(site, [name]))[name]
+        return inbox.tensors(site, {name: state[name].shape})[name]
 
     for chunk in wire.split_bundle(names, sizes, limit):
         means: dict[str, Tensor] = {}
@@ -360,7 +359,7 @@ def commit(
         rest = [name for name in chunk if name not in means]
         mean = RunningMean()
         for site in sorted(contributions):
-            named = codec.decode(inbox.tensors(site, rest))
+            named = inbox.tensors(site, {name: state[name].shape for name in rest})
             mean.add(named, partial(weight_of, site), partial(factor, site))
             # Not kept until the next site's is there.
             del named

@@ -19,7 +19,7 @@ import mmap
 import shutil
 import statistics
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import Codec
+from fomoe_flwr.codecs import Codec, decode, decoded, of_part, part_name
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
-from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
+from fomoe_flwr.codecs.lossy import Layout
+from fomoe_flwr.errors import NotFiniteError, WireError
 from fomoe_flwr.inputs import OWN_TEXT, UNKNOWN, Inputs, differences
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.spec import MOMENTS
@@ -105,7 +106,8 @@ class Expected:
     @property
     def longest_header(self) -> int:
         """Characters of the reply's JSON and bytes of a bundle's header, at most: an honest one has a third of it."""
-        return 2**16 + 512 * len(self.digests) + 32 * math.prod(self.load_shape)
+        parts = len(self.codec.layout((1, 1)))
+        return 2**16 + 512 * parts * len(self.digests) + 32 * math.prod(self.load_shape)
 
 
 Norms = dict[str, float]  # root mean square by kind of tensor: update, exp_avg, exp_avg_sq
@@ -245,30 +247,50 @@ def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected
 def _read_through(blob: wire.Blob, entries: list[wire.Entry], expected: Expected, sums: _Sums) -> str:
     """Check the tensors of a blob, add their squares to the sums, and return its SHA-256."""
     digest, data, at = hashlib.sha256(), memoryview(blob), 0
+    # Tensors whose parts are not all there yet, and those that wait to be added up.
+    parts: dict[str, dict[str, Tensor]] = {}
     batch: dict[str, Tensor] = {}
     for index, entry in enumerate(entries):
+        name, suffix = of_part(entry.name)
         tensor = wire.view(blob, entry)
-        _check_tensor(entry.name, tensor, expected)
-        batch[entry.name] = tensor
+        layout = _layout_of(name, suffix, tensor, expected)
+        own = parts.setdefault(name, {})
+        own[suffix] = tensor
+        if len(own) == len(layout):
+            batch[name] = _decoded(name, parts.pop(name), expected)
         if index == len(entries) - 1 or entry.end - at >= BATCH_BYTES:
             digest.update(data[at : entry.end])
             sums.add(batch)
             at, batch = entry.end, {}
+    if parts:
+        raise Refused("damaged", f"{min(parts)}: only the parts {', '.join(sorted(parts[min(parts)]))}")
     digest.update(data[at:])
     return digest.hexdigest()
 
 
-def _check_tensor(name: str, tensor: Tensor, expected: Expected) -> None:
+def _layout_of(name: str, suffix: str, part: Tensor, expected: Expected) -> Layout:
+    """The parts of a tensor, of which this is one."""
     if name not in expected.shapes:
         raise Refused("unknown_name", f"{name}: no tensor of this model")
     if name not in expected.digests:
         raise Refused("not_held", f"{name}: was not sent to this site")
-    if tuple(tensor.shape) != tuple(expected.shapes[name]):
-        raise Refused("shape", f"{name}: shape {list(tensor.shape)}, sent was {list(expected.shapes[name])}")
+    layout = expected.codec.layout(expected.shapes[name])
+    if suffix not in layout:
+        agreed = ", ".join(part_name(name, other) for other in layout)
+        raise Refused("dtype", f"{part_name(name, suffix)}: agreed is {agreed}")
+    shape, dtype = layout[suffix]
+    if tuple(part.shape) != shape:
+        raise Refused("shape", f"{part_name(name, suffix)}: shape {list(part.shape)}, expected {list(shape)}")
+    if str(part.dtype) != f"torch.{dtype}":
+        raise Refused("dtype", f"{part_name(name, suffix)}: dtype {part.dtype}, agreed is torch.{dtype}")
+    return layout
+
+
+def _decoded(name: str, parts: Mapping[str, Tensor], expected: Expected) -> Tensor:
     try:
-        expected.codec.decode({name: tensor})
-    except DtypeError as error:
-        raise Refused("dtype", str(error)) from error
+        return decoded(expected.codec, name, parts, expected.shapes[name])
+    except NotFiniteError as error:
+        raise Refused("not_finite", str(error)) from error
 
 
 class _Sums:
@@ -338,10 +360,13 @@ class Inbox:
     """One round's good replies below `folder`, each in a folder of its own that is whole or not there.
 
     Nothing is flushed: what the machine loses with its power is found out by the reply's own digests.
+
+    Args:
+        codec: of what is in them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._root = folder
+    def __init__(self, folder: Path, codec: Codec) -> None:
+        self._root, self._codec = folder, codec
         self._folder = folder / "none"
         # What stands where in a site's bundles. Their files are open only while they are read: a descriptor for each
         # would bound the number of sites.
@@ -408,10 +433,13 @@ class Inbox:
         """Throw a reply away."""
         shutil.rmtree(self._folder / str(site))
 
-    def tensors(self, site: int, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of the tensors that this site's reply has, as read-only views of its files.
+    def tensors(self, site: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Those of the tensors that this site's reply has; with a plain codec, as read-only views of its files.
 
         A file stays open as long as one of its tensors is held.
+
+        Args:
+            shapes: of the tensors that are asked for, by name.
         """
         if site not in self._contents:
             folder = self._folder / str(site)
@@ -420,12 +448,15 @@ class Inbox:
                 (path, {entry.name: entry for entry in wire.read_header(_mapped(path))})
                 for path in (folder / file for file in files)
             ]
+        names = [
+            part_name(name, part) for name, shape in shapes.items() for part in self._codec.layout(shape)
+        ]
         found: dict[str, Tensor] = {}
         for path, entries in self._contents[site]:
             if wanted := [entries[name] for name in names if name in entries]:
                 data = _mapped(path)
                 found.update((entry.name, wire.view(data, entry)) for entry in wanted)
-        return found
+        return decode(self._codec, found, shapes)
 
     def close(self) -> None:
         """The round is over; its replies stay."""

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import CODECS, Codec
+from fomoe_flwr.codecs import decode, down_codec, up_codec
+from fomoe_flwr.codecs.cast import Cast
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.hf_files import whole_routers
@@ -160,11 +161,11 @@ class Server:
         self.site_names = [site.name for site in sites]
         self.policy = POLICIES[config.strategy.placement](config, plan)
         self.round = Round(0, *self.policy.intended(0), self.site_names)
-        self.inbox, self._header_bytes = Inbox(inbox), header_bytes
+        self.inbox, self._header_bytes = Inbox(inbox, up_codec(config.strategy)), header_bytes
         self._folder = inbox.parent  # for the model, where that lies in files
         self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
-        self._codec = CODECS[config.strategy.wire_dtype]
+        self._up, self._down = up_codec(config.strategy), down_codec(config.strategy)
         self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
@@ -282,7 +283,7 @@ class Server:
             )
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
         bundles, digests = shared_bundles(
-            tensors, residents, expert_layers(self.config.model), sites, self._codec
+            tensors, residents, expert_layers(self.config.model), sites, self._down
         )
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._expected, self._answered, out = {}, set(), {}
@@ -310,7 +311,8 @@ class Server:
                 site=self.site_names[site],
                 digests=digests[site],
                 shapes=shapes,
-                codec=self._codec,
+                # Stand-ins before round 1 are values, not updates.
+                codec=self._up if training else self._down,
                 tokens=batches * task.train.batch_size * task.train.seq_len,
                 top_k=config.model.top_k,
                 load_shape=(config.model.num_layers, config.model.num_experts),
@@ -408,7 +410,7 @@ class Server:
                 load_LE = check_load(reply, expected)
                 if blobs or reply.bundle_digests:
                     checked = check_blobs(blobs, reply, expected)
-                    fitted = self._codec.decode(wire.from_blobs(blobs.values()))
+                    fitted = decode(self._down, wire.from_blobs(blobs.values()), expected.shapes)
                     if other := [name for name in fitted if not is_standin(name)]:
                         raise Refused("unknown_name", f"{other[0]}: before round 1 there are stand-ins alone")
                     self._fitted[site] = fitted
@@ -571,7 +573,7 @@ def shared_bundles(
     residents_by_site: Sequence[Residents],
     layers: Sequence[int],
     sites: Sequence[int],
-    codec: Codec,
+    codec: Cast,
 ) -> tuple[dict[int, dict[str, bytes]], dict[int, dict[str, bytes]]]:
     """The bundles of a round, encoded once each, by site and key; and the digest of every tensor, by site and name."""
     bundles: dict[int, dict[str, bytes]] = {site: {} for site in sites}

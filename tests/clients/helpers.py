@@ -13,7 +13,7 @@ from torch import Tensor
 from clients.app import app
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array, blobs_of
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import down_codec
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Reply, Task, deals, make_task
@@ -69,7 +69,7 @@ def shard_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str,
 
 
 def bundled(named: Mapping[str, Tensor], config: RunConfig) -> dict[str, bytes]:
-    parts, _ = CODECS[config.strategy.wire_dtype].encode(named, {})
+    parts, _ = down_codec(config.strategy).encode(named, {})
     return wire.encode_bundles("all", parts)
 
 
@@ -109,4 +109,4 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
 
 def as_sent(named: Mapping[str, Tensor], config: RunConfig) -> bytes:
     """What `Reply.start_digests` must be."""
-    return wire.digests(named, CODECS[config.strategy.wire_dtype])
+    return wire.digests(named, down_codec(config.strategy))

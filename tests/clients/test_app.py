@@ -78,7 +78,9 @@ def test_train_answers_with_the_pseudo_gradient_of_what_the_site_holds(ask: Ask,
 
 def test_a_pseudo_gradient_is_a_descent_direction(ask: Ask, small: Compose) -> None:
     """Sent minus returned: subtracting it lowers the loss."""
-    config = small("strategy.up=fp32", "strategy.down=fp32", "train.local_steps=20", "train.warmup_steps=0").config
+    config = small(
+        "strategy.up=fp32", "strategy.down=fp32", "train.local_steps=20", "train.warmup_steps=0"
+    ).config
     residents = task_of(config).residents
     shard = initial_state(config.model, residents, "skip", config.seed)
     update = named_from_flower(ask("train", config).content["arrays"])

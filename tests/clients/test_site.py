@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from clients.identity import state_folder
 from clients.site import Memory, open_corpus, own_inputs
 from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
-from fomoe_flwr.codecs import CODECS, CodecState, Part, Parts
-from fomoe_flwr.codecs.cast import Cast
+from fomoe_flwr.codecs import LOSSY, CodecState, Lossily, Parts, decode, up_codec
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.inputs import Inputs, short
@@ -36,24 +34,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@dataclass(frozen=True)
-class Feedback(Cast):
-    """bf16 with error feedback: what the cast loses is added to the next update.
-
-    Of v_t = update_t + e_(t-1) the server gets bf16(v_t), and e_t = v_t - bf16(v_t) is remembered.
-    Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 2.
-    """
-
-    dtype: str = "bfloat16"
-    bytes_per_number: int = 2
-
-    def encode(self, named: Mapping[str, Tensor], state: CodecState) -> tuple[Parts, CodecState]:
-        values = {name: value + state[name] if name in state else value for name, value in named.items()}
-        errors = {name: value - self.round_trip(value).to(value.dtype) for name, value in values.items()}
-        return {name: Part(value, self._dtype()) for name, value in values.items()}, errors
-
-
-class Recorder(Feedback):
+class Recorder(Lossily):
     """Keeps copies of what the last update was encoded from and what was to be remembered of it."""
 
     before: CodecState
@@ -69,22 +50,26 @@ class Recorder(Feedback):
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize("up", LOSSY)
 def test_what_was_not_sent_comes_back_from_the_round_that_counts(
-    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: bool
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: str, warm: bool
 ) -> None:
     """Round 2's reply is lost, so that round 3 goes on from round 1; a cold site has only its disk."""
-    monkeypatch.setitem(CODECS, "bf16", Recorder())
-    config = small("strategy.up=bf16", "strategy.down=bf16").config
+    config = small(f"strategy.up={up}", "strategy.feedback=0.5").config
+    codec = up_codec(config.strategy)
+    assert isinstance(codec, Lossily)
+    monkeypatch.setattr("clients.site.up_codec", lambda strategy: Recorder(codec.lossy, codec.feedback))
     memory, errors = Memory(), {0: {}}
     for round_, counted in ((1, 0), (2, 1), (3, 1), (4, 3)):
         if not warm:
             memory = Memory()
         answer = work(config, tmp_path, memory, round_, counted_round=counted)
-        # The helpers encode the shard before the site encodes its update: the last call is the site's.
         assert same(Recorder.before, errors[counted])
-        sent = wire.from_blobs(answer.bundles.values())
-        expected = {name: v + errors[counted].get(name, 0) for name, v in Recorder.update.items()}
-        assert same(sent, {name: value.bfloat16() for name, value in expected.items()})
+        shapes = {name: value.shape for name, value in Recorder.update.items()}
+        sent = decode(codec, wire.from_blobs(answer.bundles.values()), shapes)
+        for name, update in Recorder.update.items():
+            wanted = update + 0.5 * errors[counted][name] if counted else update
+            torch.testing.assert_close(sent[name] + Recorder.after[name], wanted)
         # It is in the file of this round only if the update was encoded before the state was saved.
         folder = state_folder(site_task(config, round_), settings(tmp_path))
         assert same(load_state(folder, round_, 0).encoder, Recorder.after)

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fomoe_flwr.codecs import lossy
+from fomoe_flwr.codecs import lossy, nbytes
 from fomoe_flwr.codecs.blocks import INT_BLOCK, SIGN_BLOCK, Int, Sign
-from fomoe_flwr.codecs.lossy import Lossy, nbytes, with_feedback
+from fomoe_flwr.codecs.lossy import Lossy, with_feedback
 from fomoe_flwr.codecs.packing import pack, unpack
 from fomoe_flwr.codecs.topk import CHUNK, TopK
 from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
@@ -70,7 +70,7 @@ def test_parts_are_as_announced_and_always_the_same(codec: Lossy, tensor: Tensor
     assert list(parts) == list(layout)
     for suffix, (shape, dtype) in layout.items():
         assert (tuple(parts[suffix].shape), str(parts[suffix].dtype)) == (shape, f"torch.{dtype}")
-    assert nbytes(codec, {"x": tensor.shape}) == sum(part.nbytes for part in parts.values())
+    assert nbytes(codec, [tensor.shape]) == sum(part.nbytes for part in parts.values())
     again = codec.encode(tensor.clone())
     assert all(part.equal(again[suffix]) for suffix, part in parts.items())
 
@@ -129,8 +129,8 @@ def test_pieces_change_nothing(codec: Lossy, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_bytes_are_known_without_pytorch() -> None:
     code = (
-        "import sys; from fomoe_flwr.codecs import blocks, lossy, topk; shapes = {'x': (1 << 10, 1 << 12)};"
-        "print(*(lossy.nbytes(c, shapes) for c in (blocks.Int(4), blocks.Sign(), topk.TopK())), 'torch' in sys.modules)"
+        "import sys; from fomoe_flwr.codecs import blocks, nbytes, topk; shapes = [(1 << 10, 1 << 12)];"
+        "print(*(nbytes(c, shapes) for c in (blocks.Int(4), blocks.Sign(), topk.TopK())), 'torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     count = 1 << 22

@@ -57,7 +57,11 @@ def decay_of(name: str) -> float:
 
 def task_of(**changes: Any) -> Task:
     """A task of the first round; keys of `model`, `train` and `strategy` as dicts."""
-    sections: dict[str, Any] = {"model": MODEL, "train": TRAIN, "strategy": StrategyConfig(up="fp32", down="fp32")}
+    sections: dict[str, Any] = {
+        "model": MODEL,
+        "train": TRAIN,
+        "strategy": StrategyConfig(up="fp32", down="fp32"),
+    }
     for name, section in sections.items():
         sections[name] = dataclasses.replace(section, **changes.pop(name, {}))
     values: dict[str, Any] = {

@@ -49,7 +49,13 @@ RUNS = [
     ("federation=hetero", "strategy.placement=planned"),
     (*HETERO, "strategy=ddp"),
     ("federation=labs", "model=medium"),
-    ("plan.tflops=0.5", "plan.assumed_mbps=10", "strategy=local_adamw", "strategy.up=fp32", "strategy.down=fp32"),
+    (
+        "plan.tflops=0.5",
+        "plan.assumed_mbps=10",
+        "strategy=local_adamw",
+        "strategy.up=fp32",
+        "strategy.down=fp32",
+    ),
 ]
 
 

@@ -14,11 +14,12 @@ from fomoe_flwr.placement import draw_placement
 from fomoe_flwr.plan.system import (
     Measured,
     PlanSite,
+    down_bytes,
     held_parameters,
-    one_way_bytes,
     plan_sites,
     split_parameters,
     state_bytes,
+    up_bytes,
     virtual_round,
 )
 
@@ -48,9 +49,11 @@ def test_a_shard_by_hand(residents: int, routing: str, numbers: int) -> None:
     made = config(f"strategy.routing={routing}", "plan.bytes_per_parameter=3")
     assert held_parameters(made, residents) == numbers
     assert state_bytes(made, residents) == 3 * numbers
-    assert one_way_bytes(made, residents) == 2 * numbers
-    wide = config(f"strategy.routing={routing}", "strategy.up=fp32", "strategy.down=fp32", "strategy.outer=local_adamw")
-    assert one_way_bytes(wide, residents) == 3 * 4 * numbers
+    assert down_bytes(made, residents) == up_bytes(made, residents) == 2 * numbers
+    wide = config(
+        f"strategy.routing={routing}", "strategy.up=fp32", "strategy.down=fp32", "strategy.outer=local_adamw"
+    )
+    assert down_bytes(wide, residents) == up_bytes(wide, residents) == 3 * 4 * numbers
 
 
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])

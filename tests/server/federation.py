@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import down_codec, up_codec
 from fomoe_flwr.config import (
     FederationConfig,
     ModelConfig,
@@ -68,9 +68,9 @@ def constant(value: float) -> Answer:
 def answer_to(outgoing: Outgoing, answer: Answer = nothing, **changes: Any) -> tuple[str, dict[str, bytes]]:
     """Header and bundles of a site's reply; `changes` are of the Reply."""
     task = Task.from_json(outgoing.task)
-    codec = CODECS[task.strategy.wire_dtype]
-    shard = codec.decode(wire.from_blobs(outgoing.bundles.values()))
-    blobs, _ = wire.encode_update(answer(task, shard), codec, {})
+    codec = down_codec(task.strategy)
+    shard = wire.from_blobs(outgoing.bundles.values())
+    blobs, _ = wire.encode_update(answer(task, shard), up_codec(task.strategy), {})
     tokens = task.train.local_steps * task.train.batch_size * task.train.seq_len
     reply = Reply(
         task.run,
@@ -87,9 +87,9 @@ def answer_to(outgoing: Outgoing, answer: Answer = nothing, **changes: Any) -> t
 def trained(outgoing: Outgoing) -> tuple[str, dict[str, bytes]]:
     """The reply of a site that does what it is asked, on random tokens that depend on the site and the round."""
     task = Task.from_json(outgoing.task)
-    codec = CODECS[task.strategy.wire_dtype]
+    codec = down_codec(task.strategy)
     engine = Engine(task.model, task.residents, task.strategy.routing, "cpu")
-    engine.load(task, codec.decode(wire.from_blobs(outgoing.bundles.values())), EngineState())
+    engine.load(task, wire.from_blobs(outgoing.bundles.values()), EngineState())
     start = wire.digests(engine.loaded(), codec)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name} {task.round}".encode()))
     shape = (task.train.batch_size, task.train.seq_len + 1)
@@ -97,7 +97,7 @@ def trained(outgoing: Outgoing) -> tuple[str, dict[str, bytes]]:
         torch.randint(task.model.vocab_size, shape, generator=generator)
         for _ in range(task.train.local_steps)
     )
-    blobs, _ = wire.encode_update(engine.update(), codec, {})
+    blobs, _ = wire.encode_update(engine.update(), up_codec(task.strategy), {})
     digests = bundle_digests(blobs)
     reply = Reply(
         task.run, task.round, task.name, report.tokens, report.metrics, start, report.load_LE, digests

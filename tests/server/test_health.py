@@ -120,8 +120,8 @@ def test_too_few_shared_experts_are_no_agreement(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["skip", "partitioned"])
 def test_sites_that_change_nothing_agree_and_do_not_drift(tmp_path: Path, mode: str) -> None:
     config = config_of(
-        "strategy.up=fp32", "strategy.down=fp32", "strategy.outer=average", f"strategy.routing={mode}", "strategy.overlap=2",
-        "federation.num_sites=4",
+        "strategy.up=fp32", "strategy.down=fp32", "strategy.outer=average", f"strategy.routing={mode}",
+        "strategy.overlap=2", "federation.num_sites=4",
     )  # fmt: skip
     figures = Watched(config, tmp_path).play(1, nothing, metrics={})
     assert (figures["agreement"], figures["js_distance"]) == (1, 0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import CASTS
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.model.moe import orthonormal_rows
 from fomoe_flwr.model.spec import MOMENTS, expert_name, gate_name, moment_name
@@ -387,11 +387,11 @@ def committed(
     """The model after a round in which the replies arrived in this order; it was zero before."""
     strategy.up = strategy.down = "fp32"
     config = RunConfig(strategy=strategy)
-    inbox = Inbox(folder)
+    inbox = Inbox(folder, CASTS["fp32"])
     assert inbox.begin(1) == []
     contributions = {}
     for site in arrivals:
-        inbox.put(site, "", encode_update(reply(site), CODECS["fp32"], {})[0])
+        inbox.put(site, "", encode_update(reply(site), CASTS["fp32"], {})[0])
         contributions[site] = contribution(site, 0, 0, site=site, tokens=100 + site, steps=steps[site])
     state = {name: torch.zeros(40) for name in (NORM, SHARED, FIRST, SECOND)}
     optimizer = OuterOptimizer(state, strategy, ModelConfig(num_experts=3, num_layers=1), config.train)
@@ -477,10 +477,10 @@ def test_orthogonal_routers_are_projected_after_the_step(tmp_path: Path) -> None
         model=ModelConfig(router="orthogonal", d_model=8, num_layers=1),
         strategy=StrategyConfig(outer="nesterov", up="fp32", down="fp32"),
     )
-    inbox = Inbox(tmp_path)
+    inbox = Inbox(tmp_path, CASTS["fp32"])
     inbox.begin(1)
     rows = {name: torch.randn(3, 8, generator=torch.Generator().manual_seed(1)) for name in (gate, NORM)}
-    inbox.put(0, "", encode_update(rows, CODECS["fp32"], {})[0])
+    inbox.put(0, "", encode_update(rows, CASTS["fp32"], {})[0])
     state = {name: torch.eye(3, 8) for name in rows}
     optimizer = OuterOptimizer(state, config.strategy, config.model, config.train)
     commit(1, optimizer, inbox, config, {0: contribution(1, 0, 0)}, set(), {})

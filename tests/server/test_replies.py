@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
-from fomoe_flwr.codecs import CODECS, Part
+from fomoe_flwr.codecs import CASTS, Part
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Reply
@@ -38,7 +38,7 @@ from fomoe_flwr.server.replies import (
 
 DENSE, HELD, GHOST = "model.norm.weight", expert_name(0, 1, "up_proj"), expert_name(0, 2, "up_proj")
 MOMENT = f"exp_avg_sq.{DENSE}"
-CODEC = CODECS["fp32"]
+CODEC = CASTS["fp32"]
 MODEL = {
     DENSE: torch.ones(6),
     MOMENT: torch.ones(6),
@@ -406,12 +406,13 @@ def test_one_bad_site_never_gets_a_good_one_refused(values: list[float], huge: f
 # -- on the disk ---------------------------------------------------------------------------------------------
 
 UPDATE = {DENSE: torch.arange(6.0), "model.embed_norm.weight": torch.ones(2, 3)}
+UPDATE_SHAPES = {name: value.shape for name, value in UPDATE.items()}
 
 
 def filled(folder: Path) -> Inbox:
-    inbox = Inbox(folder)
+    inbox = Inbox(folder, CASTS["bf16"])
     inbox.begin(3)
-    parts, _ = CODECS["bf16"].encode(UPDATE, {})
+    parts, _ = CASTS["bf16"].encode(UPDATE, {})
     inbox.put(7, '{"a":"é"}', {"../../escape": wire.encode(parts)})  # a key is never a path
     return inbox
 
@@ -419,14 +420,14 @@ def filled(folder: Path) -> Inbox:
 def test_a_reply_comes_back_as_it_arrived(tmp_path: Path) -> None:
     filled(tmp_path / "inbox").close()
     assert [path.name for path in tmp_path.iterdir()] == ["inbox"]
-    again = Inbox(tmp_path / "inbox")
+    again = Inbox(tmp_path / "inbox", CASTS["bf16"])
     assert again.begin(3) == [7]
     text, blobs = again.get(7)
     assert text == '{"a":"é"}'
     assert list(blobs) == ["../../escape"]
     assert wire.from_blobs(blobs.values()).keys() == UPDATE.keys()
     for _ in range(2):  # it can be read again
-        tensors = again.tensors(7, [DENSE, "model.stranger"])
+        tensors = again.tensors(7, {DENSE: (6,), "model.stranger": (2,)})
         assert tensors.keys() == {DENSE}
         assert torch.equal(tensors[DENSE], torch.arange(6.0).bfloat16())
     again.clear()
@@ -437,9 +438,9 @@ def test_another_round_and_what_is_half_written_is_dropped(tmp_path: Path) -> No
     filled(tmp_path / "inbox").close()
     half = tmp_path / "inbox/round_00003/8.partial"
     half.mkdir()
-    assert Inbox(tmp_path / "inbox").begin(3) == [7]
+    assert Inbox(tmp_path / "inbox", CODEC).begin(3) == [7]
     assert not half.exists()
-    assert Inbox(tmp_path / "inbox").begin(4) == []
+    assert Inbox(tmp_path / "inbox", CODEC).begin(4) == []
     assert [path.name for path in (tmp_path / "inbox").iterdir()] == ["round_00004"]
 
 
@@ -451,7 +452,7 @@ def test_a_reply_can_be_dropped(tmp_path: Path) -> None:
 
 def test_no_file_stays_open_when_its_tensors_are_gone(tmp_path: Path) -> None:
     """The replies of a hundred sites, where so many files may not be open."""
-    inbox = Inbox(tmp_path / "inbox")
+    inbox = Inbox(tmp_path / "inbox", CODEC)
     inbox.begin(1)
     for site in range(100):
         inbox.put(site, "{}", {"dense": blobs_of({DENSE: torch.full((6,), float(site))})["all"]})
@@ -460,7 +461,7 @@ def test_no_file_stays_open_when_its_tensors_are_gone(tmp_path: Path) -> None:
     twenty_more = [number for number in range(100_000) if number not in opened][20]
     resource.setrlimit(resource.RLIMIT_NOFILE, (twenty_more, limits[1]))
     try:
-        total = sum(float(inbox.tensors(site, [DENSE])[DENSE].sum()) for site in range(100))
+        total = sum(float(inbox.tensors(site, {DENSE: (6,)})[DENSE].sum()) for site in range(100))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert total == 6 * 99 * 100 / 2
@@ -470,8 +471,8 @@ def test_replies_that_a_server_has_died_of_are_dropped(tmp_path: Path) -> None:
     """A server that was killed may have been killed by one of them. Once or twice is chance."""
     filled(tmp_path / "inbox")
     for _ in range(MOST_STARTS - 1):
-        assert Inbox(tmp_path / "inbox").begin(3) == [7]
-    assert Inbox(tmp_path / "inbox").begin(3) == []
+        assert Inbox(tmp_path / "inbox", CODEC).begin(3) == [7]
+    assert Inbox(tmp_path / "inbox", CODEC).begin(3) == []
 
 
 def test_a_damaged_bundle_is_not_read(tmp_path: Path) -> None:
@@ -479,10 +480,10 @@ def test_a_damaged_bundle_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "inbox/round_00003/7/bundle-0"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WireError, match=r"leave bytes over|do not hold"):
-        inbox.tensors(7, list(UPDATE))
+        inbox.tensors(7, UPDATE_SHAPES)
 
 
 def test_what_somebody_else_put_there_is_no_reply(tmp_path: Path) -> None:
     for name in ("abc", "²", "3 copy"):
         (tmp_path / "inbox" / "round_00003" / name).mkdir(parents=True)
-    assert Inbox(tmp_path / "inbox").begin(3) == []
+    assert Inbox(tmp_path / "inbox", CODEC).begin(3) == []

@@ -95,7 +95,13 @@ def test_one_liar_never_gets_an_honest_site_scaled(honest: list[float], huge: fl
 
 
 def start_of(folder: Path, *overrides: str) -> tuple[Server, dict[str, Tensor]]:
-    settings = ("strategy.up=fp32", "strategy.down=fp32", "strategy.outer=average", "strategy.overlap=4", *overrides)
+    settings = (
+        "strategy.up=fp32",
+        "strategy.down=fp32",
+        "strategy.outer=average",
+        "strategy.overlap=4",
+        *overrides,
+    )
     server = server_of(config_of(*settings), folder)
     return server, {name: value.clone() for name, value in server.state.tensors.items()}
 

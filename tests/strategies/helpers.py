@@ -20,7 +20,7 @@ from torch import Tensor
 from clients.app import app as real_client_app
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
-from fomoe_flwr.codecs import CODECS, Part
+from fomoe_flwr.codecs import Part, down_codec
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.messages import Reply, Task
 from strategies.launch import run_server
@@ -122,7 +122,7 @@ def answering(
         shard = wire.from_blobs(blobs_of(message.content["arrays"]).values())
         update = answer(task, shard)
         blobs = wire.encode_bundles("all", {name: Part(value, dtype) for name, value in update.items()})
-        start = wire.digests(shard, CODECS[task.strategy.wire_dtype])
+        start = wire.digests(shard, down_codec(task.strategy))
         metrics = {"train_loss": 1.0}
         reply = Reply(
             task.run,

@@ -40,7 +40,12 @@ class Pulled:
 
 @pytest.fixture
 def strategy() -> FoMoE:
-    settings = (f"federation.num_sites={SITES}", f"strategy.overlap={SITES}", "strategy.up=fp32", "strategy.down=fp32")
+    settings = (
+        f"federation.num_sites={SITES}",
+        f"strategy.overlap={SITES}",
+        "strategy.up=fp32",
+        "strategy.down=fp32",
+    )
     config = config_of(*settings, "strategy.outer=average")
     everything = full_residents(config.model.num_layers, config.model.num_experts)
     strategy = FoMoE(config)

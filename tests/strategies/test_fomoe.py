@@ -49,7 +49,13 @@ def site_number(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, 2.0**task.deal.place) for name, tensor in shard.items()}
 
 
-AVERAGE = ("strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "train.rounds=1", "train.eval_batches=0")
+AVERAGE = (
+    "strategy.outer=average",
+    "strategy.up=fp32",
+    "strategy.down=fp32",
+    "train.rounds=1",
+    "train.eval_batches=0",
+)
 
 
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
@@ -327,7 +333,8 @@ def foreign_model() -> dict[str, Tensor]:
 def foreign_strategy(*overrides: str, **arguments: Any) -> FoMoE:
     return FoMoE(
         config_of(
-            "strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "model.num_layers=1", "strategy.overlap=2", *overrides
+            "strategy.outer=average", "strategy.up=fp32", "strategy.down=fp32", "model.num_layers=1",
+            "strategy.overlap=2", *overrides
         ),
         **arguments,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import as_array
-from fomoe_flwr.codecs import CODECS
+from fomoe_flwr.codecs import CASTS
 from fomoe_flwr.server.rounds import Outgoing
 from strategies.packing import named_from_flower, one_array_a_name, pack
 
@@ -20,7 +20,7 @@ NAMED = {
 
 
 def blob(named: dict[str, torch.Tensor]) -> bytes:
-    parts, _ = CODECS["fp32"].encode(named, {})
+    parts, _ = CASTS["fp32"].encode(named, {})
     return wire.encode(parts)
 
 

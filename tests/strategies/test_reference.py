@@ -87,8 +87,8 @@ def assert_same_parameters(config: RunConfig, ours: dict[str, Tensor], reference
 @pytest.mark.parametrize("routing", ["skip", "partitioned"])
 def test_our_diloco_is_plain_diloco(small: Compose, routing: str) -> None:
     composed = small(
-        "strategy=diloco", f"strategy.routing={routing}", "strategy.up=fp32", "strategy.down=fp32", f"train.rounds={ROUNDS}",
-        "federation.num_sites=2",
+        "strategy=diloco", f"strategy.routing={routing}", "strategy.up=fp32", "strategy.down=fp32",
+        f"train.rounds={ROUNDS}", "federation.num_sites=2",
     )  # fmt: skip
     config = composed.config
 
@@ -111,8 +111,9 @@ def test_our_diloco_is_plain_diloco(small: Compose, routing: str) -> None:
 
 def test_our_local_adamw_averages_parameters_and_both_moments(small: Compose) -> None:
     composed = small(
-        "strategy=local_adamw", "strategy.up=fp32", "strategy.down=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
-    )
+        "strategy=local_adamw", "strategy.up=fp32", "strategy.down=fp32",
+        f"train.rounds={ROUNDS}", "federation.num_sites=2",
+    )  # fmt: skip
     config = composed.config
 
     globally = whole_model(config)
@@ -136,7 +137,8 @@ def test_our_ddp_is_one_adamw_on_the_mean_gradient(small: Compose) -> None:
     composed = small(
         "strategy=ddp",
         "train.local_steps=1",
-        "strategy.up=fp32", "strategy.down=fp32",
+        "strategy.up=fp32",
+        "strategy.down=fp32",
         "train.rounds=4",
         "federation.num_sites=2",
     )
@@ -159,7 +161,11 @@ def test_our_ddp_is_one_adamw_on_the_mean_gradient(small: Compose) -> None:
 
 def test_fedavg_is_the_mean_of_what_sites_return_with_fresh_moments_every_round(small: Compose) -> None:
     composed = small(
-        "strategy=fedavg", "strategy.up=fp32", "strategy.down=fp32", f"train.rounds={ROUNDS}", "federation.num_sites=2"
+        "strategy=fedavg",
+        "strategy.up=fp32",
+        "strategy.down=fp32",
+        f"train.rounds={ROUNDS}",
+        "federation.num_sites=2",
     )
     config = composed.config
 

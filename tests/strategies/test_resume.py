@@ -36,7 +36,8 @@ SETTINGS = [
         "strategy.placement=random",
         "strategy.routing=partitioned",
         "strategy.outer=local_adamw",
-        "strategy.up=fp32", "strategy.down=fp32",
+        "strategy.up=fp32",
+        "strategy.down=fp32",
     ),
     ("strategy=ddp", "train.local_steps=2"),
     ("strategy.fraction_train=0.5", "strategy.placement=random", "strategy.reshuffle_every=3"),
@@ -214,6 +215,21 @@ def test_the_kind_of_plan_of_an_earlier_version_is_kept(
     monkeypatch.setattr(checkpoint, "resume_from", lambda *_, **__: (where, whole))
     assert compose_run(["resume=RUN"]).config.strategy.placement == "memory"
     assert compose_run(["resume=RUN", "strategy.placement=equal"]).config.strategy.placement == "equal"
+
+
+def test_the_dtype_that_an_earlier_version_had_for_both_ways_is_kept(
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, whole = resume_from(str(finished(small, tmp_path, ROUNDS)))
+    strategy = whole.manifest["config"]["strategy"]
+    del strategy["up"], strategy["down"]
+    strategy["wire_dtype"] = "fp32"
+    kept = [item for item in whole.manifest["overrides"] if ".up=" not in item and ".down=" not in item]
+    whole.manifest["overrides"] = [*kept, "strategy.wire_dtype=fp32"]
+    monkeypatch.setattr(checkpoint, "resume_from", lambda *_, **__: (where, whole))
+    settings = compose_run(["resume=RUN"]).config.strategy
+    assert (settings.up, settings.down) == ("fp32", "fp32")
+    assert compose_run(["resume=RUN", "strategy.up=int4"]).config.strategy.up == "int4"
 
 
 def test_a_resume_that_is_refused_deletes_nothing(small: Compose, tmp_path: Path) -> None:
