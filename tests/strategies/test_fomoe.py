@@ -152,11 +152,15 @@ class CountingGrid(LocalGrid):
         return replies
 
 
-@pytest.mark.parametrize(("outer", "dtype"), [("nesterov", "bf16"), ("local_adamw", "fp32")])
-def test_reported_bytes_are_the_lengths_of_the_payloads(small: Compose, outer: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("outer", "up", "down"), [("nesterov", "int4", "bf16"), ("local_adamw", "fp32", "fp32")]
+)
+def test_reported_bytes_are_the_lengths_of_the_payloads(
+    small: Compose, outer: str, up: str, down: str
+) -> None:
     CountingGrid.down, CountingGrid.up = [], []
     composed = small(
-        f"strategy.outer={outer}", f"strategy.up={dtype}", f"strategy.down={dtype}", "strategy.fraction_evaluate=1.0",
+        f"strategy.outer={outer}", f"strategy.up={up}", f"strategy.down={down}", "strategy.fraction_evaluate=1.0",
         "strategy.placement=random",
     )  # fmt: skip
     lines = metrics(run(composed, real_client_app, CountingGrid))

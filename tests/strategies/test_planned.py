@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
+from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.messages import Task
 from fomoe_flwr.plan.planner import plan_for_run
@@ -87,11 +88,13 @@ def test_a_planned_run_keeps_to_its_plan(planned: Path) -> None:
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
-def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_path: Path) -> None:
-    """8 experts x 2 at three sites: 6, 5 and 5."""
+@pytest.mark.parametrize("up", ["bf16", *LOSSY])
+def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_path: Path, up: str) -> None:
+    """8 experts x 2 at three sites: 6, 5 and 5; to the byte, whatever an update travels as."""
     folder = finished(
         small,
         tmp_path,
+        f"strategy.up={up}",
         "federation.num_sites=3",
         "strategy.overlap=2",
         "train.rounds=1",
@@ -102,6 +105,7 @@ def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_pat
     assert [site.experts_per_layer for site in plan.sites] == [6, 5, 5]
     payload = line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"]
     assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
+    assert (plan.sites[0].bytes_up < plan.sites[0].bytes_down) == (up != "bf16")
     assert [site["memory_bytes"] for site in line["sites"]] == [site.memory_bytes for site in plan.sites]
 
 
