@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
-from fomoe_flwr.codecs import decode, down_codec, up_codec
+from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
     TokenCorpus,
@@ -31,7 +31,7 @@ from fomoe_flwr.data import (
 from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
-from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate, survey
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
@@ -128,20 +128,41 @@ def perform(
     task = own_task(task_text, settings)
     with memory.serving(task.run):
         parts = wire.from_blobs(blobs.values())
-        shard = decode(down_codec(task.strategy), parts, {name: part.shape for name, part in parts.items()})
         blobs.clear()
         if kind == "evaluate":
-            return evaluate_shard(task, shard, settings, memory, beat)
-        return train_round(task, shard, settings, memory, beat)
+            return evaluate_shard(task, _whole(task, parts), settings, memory, beat)
+        return train_round(task, parts, settings, memory, beat)
+
+
+def _whole(task: Task, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The shard of a message of whole tensors."""
+    return decode(down_codec(task.strategy), parts, {name: part.shape for name, part in parts.items()})
+
+
+def _shard(task: Task, parts: dict[str, Tensor], state: SiteState) -> dict[str, Tensor]:
+    """The shard that a message to train brings, by what this site was sent in the round that it goes on from.
+
+    Raises:
+        WireError: the parts are damaged, or differences to what is not here.
+    """
+    if (differences := down_differences(task.strategy)) is None:
+        return _whole(task, parts)
+    try:
+        return received(differences, parts, state.public)
+    except WireError as error:
+        raise WireError(
+            f"site {task.name}: cannot go on from what it was sent in round {task.counted_round}"
+            f"{', which is lost here' if state.lost else ''}; the next message will be whole ({error})"
+        ) from error
 
 
 def train_round(
-    task: Task, shard: dict[str, Tensor], settings: NodeSettings, memory: Memory, beat: Beat
+    task: Task, parts: dict[str, Tensor], settings: NodeSettings, memory: Memory, beat: Beat
 ) -> tuple[dict[str, bytes], Reply]:
     """K local steps from the shard, by the site's own optimizer state and place in its data.
 
     Args:
-        shard: is emptied when it is no longer needed.
+        parts: of the shard; emptied when they are no longer needed.
 
     Raises:
         FomoeError: wrong data, device or shard.
@@ -168,6 +189,9 @@ def train_round(
             yield stream.batch(position + step * batch, batch)
         beat(WORK)
 
+    shard = _shard(task, parts, state)
+    parts.clear()
+    public = {} if down_differences(task.strategy) is None else dict(shard)
     engine = memory.engine(task, device)
     metrics = {STATE_LOST: 1.0} if state.lost else {}
     engine.load(task, shard, state.engine)
@@ -179,7 +203,7 @@ def train_round(
     # Encoded before the state is saved: what the encoder could not send is part of it.
     blobs, encoder_state = wire.encode_update(engine.update(), up_codec(task.strategy), encoder_state)
     new_state = SiteState(
-        task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state
+        task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state, public
     )
     # The last chance to break off: from here on there is a state of this round.
     beat(WORK)

@@ -3,6 +3,7 @@
     checkpoints/round_00003/
         parameters.safetensors    the global state by name, fp32 (LocalAdamW: with its moments)
         outer.safetensors         the outer optimizer's buffers
+        public.safetensors        what the sites hold, bf16, where strategy.down sends differences to it
         manifest.json             round, tokens, configuration, placement, RNG, and SHA-256 of each file and of itself
 
 The manifest is read first, and nothing is believed that does not match its digest.
@@ -16,7 +17,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -81,6 +82,7 @@ class Memory(TypedDict, total=False):
     experts: dict[str, Any]
     load: list[list[Amount]] | None
     discarded: int
+    public: dict[str, list[list[int]]]
     placement: list[list[list[int]]]
 
 
@@ -138,6 +140,7 @@ class Checkpoint:
     manifest: dict[str, Any]
     parameters: dict[str, Tensor]
     outer: dict[str, Tensor]
+    public: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def round(self) -> int:
@@ -168,6 +171,7 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    public: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint and remove all but the newest `keep`.
 
@@ -176,6 +180,7 @@ def save_checkpoint(
 
     Args:
         best: a round whose checkpoint stays, too.
+        public: the public model, where there is one.
         facts: what else belongs to it, as JSON values (configuration, placement, RNG, tokens).
 
     Raises:
@@ -188,7 +193,8 @@ def save_checkpoint(
     try:
         with naming(final):
             aside.mkdir(parents=True)
-            for name, tensors in (("parameters", parameters), ("outer", outer)):
+            files = {"parameters": parameters, "outer": outer} | ({"public": public} if public else {})
+            for name, tensors in files.items():
                 file = aside / f"{name}.safetensors"
                 digest = hashlib.sha256()
                 write_tensors(file, tensors, seen=digest.update)
@@ -252,6 +258,8 @@ def read_checkpoint(path: Path, tensors: bool = True) -> Checkpoint:
     """
     manifest = read_manifest(path)
     found: dict[str, dict[str, Tensor]] = {"parameters": {}, "outer": {}}
+    if "public.safetensors" in manifest["sha256"]:
+        found["public"] = {}
     for name in found if tensors else ():
         file = path / f"{name}.safetensors"
         try:
@@ -270,7 +278,7 @@ def read_checkpoint(path: Path, tensors: bool = True) -> Checkpoint:
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} holds no tensors ({reason(error)})"
             ) from error
-    return Checkpoint(path, manifest, found["parameters"], found["outer"])
+    return Checkpoint(path, manifest, **found)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

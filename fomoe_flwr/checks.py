@@ -255,13 +255,21 @@ def check_outer(strategy: StrategyConfig) -> None:
             f"strategy.outer_momentum={strategy.outer_momentum:g}: must be null with strategy.outer={outer}; "
             "only nesterov has it"
         )
-    if strategy.up in LOSSY and outer == "local_adamw":
+    for key in ("up", "down"):
+        if getattr(strategy, key) in LOSSY and outer == "local_adamw":
+            raise ConfigError(
+                f"strategy.{key}={getattr(strategy, key)}: not with strategy.outer=local_adamw, whose moments it would "
+                "spoil; allowed are bf16, fp32"
+            )
+    if strategy.down in LOSSY and inner == "gradient":
         raise ConfigError(
-            f"strategy.up={strategy.up}: not with strategy.outer=local_adamw, whose moments it would spoil; allowed "
-            "are bf16, fp32"
+            f"strategy.down={strategy.down}: not with strategy.inner=gradient, whose gradients would be of another "
+            "model than the one that is stepped; allowed are bf16, fp32"
         )
     usual = StrategyConfig()
     for key, of in (("density", ("topk",)), ("value_bits", ("topk",)), ("feedback", LOSSY)):
+        if key != "feedback" and strategy.down == "topk":
+            continue
         if (value := getattr(strategy, key)) != getattr(usual, key) and strategy.up not in of:
             raise ConfigError(
                 f"strategy.{key}={value:g}: of strategy.up={', '.join(of)}, not of {strategy.up}"

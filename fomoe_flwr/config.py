@@ -183,9 +183,11 @@ class StrategyConfig:
     # each 256; topk: the largest of each 4096, a share density of them, in value_bits each. What these four lose is
     # kept at the site, and a share feedback of it is added to the next update (null: 0.95).
     up: str = choice("bf16", "bf16", "fp32", "int8", "int4", "topk", "sign")
-    down: str = choice("bf16", "bf16", "fp32")  # what a shard travels as
-    density: float = above(1 / 64, 0.0)  # with up=topk
-    value_bits: int = at_least(2, 2, 8)  # with up=topk
+    # What a shard travels as. int8, int4, topk: as its difference to what the site was sent in the last round that
+    # counts, as above; what they lose is in the next difference. Whole, in bf16, where the site has not got that.
+    down: str = choice("bf16", "bf16", "fp32", "int8", "int4", "topk")
+    density: float = above(1 / 64, 0.0)  # with up=topk or down=topk
+    value_bits: int = at_least(2, 2, 8)  # with up=topk or down=topk
     feedback: float | None = at_least(None, 0.0)  # with up=int8, int4, topk or sign
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round

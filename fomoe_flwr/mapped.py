@@ -33,8 +33,10 @@ _mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 Item = TypeVar("Item")
 
 
-def mapped_tensors(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Zeros, fp32, in one file in the folder.
+def mapped_tensors(
+    folder: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Zeros in one file in the folder.
 
     The file has no name: it is gone when the last of its tensors is, or with the process, however that ends. So nobody
     can mistake what a killed server left half done for its state. Its room on the disk is taken at once, because a full
@@ -48,13 +50,13 @@ def mapped_tensors(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[st
     size = 0
     for name, shape in shapes.items():
         places[name] = size
-        size += -(-4 * math.prod(shape) // _ALIGNED) * _ALIGNED
+        size += -(-dtype.itemsize * math.prod(shape) // _ALIGNED) * _ALIGNED
     if not hasattr(os, "posix_fallocate"):
         raise ConfigError("checkpoint.state=files: this system cannot reserve room on a disk; use memory")
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ConfigError(
-            f"checkpoint.state=files: the model and its outer optimizer need {in_bytes(size)} in {folder}, where "
+            f"checkpoint.state=files: the server's tensors need {in_bytes(size)} in {folder}, where "
             f"{in_bytes(free)} are free; choose another hydra.run.dir, or use memory"
         )
     with naming(folder), tempfile.TemporaryFile(prefix=".state-", dir=folder) as file:
@@ -62,9 +64,9 @@ def mapped_tensors(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[st
         mapping = mmap.mmap(file.fileno(), size)
     _mappings.add(mapping)
     return {
-        name: torch.frombuffer(
-            mapping, dtype=torch.float32, count=math.prod(shapes[name]), offset=place
-        ).view(tuple(shapes[name]))
+        name: torch.frombuffer(mapping, dtype=dtype, count=math.prod(shapes[name]), offset=place).view(
+            tuple(shapes[name])
+        )
         for name, place in places.items()
     }
 

@@ -1,5 +1,6 @@
 """What a site keeps between rounds, on its own disk: its place in the data, the engine's state (AdamW's moments by
-name, what its routers go by besides their weights), and what its encoder has not sent yet.
+name, what its routers go by besides their weights), what its encoder has not sent yet, and what it was sent last, where
+the next message brings differences to it.
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
@@ -47,6 +48,7 @@ class SiteState:
     last_round: int = 0  # the last round of its run as it was planned then
     engine: EngineState = field(default_factory=EngineState)
     encoder: CodecState = field(default_factory=dict)
+    public: dict[str, Tensor] = field(default_factory=dict)  # bf16, where strategy.down is lossy
     lost: bool = False  # what the site had kept of this round was missing or damaged, so it begins without
 
 
@@ -120,13 +122,14 @@ def _read(path: Path, counted_round: int) -> SiteState:
             name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
             for name, (step, reset_at) in facts["steps"].items()
         }
-        encoder = {
-            name.removeprefix("encoder/"): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("encoder/")
-        }
+        encoder, public = (
+            {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+            for kind in ("encoder/", "public/")
+        )
         engine = EngineState(moments, **facts.get("routers", {}))
-        return SiteState(counted_round, int(facts["position"]), int(facts["last_round"]), engine, encoder)
+        return SiteState(
+            counted_round, int(facts["position"]), int(facts["last_round"]), engine, encoder, public
+        )
 
 
 def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_every: int, keep: int) -> None:
@@ -137,7 +140,11 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
         checkpoint_every: rounds between two checkpoints of the server; 0: it makes one at the end of the run.
         keep: the number of checkpoints it keeps.
     """
-    tensors = {f"encoder/{name}": tensor.contiguous() for name, tensor in state.encoder.items()}
+    tensors = {
+        f"{kind}/{name}": tensor.contiguous()
+        for kind, named in (("encoder", state.encoder), ("public", state.public))
+        for name, tensor in named.items()
+    }
     moments = state.engine.moments
     for name, moment in moments.items():
         tensors[f"exp_avg/{name}"] = moment.exp_avg.contiguous()

@@ -187,6 +187,7 @@ ALONE = [
     ("strategy.routing", "partitioned", []),
     ("model.standins", 16, []),
     ("strategy.density", 0.05, ["strategy.up=topk"]),
+    ("strategy.value_bits", 4, ["strategy.down=topk"]),
     ("strategy.value_bits", 4, ["strategy.up=topk"]),
     ("strategy.feedback", 0.5, ["strategy.up=int4"]),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
@@ -646,6 +647,15 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             ["strategy.up=int4", "strategy.outer=local_adamw"],
             "strategy.up=int4: not with strategy.outer=local_adamw, whose moments it would spoil; allowed are bf16",
         ),
+        (
+            ["strategy.down=topk", "strategy.outer=local_adamw"],
+            "strategy.down=topk: not with strategy.outer=local_adamw, whose moments it would spoil; allowed are bf16",
+        ),
+        (
+            ["strategy=ddp", "strategy.down=int8"],
+            "strategy.down=int8: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (["strategy.down=sign"], "strategy.down=sign: allowed are bf16, fp32, int8, int4, topk"),
         (
             ["model.router=grap", "model.num_experts=12"],
             "model.router=grap: model.num_experts=12 must divide model.d_model=128",

@@ -6,13 +6,15 @@ No PyTorch at import: `fomoe plan` asks for byte counts and must not wait for it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fomoe_flwr.codecs.blocks import Int, Sign
 from fomoe_flwr.codecs.cast import Cast
 from fomoe_flwr.codecs.lossy import BYTES, Layout, Lossy, with_feedback
+from fomoe_flwr.codecs.public import WHOLE, Differences
 from fomoe_flwr.codecs.topk import TopK
 from fomoe_flwr.errors import WireError
 
@@ -79,29 +81,38 @@ class Lossily:
         return self.lossy.decode(parts, shape)
 
 
-# What travels down, and the plainest of what travels up.
+# The plainest, both ways.
 CASTS = {"fp32": Cast("float32"), "bf16": Cast("bfloat16")}
 LOSSY = ("int8", "int4", "topk", "sign")
 FEEDBACK = 0.95  # where strategy.feedback is null (SparseLoCo's, arXiv 2508.15706)
+
+
+def _lossy(name: str, strategy: StrategyConfig) -> Lossy:
+    known: dict[str, Lossy] = {
+        "int8": Int(8),
+        "int4": Int(4),
+        "topk": TopK(strategy.density, strategy.value_bits),
+        "sign": Sign(),
+    }
+    return known[name]
 
 
 def up_codec(strategy: StrategyConfig) -> Codec:
     """That of a site's updates."""
     if strategy.up in CASTS:
         return CASTS[strategy.up]
-    lossy: dict[str, Lossy] = {
-        "int8": Int(8),
-        "int4": Int(4),
-        "topk": TopK(strategy.density, strategy.value_bits),
-        "sign": Sign(),
-    }
     feedback = FEEDBACK if strategy.feedback is None else strategy.feedback
-    return Lossily(lossy[strategy.up], feedback)
+    return Lossily(_lossy(strategy.up, strategy), feedback)
 
 
 def down_codec(strategy: StrategyConfig) -> Cast:
-    """That of the shards that sites are sent."""
-    return CASTS[strategy.down]
+    """That of the tensors that sites are sent whole."""
+    return CASTS.get(strategy.down, WHOLE)
+
+
+def down_differences(strategy: StrategyConfig) -> Differences | None:
+    """How a round's tensors travel to sites that hold those of the last round; None: whole."""
+    return None if strategy.down in CASTS else Differences(_lossy(strategy.down, strategy))
 
 
 # ----- tensors in several parts
@@ -143,13 +154,37 @@ def decode(
 
 def decoded(codec: Codec, name: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """One of them."""
-    try:
+    with _naming(name):
         return codec.decode_one(parts, shape)
+
+
+def received(
+    codec: Differences, parts: Mapping[str, Tensor], public: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The public tensors that a message brings, by name.
+
+    Args:
+        public: those that its receiver holds.
+
+    Raises:
+        WireError: as `Differences.decode`, with the tensor's name.
+    """
+    shard = {}
+    for name, own in grouped(parts).items():
+        with _naming(name):
+            shard[name] = codec.decode(own, public.get(name))
+    return shard
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
     except WireError as error:
         raise type(error)(f"{name}: {error}") from error
 
 
-def nbytes(codec: Codec | Lossy, shapes: Iterable[Sequence[int]]) -> int:
+def nbytes(codec: Codec | Lossy | Differences, shapes: Iterable[Sequence[int]]) -> int:
     """Bytes of the parts of tensors of these shapes, without names and headers."""
     return sum(
         math.prod(size) * BYTES[dtype] for shape in shapes for size, dtype in codec.layout(shape).values()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap, least_overlap
@@ -161,7 +162,9 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     # Who holds every expert needs no stand-ins.
     whole = dataclasses.replace(config, model=dataclasses.replace(config.model, standins=0))
     replica = with_strategy(whole, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
-    ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw"), local_steps=1)
+    # What gradients and moments would not bear.
+    down = "bf16" if config.strategy.down in LOSSY else config.strategy.down
+    ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw", down=down), local_steps=1)
     # FoMoE comes with this run's own outer step, if this run is FoMoE.
     planned, overlap = config.strategy.placement in PLANNED, fomoe_overlap(config)
     fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
@@ -172,7 +175,7 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     return [
         _Candidate(DDP, ddp, exchanges=config.train.local_steps),
         _Candidate(DILOCO, replica),
-        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw")),
+        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw", down=down)),
         _Candidate(f"{FOMOE_EQUAL}, partitioned{suffix}", with_strategy(equal, routing="partitioned")),
         _Candidate(f"{FOMOE_EQUAL}, {skipping}{suffix}", with_strategy(equal, routing=skipping)),
         _Candidate(f"{FOMOE_PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),

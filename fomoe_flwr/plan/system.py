@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_flwr.codecs import Codec, down_codec, nbytes, up_codec
+from fomoe_flwr.codecs import Codec, down_codec, down_differences, nbytes, up_codec
+from fomoe_flwr.codecs.public import Differences
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.files import expanded
@@ -120,9 +121,10 @@ def down_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     """From the server to a site with so many residents a layer: its dense part and its residents.
 
     A redrawn placement costs nothing more: an expert that is new to a site comes with the rest of its shard. LocalAdamW
-    sends both Adam moments, too.
+    sends both Adam moments, too. With a lossy strategy.down it is what a site is sent whose last reply counts; in round
+    1, after an absence, and for an expert that is new to a site tensors come whole, in bf16, which is not counted here.
     """
-    return _sent_bytes(config, down_codec(config.strategy), residents)
+    return _sent_bytes(config, down_differences(config.strategy) or down_codec(config.strategy), residents)
 
 
 def up_bytes(config: RunConfig, residents: Amounts) -> Amounts:
@@ -130,7 +132,7 @@ def up_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     return _sent_bytes(config, up_codec(config.strategy), residents)
 
 
-def _sent_bytes(config: RunConfig, codec: Codec, residents: Amounts) -> Amounts:
+def _sent_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts) -> Amounts:
     model, strategy = config.model, config.strategy
     copies = 3 if strategy.outer == "local_adamw" else 1
     split = Split(0, 0)

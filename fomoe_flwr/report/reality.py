@@ -139,7 +139,8 @@ def notes(run: Run, reality: Reality) -> list[str]:
     plan, sites, said = run.config.plan, reality.sites, []
     if reality.payload_bytes.off:
         said.append(
-            "payload: more or less was sent than the shards that the sites held (evaluations at the sites?)"
+            "payload: more or less was sent than the shards that the sites held (evaluations at the sites? tensors "
+            "that a lossy strategy.down sent whole?)"
         )
     if worst := _worst([site.step_s for site in sites]):
         said.append(

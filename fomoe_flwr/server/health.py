@@ -91,7 +91,11 @@ class RoutingHealth:
             return
         with cpu_threads(config.train.threads), torch.no_grad():
             self._probe = run_probe(config, state.parameters(), self._probe_BT)
-            self._layers = between_sites(SiteRouters(config, current, inbox), self._probe, self._before)
+            sent = self._before
+            if (public := state.public) is not None:
+                gates = [name for name in public.tensors if ".gate" in name]
+                sent = global_routers({name: public.sent(name) for name in gates}, config)
+            self._layers = between_sites(SiteRouters(config, current, inbox), self._probe, sent)
 
     def finished(self, current: Round, state: ServerState) -> dict[str, Any]:
         """The round's figures for its line of metrics; a layer that is sick is named in the log."""
@@ -196,7 +200,7 @@ class SiteRouters(NamedTuple):
         """A site's router before it is averaged: what the site was sent minus the pseudo-gradient it answered with.
 
         Args:
-            weight_ED: the global router that was sent, before the wire rounded it.
+            weight_ED: the global router that was sent; the wire may have rounded it.
         """
         settings = self.config.strategy
         weight_ED = down_codec(settings).round_trip(weight_ED).to(torch.float32, copy=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import decode, down_codec, up_codec
-from fomoe_flwr.codecs.cast import Cast
+from fomoe_flwr.codecs import decode, down_codec, down_differences, up_codec
 from fomoe_flwr.config import RunConfig, StrategyConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.hf_files import whole_routers
@@ -30,16 +30,14 @@ from fomoe_flwr.mapped import fill, in_pieces, mapped_tensors
 from fomoe_flwr.messages import STATE_LOST, Reply, deals, has_own_text, make_task
 from fomoe_flwr.model.spec import (
     MOMENTS,
-    Residents,
     expert_layers,
-    expert_of,
     is_moment,
     is_standin,
     moment_name,
     parameter_shapes,
 )
 from fomoe_flwr.model.standins import take_over
-from fomoe_flwr.placement import Placement, from_residents, full_residents, holder_groups
+from fomoe_flwr.placement import Placement, from_residents, full_residents
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import (
@@ -63,6 +61,7 @@ from fomoe_flwr.server.replies import (
     outliers,
     refusing,
 )
+from fomoe_flwr.server.shards import Public, public_bundles, shared_bundles
 from fomoe_flwr.server.state import ExpertLedger, ServerState
 from fomoe_flwr.untrusted import one_line
 
@@ -166,6 +165,7 @@ class Server:
         self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
         self._up, self._down = up_codec(config.strategy), down_codec(config.strategy)
+        self._differences = down_differences(config.strategy)
         self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
@@ -194,6 +194,7 @@ class Server:
         outer: Mapping[str, Tensor] | None = None,
         rounds_done: int = 0,
         memory: Mapping[str, Any] | None = None,
+        public: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take over a global model, fresh or from a checkpoint, and go on after `rounds_done`.
 
@@ -202,6 +203,7 @@ class Server:
                 together, which are the server's own from then on.
             outer: the outer optimizer's tensors.
             memory: what `memory()` gave when the checkpoint was made.
+            public: the public model of then; None: it begins as this model, and no site holds it.
 
         Raises:
             ConfigError, OSError: there is no room for the files of `checkpoint.state=files`.
@@ -222,9 +224,11 @@ class Server:
         optimizer = OuterOptimizer(state, config.strategy, config.model, config.train, room)
         optimizer.load_state_tensors(outer or {})
         experts = ExpertLedger(expert_layers(config.model), config.model.num_experts)
-        self._state = ServerState(state, optimizer, experts, rounds_done)
+        self._state = ServerState(state, optimizer, experts, rounds_done, self._public(state, public))
         if memory is not None:
             self._state.remember(memory)
+            if self._state.public is not None and public:
+                self._state.public.holders = dict(memory.get("public", {}))
             if memory["plan"] is not None:
                 self.policy.remember(memory["plan"], memory["placement"])
             placement = from_residents(memory["placement"], config.model.num_experts)
@@ -244,6 +248,20 @@ class Server:
         if lacking := [name for name in state if name not in filled and not is_moment(name)]:
             raise KeyError(f"{lacking[0]} is missing ({len(lacking)} such names)")
         return state, room
+
+    def _public(self, state: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None) -> Public | None:
+        """The public model, where there is one."""
+        if self._differences is None:
+            return None
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        if self.config.checkpoint.state == "files":
+            tensors = mapped_tensors(self._folder, shapes, torch.bfloat16)
+        else:
+            tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        filled = fill(tensors, (saved or state).items())
+        if lacking := tensors.keys() - filled:
+            raise KeyError(f"{min(lacking)} is missing in the public model ({len(lacking)} such names)")
+        return Public(self._differences, tensors)
 
     def memory(self) -> dict[str, Any]:
         """What the server must remember besides the tensors to go on as if nothing had happened; JSON values."""
@@ -282,9 +300,13 @@ class Server:
                 config, strategy=dataclasses.replace(config.strategy, routing="skip")
             )
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
-        bundles, digests = shared_bundles(
-            tensors, residents, expert_layers(self.config.model), sites, self._down
-        )
+        layers = expert_layers(self.config.model)
+        if training and state.public is not None:
+            bundles, digests = public_bundles(
+                tensors, residents, layers, {site: self.site_names[site] for site in sites}, state.public
+            )
+        else:
+            bundles, digests = shared_bundles(tensors, residents, layers, sites, self._down)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
@@ -446,6 +468,8 @@ class Server:
                 taken,
                 holds_LEM[..., 0].size,
             )
+            if self.state.public is not None:
+                self.state.public.begin(self.state.tensors)
         self._fitted.clear()
 
     # ----- decide
@@ -476,6 +500,9 @@ class Server:
         started = time.perf_counter()
         if current.committed:
             self._commit(expert_share)
+        elif state.public is not None:
+            silent = self._expected.keys() - current.replies
+            state.public.discard(self.site_names[site] for site in silent)
         state.discarded = 0 if current.committed else state.discarded + 1
         state.round = current.number
         self.inbox.close()
@@ -484,6 +511,11 @@ class Server:
 
     def _commit(self, expert_share: float) -> None:
         current, state = self.round, self.state
+        if state.public is not None:
+            # Before the outer step: it is what this round's replies started from.
+            state.public.commit(
+                {reply.site: current.placement.residents(site) for site, reply in current.replies.items()}
+            )
         updated = updated_experts(current.placement, current.replies, expert_share)
         current.held_back = state.experts.updated_LE.size - len(updated)
         contributions = {
@@ -540,57 +572,6 @@ class Server:
         load_LE = np.sum(list(current.loads.values()), axis=0)
         state.global_load = averaged(state.global_load, load_LE)
         self.policy.heard({reply.site: current.loads[site] for site, reply in current.replies.items()})
-
-
-# ----- shards
-
-
-_ALL: tuple[int, ...] = ()  # key of the dense group, which every site gets
-
-
-def group_names(
-    names: Sequence[str], residents_by_site: Sequence[Residents], layers: Sequence[int]
-) -> dict[tuple[int, ...], list[str]]:
-    """Names by the set of sites that get them. Dense names go to all, an expert that nobody holds to nobody.
-
-    Args:
-        layers: numbers of the layers with experts, as names have them.
-    """
-    groups = holder_groups(residents_by_site)
-    holders = {(layers[row], expert): sites for (row, expert), sites in groups.items()}
-    named: dict[tuple[int, ...], list[str]] = {_ALL: []}
-    for name in names:
-        expert = expert_of(name)
-        if expert is None:
-            named[_ALL].append(name)
-        elif expert in holders:
-            named.setdefault(holders[expert], []).append(name)
-    return named
-
-
-def shared_bundles(
-    tensors: Mapping[str, Tensor],
-    residents_by_site: Sequence[Residents],
-    layers: Sequence[int],
-    sites: Sequence[int],
-    codec: Cast,
-) -> tuple[dict[int, dict[str, bytes]], dict[int, dict[str, bytes]]]:
-    """The bundles of a round, encoded once each, by site and key; and the digest of every tensor, by site and name."""
-    bundles: dict[int, dict[str, bytes]] = {site: {} for site in sites}
-    digests: dict[int, dict[str, bytes]] = {site: {} for site in sites}
-    for index, (holders, names) in enumerate(group_names(list(tensors), residents_by_site, layers).items()):
-        receivers = [site for site in sites if holders == _ALL or site in holders]
-        if not receivers or not names:
-            continue
-        parts, _ = codec.encode({name: tensors[name] for name in names}, {})
-        blobs = wire.encode_bundles("dense" if holders == _ALL else f"expert-{index}", parts)
-        known: dict[str, bytes] = {}
-        for blob in blobs.values():
-            known |= wire.blob_digests(blob)
-        for site in receivers:
-            bundles[site] |= blobs
-            digests[site] |= known
-    return bundles, digests
 
 
 # ----- how long to wait

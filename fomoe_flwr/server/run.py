@@ -121,7 +121,7 @@ class Run:
             own = {site: text for site, text in memory.get("own_corpora", {}).items() if site not in others}
             memory = {**memory, "own_corpora": own}
         try:
-            server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory)
+            server.load(checkpoint.parameters, checkpoint.outer, checkpoint.round, memory, checkpoint.public)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path}: not that of a run of this version ({error!r:.200})"
@@ -129,6 +129,7 @@ class Run:
         # The server has copied them. A file that is still mapped would keep its room on the disk after its removal.
         checkpoint.parameters.clear()
         checkpoint.outer.clear()
+        checkpoint.public.clear()
         return checkpoint.round
 
 
@@ -425,6 +426,7 @@ class RunRecorder(RoundObserver):
             facts,
             config.checkpoint.keep,
             None if self._best is None else self._best["round"],
+            None if state.public is None else state.public.tensors,
         )
 
 

@@ -17,6 +17,7 @@ from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.server.outer import OuterOptimizer
 from fomoe_flwr.server.replies import Norms
+from fomoe_flwr.server.shards import Public
 
 log = logging.getLogger("fomoe")
 
@@ -32,6 +33,7 @@ class ServerState:
     outer: OuterOptimizer
     experts: ExpertLedger
     round: int = 0  # the last one that is over
+    public: Public | None = None  # what the sites hold, where that is not the global model itself
     # By site, the last round whose reply is in the model.
     counted: dict[str, int] = field(default_factory=dict)
     last_losses: dict[str, float] = field(default_factory=dict)  # of each site's last steps in that round
@@ -63,6 +65,7 @@ class ServerState:
             "experts": self.experts.table(self.round),
             "load": self.global_load,
             "discarded": self.discarded,
+            "public": {} if self.public is None else self.public.holders,
         }
 
     def remember(self, memory: Mapping[str, Any]) -> None:

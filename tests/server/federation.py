@@ -65,11 +65,17 @@ def constant(value: float) -> Answer:
     return lambda task, shard: {name: torch.full_like(tensor, value) for name, tensor in shard.items()}
 
 
-def answer_to(outgoing: Outgoing, answer: Answer = nothing, **changes: Any) -> tuple[str, dict[str, bytes]]:
-    """Header and bundles of a site's reply; `changes` are of the Reply."""
+def answer_to(
+    outgoing: Outgoing, answer: Answer = nothing, shard: dict[str, Tensor] | None = None, **changes: Any
+) -> tuple[str, dict[str, bytes]]:
+    """Header and bundles of a site's reply; `changes` are of the Reply.
+
+    Args:
+        shard: where what was sent are not the tensors themselves.
+    """
     task = Task.from_json(outgoing.task)
     codec = down_codec(task.strategy)
-    shard = wire.from_blobs(outgoing.bundles.values())
+    shard = wire.from_blobs(outgoing.bundles.values()) if shard is None else shard
     blobs, _ = wire.encode_update(answer(task, shard), up_codec(task.strategy), {})
     tokens = task.train.local_steps * task.train.batch_size * task.train.seq_len
     reply = Reply(

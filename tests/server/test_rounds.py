@@ -34,10 +34,9 @@ from fomoe_flwr.server.rounds import (
     Round,
     RoundObserver,
     Server,
-    group_names,
     missing,
-    shared_bundles,
 )
+from fomoe_flwr.server.shards import group_names, shared_bundles
 from fomoe_flwr.server.state import ServerState
 from tests.server.federation import answer_to, config_of, constant, play, server_of
 

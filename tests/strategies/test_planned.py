@@ -16,7 +16,7 @@ from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
 from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.messages import Task
-from fomoe_flwr.plan.planner import plan_for_run
+from fomoe_flwr.plan.planner import make_plan, plan_for_run
 from fomoe_flwr.plan.record import load_plan
 from fomoe_flwr.plan.system import BYTES_A_GIB, token_cost
 from fomoe_flwr.report.load import load_run
@@ -107,6 +107,21 @@ def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_pat
     assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
     assert (plan.sites[0].bytes_up < plan.sites[0].bytes_down) == (up != "bf16")
     assert [site["memory_bytes"] for site in line["sites"]] == [site.memory_bytes for site in plan.sites]
+
+
+@pytest.mark.parametrize(("down", "up"), [("int8", "bf16"), ("topk", "int4")])
+def test_differences_cost_what_was_planned_once_the_sites_hold_what_they_are_of(
+    small: Compose, tmp_path: Path, down: str, up: str
+) -> None:
+    keys = (f"strategy.up={up}", "train.rounds=2", "train.eval_batches=0", "strategy.routing=partitioned")
+    folder = finished(small, tmp_path, *keys, f"strategy.down={down}")
+    plan, lines = load_plan(folder), metrics(folder)[1:]
+    assert plan is not None
+    payload = [line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"] for line in lines]
+    assert payload[1] == sum(site.bytes_down + site.bytes_up for site in plan.sites)
+    whole = make_plan(small(*keys).config)
+    assert payload[0] == sum(site.bytes_down + site.bytes_up for site in whole.sites)
+    assert [line["failures"] for line in lines] == [{}] * 2
 
 
 def test_the_virtual_clock_charges_speed_and_link(planned: Path) -> None:

@@ -43,6 +43,7 @@ SETTINGS = [
     # What was not sent yet is kept at the sites, and goes with an expert that leaves.
     ("strategy.up=topk", "strategy.placement=random"),
     ("strategy.fraction_train=0.5", "strategy.placement=random", "strategy.reshuffle_every=3"),
+    ("strategy.down=int4", "strategy.up=topk", "strategy.placement=random", "strategy.reshuffle_every=3"),
 ]
 
 
@@ -51,7 +52,7 @@ def assert_same_run(resumed: Path, uninterrupted: Path, rounds: int) -> None:
     a, b = (json.loads((folder / "evaluation.json").read_text()) for folder in (resumed, uninterrupted))
     assert a | {"checkpoint": ""} == b | {"checkpoint": ""}
     ours, theirs = (read_checkpoint(checkpoint_path(folder, rounds)) for folder in (resumed, uninterrupted))
-    for kind in ("parameters", "outer"):
+    for kind in ("parameters", "outer", "public"):
         a, b = getattr(ours, kind), getattr(theirs, kind)
         assert a.keys() == b.keys()
         assert all(torch.equal(value, b[name]) for name, value in a.items())
@@ -72,6 +73,25 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     resumed = run(compose_run([f"resume={half}", ROUNDS]))
     assert resumed == half
     assert_same_run(resumed, whole, 4)
+
+
+def test_a_site_that_has_lost_its_disk_says_so_once_and_is_sent_everything_again(
+    small: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a round that is discarded for it, too: with both sites needed."""
+    keys = ("strategy.down=int8", "federation.num_sites=2", "strategy.overlap=1", "strategy.quorum=1.0")
+    half = run(composed_anew(small, tmp_path, "train.rounds=2", *keys))
+    shutil.rmtree(half / "sites/site-1")
+    lines = metrics(run(compose_run([f"resume={half}", ROUNDS])))
+    assert list(lines[3]["failures"]) == ["site-1"]
+    assert (
+        "cannot go on from what it was sent in round 2, which is lost here" in lines[3]["failures"]["site-1"]
+    )
+    assert [line["committed"] for line in lines[1:]] == [True, True, False, True]
+    sent = [{site["site"]: site["bytes_down"] for site in line["sites"]} for line in lines]
+    assert sent[4]["site-1"] > sent[4]["site-0"] * 1.5
+    assert sent[4]["site-1"] == pytest.approx(sent[1]["site-1"], rel=0.01)
+    assert sent[4]["site-0"] == pytest.approx(sent[2]["site-0"], rel=0.01)
 
 
 class Killed(Exception):

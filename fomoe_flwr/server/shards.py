@@ -1,0 +1,186 @@
+"""What the sites are sent: which name goes to whom, in bundles that they share, and the public model (`Public`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr import wire
+from fomoe_flwr.codecs import Part, Parts, part_name
+from fomoe_flwr.codecs.cast import Cast
+from fomoe_flwr.codecs.public import WHOLE, Differences
+from fomoe_flwr.errors import WireError
+from fomoe_flwr.mapped import fill, in_pieces
+from fomoe_flwr.model.spec import Residents, expert_of
+from fomoe_flwr.placement import holder_groups
+
+_ALL: tuple[int, ...] = ()  # key of the dense group, which every site gets
+
+# By site: bundles by key, and the digest of each tensor by name.
+Bundles = dict[int, dict[str, bytes]]
+Digests = dict[int, dict[str, bytes]]
+
+
+def group_names(
+    names: Sequence[str], residents_by_site: Sequence[Residents], layers: Sequence[int]
+) -> dict[tuple[int, ...], list[str]]:
+    """Names by the set of sites that get them. Dense names go to all, an expert that nobody holds to nobody.
+
+    Args:
+        layers: numbers of the layers with experts, as names have them.
+    """
+    groups = holder_groups(residents_by_site)
+    holders = {(layers[row], expert): sites for (row, expert), sites in groups.items()}
+    named: dict[tuple[int, ...], list[str]] = {_ALL: []}
+    for name in names:
+        expert = expert_of(name)
+        if expert is None:
+            named[_ALL].append(name)
+        elif expert in holders:
+            named.setdefault(holders[expert], []).append(name)
+    return named
+
+
+def _groups(
+    names: Sequence[str],
+    residents_by_site: Sequence[Residents],
+    layers: Sequence[int],
+    sites: Collection[int],
+) -> Iterator[tuple[str, list[int], list[str]]]:
+    """Key, receivers and names of each group that somebody gets."""
+    for index, (holders, own) in enumerate(group_names(names, residents_by_site, layers).items()):
+        receivers = [site for site in sites if holders == _ALL or site in holders]
+        if receivers and own:
+            yield "dense" if holders == _ALL else f"expert-{index}", receivers, own
+
+
+def shared_bundles(
+    tensors: Mapping[str, Tensor],
+    residents_by_site: Sequence[Residents],
+    layers: Sequence[int],
+    sites: Sequence[int],
+    codec: Cast,
+) -> tuple[Bundles, Digests]:
+    """The bundles of a round, encoded once each."""
+    bundles: Bundles = {site: {} for site in sites}
+    digests: Digests = {site: {} for site in sites}
+    for key, receivers, names in _groups(list(tensors), residents_by_site, layers, sites):
+        parts, _ = codec.encode({name: tensors[name] for name in names}, {})
+        blobs = wire.encode_bundles(key, parts)
+        known: dict[str, bytes] = {}
+        for blob in blobs.values():
+            known |= wire.blob_digests(blob)
+        for site in receivers:
+            bundles[site] |= blobs
+            digests[site] |= known
+    return bundles, digests
+
+
+class Public:
+    """The public model: what the sites hold, bit for bit, and which of them holds it.
+
+    A round that is discarded leaves it as it was, like the global model: sites go on from their state of the last
+    round that counts, and that holds the public tensors of that round.
+
+    Args:
+        tensors: bf16, after the last round that was committed.
+    """
+
+    def __init__(self, codec: Differences, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        # By the name of each site whose reply is part of that round: the experts that it holds these tensors of.
+        self.holders: dict[str, list[list[int]]] = {}
+        self._codec = codec
+        # What was sent in the round in progress. Not the tensors that come of it: these are a fraction of their size.
+        self._parts: dict[str, dict[str, Tensor]] = {}
+
+    def begin(self, state: Mapping[str, Tensor]) -> None:
+        """Have it be this model; nobody holds it yet."""
+        fill(self.tensors, state.items())
+        self.holders = {}
+
+    def move(self, name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Go towards this tensor in a round: the parts that say how, and what its receivers hold then.
+
+        Raises:
+            WireError: the tensor is not finite.
+        """
+        self._parts[name] = self._codec.encode(tensor, self.tensors[name])
+        try:
+            return self._parts[name], self.sent(name)
+        except WireError as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    def sent(self, name: str) -> Tensor:
+        """A tensor as the sites have it that were sent it in this round."""
+        parts = self._parts.get(name)
+        return self.tensors[name] if parts is None else self._codec.decode(parts, self.tensors[name])
+
+    def stay(self) -> None:
+        """A round begins."""
+        self._parts = {}
+
+    def commit(self, holders: Mapping[str, Residents]) -> None:
+        """The round counts; these sites attested its tensors."""
+        fill(self.tensors, ((name, self.sent(name)) for name in self._parts))
+        self._parts = {}
+        self.holders = {site: [list(experts) for experts in own] for site, own in holders.items()}
+
+    def discard(self, silent: Iterable[str]) -> None:
+        """The round does not count. What these sites hold, which did not answer well, is not known any more."""
+        self._parts = {}
+        for site in silent:
+            self.holders.pop(site, None)
+
+    def held_by(self, site: str, layers: Sequence[int]) -> set[tuple[int, int] | None]:
+        """Of which experts a site holds the public tensors (`expert_of`), None being the dense part."""
+        if site not in self.holders:
+            return set()
+        return {
+            None,
+            *((layers[row], expert) for row, own in enumerate(self.holders[site]) for expert in own),
+        }
+
+
+def public_bundles(
+    tensors: Mapping[str, Tensor],
+    residents_by_site: Sequence[Residents],
+    layers: Sequence[int],
+    sites: Mapping[int, str],
+    public: Public,
+) -> tuple[Bundles, Digests]:
+    """The bundles of a round that moves the public model: to who holds it the difference, to others the tensor that
+    comes of it, in bf16. What comes of it does not depend on who holds what.
+
+    Args:
+        sites: names.
+    """
+    bundles: Bundles = {site: {} for site in sites}
+    digests: Digests = {site: {} for site in sites}
+    held = {site: public.held_by(name, layers) for site, name in sites.items()}
+    public.stay()
+    for key, receivers, names in _groups(list(tensors), residents_by_site, layers, sites):
+        # Behind a new placement the experts of a group may have had other holders each.
+        by_holders: dict[tuple[int, ...], list[str]] = {}
+        for name in names:
+            expert = expert_of(name)
+            by_holders.setdefault(tuple(s for s in receivers if expert in held[s]), []).append(name)
+        for number, (holders, own) in enumerate(by_holders.items()):
+            whole: Parts = {}
+            moves: Parts = {}
+            known: dict[str, bytes] = {}
+            for name in in_pieces(own, lambda name: tensors[name].nbytes):
+                parts, arrived = public.move(name, tensors[name])
+                moves |= {part_name(name, suffix): Part(part, part.dtype) for suffix, part in parts.items()}
+                known[name] = WHOLE.digest(arrived)
+                if len(holders) < len(receivers):
+                    whole[name] = Part(arrived, torch.bfloat16)
+            subkey = f"{key}-{number}" if number else key
+            to_holders = wire.encode_bundles(f"{subkey}-moves", moves) if holders else {}
+            to_others = wire.encode_bundles(subkey, whole) if whole else {}
+            for site in receivers:
+                bundles[site] |= to_holders if site in holders else to_others
+                digests[site] |= known
+    return bundles, digests
