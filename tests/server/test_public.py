@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -197,7 +197,14 @@ ROUND = st.tuples(st.tuples(*[EVENT] * len(SITES)), st.sampled_from([1, 1, 3]))
 TINY = ("model.d_model=16", "model.num_experts=4", "model.d_expert=8", "model.num_layers=1")
 
 
-@settings(max_examples=20)
+ALL_GOOD = ("good",) * len(SITES)
+
+
+@settings(max_examples=15)
+# Who is silent in a round that is discarded is sent everything whole, the others are not; and the same after a kill.
+@example(
+    "int4", [(ALL_GOOD, 1), (("good", "lost", "good", "unheard"), 3), (ALL_GOOD, 1), (ALL_GOOD, 1)], 4, 2
+)
 @given(
     st.sampled_from(["int8", "int4", "topk"]),
     st.lists(ROUND, min_size=4, max_size=4),
