@@ -200,7 +200,7 @@ TINY = ("model.d_model=16", "model.num_experts=4", "model.d_expert=8", "model.nu
 ALL_GOOD = ("good",) * len(SITES)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 # Who is silent in a round that is discarded is sent everything whole, the others are not; and the same after a kill.
 @example(
     "int4", [(ALL_GOOD, 1), (("good", "lost", "good", "unheard"), 3), (ALL_GOOD, 1), (ALL_GOOD, 1)], 4, 2
