@@ -110,10 +110,10 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
     rows.append(matrix(up, h, d, width, "expert", f"{mlp}experts.up_EHD"))
     row = matrix(down, d, h, expert_width / chosen, "expert", f"{mlp}experts.down_EDH")
     rows.append(row._replace(init_std=(h * chosen) ** -0.5))
-    return rows + standin_rows(model, d**-0.5, width)
+    return rows + standin_rows(model, routing, d**-0.5, width)
 
 
-def standin_rows(model: ModelConfig, std: float, lr: float, module: str = "") -> list[Param]:
+def standin_rows(model: ModelConfig, routing: str, std: float, lr: float, module: str = "") -> list[Param]:
     """The stand-ins of ghosts (`model/standins.py`), which begin as zero: dense tensors of a layer, of all its experts.
 
     What they compute is next to nothing beside an expert, and is not counted.
@@ -123,7 +123,8 @@ def standin_rows(model: ModelConfig, std: float, lr: float, module: str = "") ->
         lr: its factor of the learning rate.
         module: its path, if not the name of its tensors.
     """
-    if not model.standins:
+    # A partitioned router asks for no ghost.
+    if not model.standins or routing == "partitioned":
         return []
     e, d, rank = model.num_experts, model.d_model, model.standins
     of = {"down": ((e, rank, d), std, lr, "down_ERD"), "up": ((e, d, rank), 0.0, 1.0, "up_EDR"),

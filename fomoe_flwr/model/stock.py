@@ -271,7 +271,7 @@ def stock_table(model: ModelConfig, routing: str) -> list[Param]:
     """
     std = stock_config(model.hf).initializer_range
     rows = _table(json.dumps(model.hf, sort_keys=True), routing)
-    return [*rows, *standin_rows(model, std, 1.0, "stock.model.layers.{layer}.mlp.experts.standins")]
+    return [*rows, *standin_rows(model, routing, std, 1.0, "stock.model.layers.{layer}.mlp.experts.standins")]
 
 
 @functools.lru_cache(maxsize=16)

@@ -435,6 +435,7 @@ def _request(config: RunConfig) -> dict[str, Any]:
         "train": [train.local_steps, train.batch_size, train.seq_len],
         "strategy": [
             strategy.placement, strategy.overlap, strategy.routing, strategy.outer, strategy.up, strategy.down,
+            strategy.density, strategy.value_bits,
         ],
     }  # fmt: skip
     loaded: dict[str, Any] = json.loads(json.dumps(request))
