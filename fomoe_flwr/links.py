@@ -1,7 +1,7 @@
 """What lies behind a link: one object of a store, to be read in ranges or written, with what Python has.
 
 A link is good for one object, one method and some time. As long as it is good it is a secret, so errors and the log
-name the object only. Of a store that is a folder on a shared disk, a link is a path below that (`file://`).
+name the object only. Of a store that is a folder on a shared disk, a link is a path below that (`file:run/name`).
 
 What may work later raises `Again`, everything else a StoreError of one line; when to try again is in `Tries`.
 """
@@ -52,7 +52,7 @@ class Patience:
     stall: float = 60.0  # seconds without a byte, after which a connection is given up
     first_wait: float = 0.5  # seconds before the second try; doubles with every try that moved nothing
     parallel: int = 8  # pieces of one object at a time
-    seed: int = 0  # of the jitter, so that sites do not come back all at once
+    seed: int = 0  # of the jitter; another one at each site, so that they do not come back all at once
 
 
 PATIENCE = Patience()
@@ -71,6 +71,8 @@ class Clock:
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
+        self.told = False
+        """Whether the log says already that something is tried again."""
         self._start = time.monotonic()
         self._stopped = threading.Event()
 
@@ -100,11 +102,11 @@ class Clock:
 class Tries:
     """The tries of one thing: when the next one is, and when there is none."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, piece: int = 0) -> None:
         self._name, self._clock = name, clock
         self._failed = 0  # in a row
         self._reason: Again | None = None
-        self._rng = random.Random(f"{clock.patience.seed} {name}")
+        self._rng = random.Random(f"{clock.patience.seed} {name} {piece}")
 
     def wait(self, error: Again, moved: bool = False) -> None:
         """Wait before the next try.
@@ -118,8 +120,9 @@ class Tries:
         self._failed = 1 if moved else self._failed + 1
         if self._reason is None or not isinstance(error, TimeOver):
             self._reason = error
-        if self._failed == _TELL_AFTER:
-            # Whoever watches should know why nothing moves; once is enough.
+        if self._failed == _TELL_AFTER and not self._clock.told:
+            # Whoever watches should know why nothing moves.
+            self._clock.told = True
             log.warning("%s: %s; trying on", self._name, error)
         longest = min(LONGEST_WAIT, self._clock.patience.first_wait * 2.0 ** min(self._failed - 1, 20))
         if not self._clock.sleep(longest * self._rng.uniform(0.5, 1)):
@@ -182,7 +185,7 @@ def refusal(name: str, status: int, text: str) -> NoReturn:
 
     Args:
         name: of the object; without a signature.
-        text: of the store. It may hold signatures, so only its code is shown.
+        text: of the store. It may hold signatures, so its code alone is shown.
 
     Raises:
         Again: it may work later.
@@ -192,6 +195,8 @@ def refusal(name: str, status: int, text: str) -> NoReturn:
     said = f"{status} {code[1]}" if code else str(status)
     if _LATER.search(said):
         raise Again(f"the store answered {said}")
+    # Not all of the text: an object may have any name.
+    text = " ".join(re.findall(r"<(?:Message|AuthenticationErrorDetail)>([^<]{1,500})", text))
     meaning = next((line for find, line in _MEANINGS if re.search(find, f"{said} {text}")), "it was refused")
     raise StoreError(f"{name}: {meaning} (the store answered {said})")
 
@@ -201,8 +206,8 @@ def opened(link: str, shared: Path | None, clock: Clock) -> Iterator[FileObject 
     """What lies behind a link.
 
     Args:
-        shared: the folder whose files a `file://` link may name. Without one it is refused: a server must not have a
-            site read or write any file it likes.
+        shared: the folder of the store, if sites share a disk: as it is called on this machine. A link to a file lies
+            below it, or is refused: a server must not have a site read or write any file it likes.
 
     Raises:
         StoreError: a link that is not for this site.
@@ -218,14 +223,13 @@ class FileObject:
     """An object in a folder on a shared disk."""
 
     def __init__(self, link: str, shared: Path | None, clock: Clock) -> None:
-        self.name, self.clock = name_of(link), clock
-        self._path = Path(urllib.request.url2pathname(urlsplit(link).path))
+        relative = link.removeprefix("file:")
         if shared is None:
-            raise StoreError(
-                f"{self.name}: a path on the server's disk, and this site was told of none that it shares"
-            )
+            raise StoreError(f"{relative}: a path on a shared disk, and this site was told of none")
+        self._path = shared / relative
+        self.name, self.clock = str(self._path), clock
         if not self._path.resolve().is_relative_to(shared.resolve()):
-            raise StoreError(f"{self.name}: lies outside of {shared}, the folder that this site shares")
+            raise StoreError(f"{self.name}: lies outside of {shared}, the folder that is shared")
 
     def read(self, begin: int, end: int, nbytes: int) -> Iterator[bytes]:
         """Some of the bytes of an object that has `nbytes`."""
@@ -274,7 +278,7 @@ class HttpObject:
         self.name, self.clock = name_of(link), clock
         parts = urlsplit(link)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise StoreError(f"{self.name}: a link begins with https://, http:// or file://")
+            raise StoreError(f"{self.name}: a link begins with https://, http:// or file:")
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._target = f"{parts.path or '/'}?{parts.query}"
         self._times = _times(dict(parse_qsl(parts.query)))
@@ -310,17 +314,18 @@ class HttpObject:
     def write(self, source: Source, progress: Progress | None) -> None:
         """All of an object; for a link to one object knows no parts."""
         if not self._headers:
-            md5 = hashlib.md5(usedforsecurity=False)
-            for block in blocks(source):
-                md5.update(block)
             self._headers = {
                 "Content-Length": str(size_of(source)),
-                # Every kind of store compares it, so what was damaged on the way is sent again.
-                "Content-MD5": base64.b64encode(md5.digest()).decode(),
                 "Content-Type": "application/octet-stream",
                 # Azure wants it; others do not look at it.
                 "x-ms-blob-type": "BlockBlob",
             }
+            if not self._secure:
+                # Every kind of store compares it, and what was damaged is sent again. TLS sees to that itself.
+                md5 = hashlib.md5(usedforsecurity=False)
+                for block in blocks(source):
+                    md5.update(block)
+                self._headers["Content-MD5"] = base64.b64encode(md5.digest()).decode()
 
         def limited() -> Iterator[memoryview | bytes]:
             for block in _observed(source, progress):
@@ -442,7 +447,7 @@ class HttpObject:
         except TimeoutError:
             raise Again(f"no byte in {duration(self.clock.patience.stall)}") from None
         except OSError as error:
-            raise Again(error.strerror or type(error).__name__) from None
+            raise Again(error.strerror or str(error) or type(error).__name__) from None
         except http.client.HTTPException as error:
             raise Again(f"an answer that cannot be read ({type(error).__name__})") from None
 

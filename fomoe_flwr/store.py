@@ -79,13 +79,13 @@ class Store:
         self._url = f"{url.rstrip('/')}/{run}"
         self._patience = patience
         self.shared: Path | None = None
-        """Of a `file://` store, the folder that its links lie in."""
+        """Of a `file://` store its folder, below which links lie."""
         self._backend: _Backend
         if parts.scheme == "file":
             if parts.netloc or not parts.path.strip("/"):
                 raise ConfigError(f"store={url}: needs an absolute path, file:///…")
-            self.shared = Path(unquote(parts.path)) / run
-            self._backend = _Folder(self.shared)
+            self.shared = Path(unquote(parts.path))
+            self._backend = _Folder(self.shared, run)
         else:
             self._backend = _Bucket(url, self._url, patience)
 
@@ -198,8 +198,8 @@ class _Folder:
 
     errors: tuple[type[Exception], ...] = (OSError,)
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, shared: Path, run: str) -> None:
+        self._folder, self._run = shared / run, run
 
     def size(self, name: str) -> int | None:
         path = self._folder / name
@@ -221,11 +221,10 @@ class _Folder:
             (self._folder / name).unlink(missing_ok=True)
 
     def link(self, method: Method, name: str, seconds: float) -> str:
-        path = self._folder / name
         if method == "PUT":
             # A site that does not find it knows that the shared disk is missing.
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path.absolute().as_uri()
+            (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+        return f"file:{self._run}/{name}"
 
     def meaning(self, shown: str, error: Exception) -> Exception:
         return StoreError(f"{shown}: {machine_error(error)}")

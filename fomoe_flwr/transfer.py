@@ -30,7 +30,6 @@ from fomoe_flwr.links import (
     Progress,
     Source,
     Tries,
-    name_of,
     opened,
 )
 
@@ -84,26 +83,23 @@ def fetch_file(
         link: to read the object.
         digest: its SHA-256, hex.
         nbytes: its size.
-        shared: the folder whose files a `file://` link may name; see `opened`.
+        shared: the folder of the store, if sites share a disk; see `opened`.
 
     Raises:
         StoreError: it is not there, has another size or other bytes, the link is not good for it, the time is over, or
             the disk is full. One line, without the signature.
     """
     part = target.with_name(f"{target.name}.part-{digest[:16]}")
-    try:
-        with (
-            naming(part),
-            opened(link, shared, Clock(patience)) as source,
-            _part_file(part, name_of(link)) as file,
-        ):
-            _fetch_verified(source, digest, _PartFile(file, nbytes), progress)
-            os.ftruncate(file, nbytes)
-            os.fsync(file)
-            part.replace(target)
-            flush(target.parent)
-    except OSError as error:
-        raise StoreError(f"{name_of(link)}: {machine_error(error)}") from error
+    with opened(link, shared, Clock(patience)) as source:
+        try:
+            with naming(part), _part_file(part, source.name) as file:
+                _fetch_verified(source, digest, _PartFile(file, nbytes), progress)
+                os.ftruncate(file, nbytes)
+                os.fsync(file)
+                part.replace(target)
+                flush(target.parent)
+        except OSError as error:
+            raise StoreError(f"{source.name}: {machine_error(error)}") from error
 
 
 def send(
@@ -238,7 +234,7 @@ def _fetched(source: FileObject | HttpObject, place: _Memory, progress: Progress
     def fetch_piece(index: int) -> tuple[int, int]:
         nonlocal so_far
         begin, end = place.bounds(index)
-        tries = Tries(source.name, clock)
+        tries = Tries(source.name, clock, index)
         at = begin
         while not place.done[index]:
             before = at

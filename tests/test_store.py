@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import ipaddress
 import logging
 import os
 import random
 import re
 import shutil
+import socket
+import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -101,7 +105,7 @@ def put_reply(store: Store, content: bytes, site: str = "0") -> str:
 # What holds for every kind of store
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.one_of(st.sampled_from(SIZES), st.integers(0, 5 * PIECE)), seed=st.integers(0, 3))
 def test_what_was_put_comes_back(store: Store, tmp_path: Path, size: int, seed: int) -> None:
     content = some_bytes(size, seed)
@@ -227,13 +231,8 @@ def test_a_site_touches_only_the_folder_that_it_shares(tmp_path: Path) -> None:
     store = Store((tmp_path / "store").as_uri(), "run", QUICK)
     key = store.put(b"bundle")
     (tmp_path / "secret").write_bytes(b"secret")
-    (store.shared / "way out").symlink_to(tmp_path)
-    for link in (
-        (tmp_path / "secret").as_uri(),
-        f"{store.shared.as_uri()}/../../secret",
-        f"{store.shared.as_uri()}/%2e%2e/%2e%2e/secret",
-        f"{store.shared.as_uri()}/way%20out/secret",
-    ):
+    (tmp_path / "store" / "way out").symlink_to(tmp_path)
+    for link in (f"file:{tmp_path}/secret", "file:run/../../secret", "file:../secret", "file:way out/secret"):
         with pytest.raises(StoreError, match="outside of"):
             fetch(link, sha256(b"secret"), 6, store.shared, QUICK)
         with pytest.raises(StoreError, match="outside of"):
@@ -518,7 +517,7 @@ def test_a_line_that_stays_dead_ends_in_one_line_in_time(
         assert "Signature" not in record.getMessage()
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_on_a_bad_line_all_ends_in_time_with_right_bytes_or_one_error(
     s3: tuple[str, Line], tmp_path: Path, seed: int
@@ -587,3 +586,90 @@ def test_connections_are_used_again(bucket: Store, monkeypatch: pytest.MonkeyPat
     )
     assert fetch(link, key, len(content), None, QUICK) == content
     assert len(opened) <= QUICK.parallel
+
+
+def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    certificate = write_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        link = f"https://127.0.0.1:{listener.getsockname()[1]}/bucket/object?X-Amz-Signature=s"
+
+        def serve() -> None:
+            for _ in range(2):
+                with (
+                    contextlib.suppress(OSError),
+                    context.wrap_socket(listener.accept()[0], server_side=True) as client,
+                ):
+                    client.recv(4096)
+                    client.sendall(
+                        b"HTTP/1.1 206 \r\nContent-Range: bytes 0-3/4\r\nContent-Length: 4\r\n\r\nsafe"
+                    )
+
+        server = threading.Thread(target=serve)
+        server.start()
+        with pytest.raises(StoreError) as caught:
+            fetch(link, sha256(b"safe"), 4, None, QUICK)
+        in_one_line(caught.value, "/bucket/object: its certificate is not trusted")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert fetch(link, sha256(b"safe"), 4, None, QUICK) == b"safe"
+        server.join()
+
+
+def write_certificate(folder: Path) -> Path:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(
+        certificate.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return path
+
+
+def test_a_proxy_is_asked_for_a_tunnel(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("https_proxy", f"http://me:word@127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("NO_PROXY", "")
+        asked: list[bytes] = []
+
+        def serve() -> None:
+            with listener.accept()[0] as client:
+                asked.append(client.recv(4096))
+                client.sendall(b"HTTP/1.1 407 Who are you\r\n\r\n")
+
+        server = threading.Thread(target=serve)
+        server.start()
+        with pytest.raises(StoreError) as caught:
+            fetch("https://store.example/o?sig=s", sha256(b""), 0, None, Patience(seconds=0.3, first_wait=1))
+        in_one_line(caught.value, "https://store.example/o: given up", "407 Who are you")
+        server.join()
+    assert asked[0].startswith(b"CONNECT store.example:443 ")
+    assert b"Proxy-Authorization: Basic bWU6d29yZA==" in asked[0]
+
+
+def test_a_link_is_no_way_into_other_schemes() -> None:
+    for link in ("ftp://host/x", "data:,x", "http:///x", "x"):
+        with pytest.raises(StoreError, match="a link begins with"):
+            fetch(link, sha256(b""), 0, None, QUICK)
