@@ -22,7 +22,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -89,6 +89,10 @@ class Clock:
         if left <= 0 or self._stopped.is_set():
             raise TimeOver("it takes too long")
         return min(self.patience.stall, left)
+
+    def rest(self) -> Patience:
+        """Patience for a part of the operation."""
+        return replace(self.patience, seconds=max(0.0, self.patience.seconds - self.spent()))
 
     def sleep(self, seconds: float) -> bool:
         """Whether there was time for it, and still is."""

@@ -100,24 +100,29 @@ class Store:
         for block in blocks(source):
             sha256.update(block)
         key = sha256.hexdigest()
-        if self._asked(key, lambda: self._backend.size(key)) != size_of(source):
-            send(self._own_link("PUT", key), source, self.shared, self._patience, progress)
+        clock = Clock(self._patience)
+        if self._asked(key, lambda: self._backend.size(key), clock) != size_of(source):
+            link = self._own_link("PUT", key, clock)
+            send(link, source, self.shared, clock.rest(), progress)
         return key
 
     def get(self, name: str, digest: str, nbytes: int, progress: Progress | None = None) -> bytearray:
         """An object in memory, verified. See `transfer.fetch`."""
-        return fetch(self._own_link("GET", name), digest, nbytes, self.shared, self._patience, progress)
+        clock = Clock(self._patience)
+        link = self._own_link("GET", name, clock)
+        return fetch(link, digest, nbytes, self.shared, clock.rest(), progress)
 
     def get_file(
         self, name: str, digest: str, nbytes: int, target: Path, progress: Progress | None = None
     ) -> None:
         """An object as a file, verified; goes on where an earlier call was cut. See `transfer.fetch_file`."""
-        link = self._own_link("GET", name)
-        fetch_file(link, digest, nbytes, target, self.shared, self._patience, progress)
+        clock = Clock(self._patience)
+        link = self._own_link("GET", name, clock)
+        fetch_file(link, digest, nbytes, target, self.shared, clock.rest(), progress)
 
     def bundle_link(self, key: str, seconds: float) -> str:
         """A link with which whoever has it can read this object for so long."""
-        return self._link("GET", key, seconds)
+        return self._link("GET", key, seconds, Clock(self._patience))
 
     def reply_link(self, round_number: int, site: str, seconds: float) -> tuple[str, str]:
         """A name for a site's reply, and a link with which it can write that object, and nothing else, for so long.
@@ -133,16 +138,15 @@ class Store:
                 f"{site}: the name of a site in a store has letters, digits, '.', '_' and '-' only"
             )
         name = f"replies/{round_number:06d}/{site}-{secrets.token_hex(8)}"
-        return name, self._link("PUT", name, seconds)
+        return name, self._link("PUT", name, seconds, Clock(self._patience))
 
     def names(self) -> dict[str, int]:
         """All objects of this run, with their sizes."""
-        return self._asked("", self._backend.sizes)
+        return self._asked("", self._backend.sizes, Clock(self._patience))
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects. One that is not there is deleted already."""
-        for some in _batches(sorted(names), 1000):
-            self._asked("", lambda some=some: self._backend.delete(some))  # type: ignore[misc]
+        self._delete(names, Clock(self._patience))
 
     def sweep(self, keep: Collection[str]) -> int:
         """Delete all objects of this run but some; returns how many bytes that gave back.
@@ -150,22 +154,26 @@ class Store:
         Args:
             keep: what a checkpoint needs, and a running round: also the replies that it waits for.
         """
+        clock = Clock(self._patience)
+        there = self._asked("", self._backend.sizes, clock)
         # While a site writes an object in a folder, that has its name with something behind it.
-        old = {
-            name: size for name, size in self.names().items() if name.partition(".partial-")[0] not in keep
-        }
-        self.delete(old)
+        old = {name: size for name, size in there.items() if name.partition(".partial-")[0] not in keep}
+        self._delete(old, clock)
         return sum(old.values())
 
-    def _own_link(self, method: Method, name: str) -> str:
-        return self._link(method, name, self._patience.seconds + 60)
+    def _delete(self, names: Iterable[str], clock: Clock) -> None:
+        for some in _batches(sorted(names), 1000):
+            self._asked("", lambda some=some: self._backend.delete(some), clock)  # type: ignore[misc]
 
-    def _link(self, method: Method, name: str, seconds: float) -> str:
-        return self._asked(name, lambda: self._backend.link(method, name, min(seconds, LONGEST_LINK)))
+    def _own_link(self, method: Method, name: str, clock: Clock) -> str:
+        return self._link(method, name, self._patience.seconds + 60, clock)
 
-    def _asked(self, name: str, ask: Callable[[], Result]) -> Result:
+    def _link(self, method: Method, name: str, seconds: float, clock: Clock) -> str:
+        return self._asked(name, lambda: self._backend.link(method, name, min(seconds, LONGEST_LINK)), clock)
+
+    def _asked(self, name: str, ask: Callable[[], Result], clock: Clock) -> Result:
         shown = f"{self._url}/{name}".rstrip("/")
-        tries = Tries(shown, Clock(self._patience))
+        tries = Tries(shown, clock)
         while True:
             try:
                 try:
