@@ -39,3 +39,7 @@ class NotFiniteError(WireError):
 
 class RunError(FomoeError):
     """A federated run that cannot go on."""
+
+
+class StoreError(FomoeError):
+    """An object that could not be read from, or written to, an object store."""
