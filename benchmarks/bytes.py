@@ -1,7 +1,7 @@
 """How many bytes a round needs, and what they cost in loss: `python -m benchmarks.bytes --work WORK`.
 
 One run after the other in this process, of the same tokens: full-replica DiLoCo in bf16, which everything is held
-against, and federations in which each expert is at half of the sites, with updates in fewer and fewer bits.
+against, and federations in which each expert is at half of the sites, with fewer and fewer bits both ways.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ COMMON = (
     "train.final_eval_batches=0", "checkpoint.every=0",
 )  # fmt: skip
 HALF = ("strategy.overlap=2", "strategy.routing=partitioned")
+BOTH_TOPK = ("strategy.up=topk", "strategy.down=topk")
 # The first is what the others are held against.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "full replica, bf16": ("strategy=diloco",),
     "half of the experts, bf16": HALF,
-    "half, up=int8": (*HALF, "strategy.up=int8"),
-    "half, up=int4": (*HALF, "strategy.up=int4"),
-    "half, up=int4, no feedback": (*HALF, "strategy.up=int4", "strategy.feedback=0"),
-    "half, up=sign": (*HALF, "strategy.up=sign"),
-    "half, up=topk, 1/16": (*HALF, "strategy.up=topk", "strategy.density=0.0625"),
-    "half, up=topk, 1/64": (*HALF, "strategy.up=topk"),
-    "half, up=topk, 1/64, no momentum": (
-        *HALF, "strategy.up=topk", "strategy.outer_momentum=0", "strategy.outer_lr=1",
+    "half, int4 both ways": (*HALF, "strategy.up=int4", "strategy.down=int4"),
+    "half, int4 both ways, no feedback upwards": (
+        *HALF, "strategy.up=int4", "strategy.down=int4", "strategy.feedback=0",
     ),
-    "half, up=topk, 1/64, no feedback": (*HALF, "strategy.up=topk", "strategy.feedback=0"),
+    "half, topk 1/16 both ways": (*HALF, *BOTH_TOPK, "strategy.density=0.0625"),
+    "half, topk 1/64 up, int4 down": (*HALF, "strategy.up=topk", "strategy.down=int4"),
+    "half, topk 1/64 both ways": (*HALF, *BOTH_TOPK),
+    "half, topk 1/64 both ways, outer step 1 without momentum": (
+        *HALF, *BOTH_TOPK, "strategy.outer_momentum=0", "strategy.outer_lr=1",
+    ),
+    "half, topk 1/64 both ways, no feedback upwards": (*HALF, *BOTH_TOPK, "strategy.feedback=0"),
 }  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def main() -> None:
         f"{len(chosen.seeds)} seed(s). Bytes: of the last round, all sites, with headers.\n\n"
         "| | MB down | MB up | fewer up | fewer both ways | loss | against the first |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(rows),
-        "larger models, longer runs, fewer bytes downwards.",
+        "larger models, longer runs.",
     )
 
 
