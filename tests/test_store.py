@@ -511,9 +511,10 @@ def test_a_line_that_stays_dead_ends_in_one_line_in_time(
             in_one_line(
                 caught.value, shown, "given up after 0.", reason if shown != "/some/where/run" else ""
             )
-    assert any("trying on" in record.getMessage() for record in caplog.records)
-    for record in caplog.records:
-        assert "Signature" not in record.getMessage()
+    # The server of this test runs in this process too, and has a log of its own.
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("fomoe")]
+    assert any("trying on" in line for line in said)
+    assert not any("Signature" in line for line in said)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
