@@ -56,7 +56,6 @@ def figures(work: Path, name: str, seed: int, *overrides: str) -> dict[str, Any]
         "loss": last["val_loss"],
         "down": last["bytes_down"],
         "up": last["bytes_up"],
-        "tokens": sum(line.get("tokens") or 0 for line in lines),
     }
     kept.write_text(json.dumps(found))
     print(name, seed, found, flush=True)
