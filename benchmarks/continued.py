@@ -35,6 +35,7 @@ from fomoe_flwr.placement import Placement
 from fomoe_flwr.policies import POLICIES, Policy
 from fomoe_flwr.server.run import first_state, open_run
 from strategies.fomoe import FoMoE
+from strategies.launch import federate
 from strategies.local_grid import LocalGrid
 
 NEW = ("pydoc_data", "tkinter")  # English prose, and a library with names of its own
@@ -95,19 +96,9 @@ def run(folder: Path, *overrides: str) -> tuple[RunConfig, FoMoE]:
     grid = LocalGrid(client_app, len(config.federation.sites), workers=2)
     try:
         with open_run(composed) as opened:
-            strategy = FoMoE(
-                config,
-                run=opened.name,
-                run_dir=str(folder),
-                observer=opened.recorder,
-                plan=opened.plan,
-                inputs=opened.inputs,
-            )
-            strategy.first_round = opened.load_into(strategy.server, config) + 1
-            strategy.start(grid, num_rounds=config.train.rounds)
+            return config, federate(grid, composed, opened)
     finally:
         grid.close()
-    return config, strategy
 
 
 def open_checkpoint(work: Path, model: str, steps: int) -> Path:

@@ -266,13 +266,15 @@ def check_outer(strategy: StrategyConfig) -> None:
             f"strategy.down={strategy.down}: not with strategy.inner=gradient, whose gradients would be of another "
             "model than the one that is stepped; allowed are bf16, fp32"
         )
-    usual = StrategyConfig()
-    for key, of in (("density", ("topk",)), ("value_bits", ("topk",)), ("feedback", LOSSY)):
-        if key != "feedback" and strategy.down == "topk":
-            continue
-        if (value := getattr(strategy, key)) != getattr(usual, key) and strategy.up not in of:
+    usual, topk = StrategyConfig(), "topk" in (strategy.up, strategy.down)
+    for key, used, of in (
+        ("density", topk, "strategy.up=topk and strategy.down=topk"),
+        ("value_bits", topk, "strategy.up=topk and strategy.down=topk"),
+        ("feedback", strategy.up in LOSSY, f"strategy.up={', '.join(LOSSY)}"),
+    ):
+        if (value := getattr(strategy, key)) != getattr(usual, key) and not used:
             raise ConfigError(
-                f"strategy.{key}={value:g}: of strategy.up={', '.join(of)}, not of {strategy.up}"
+                f"strategy.{key}={value:g}: of {of}; here it is up={strategy.up} and down={strategy.down}"
             )
     for key in ("density", "feedback"):
         if ((value := getattr(strategy, key)) or 0) > 1:

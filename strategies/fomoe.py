@@ -386,11 +386,19 @@ class FoMoE(Strategy):
             self.round.fail(site, error_line(reply))
             self._directory.lost(site)
             return None
+        return self._content(site, reply)
+
+    def _content(
+        self, site: int, reply: Message, may_lack_arrays: bool = False
+    ) -> tuple[str, dict[str, bytes]] | None:
+        """Header and bundles of a reply, which has them no longer; None if they are no such thing."""
         try:
             with refusing():
                 header = header_in(reply.content, self.configrecord_key, "reply")
                 arrays = record_in(reply.content, self.arrayrecord_key, ArrayRecord)
                 if arrays is None:
+                    if may_lack_arrays:
+                        return header, {}
                     raise WireError(f"the reply has no ArrayRecord {self.arrayrecord_key!r}")
                 blobs = blobs_of(arrays)
         except Refused as refused:
@@ -405,16 +413,9 @@ class FoMoE(Strategy):
                 continue
             if reply.has_error():
                 self.round.fail(site, error_line(reply))
-                continue
-            arrays = record_in(reply.content, self.arrayrecord_key, ArrayRecord)
-            try:
-                with refusing():
-                    blobs = blobs_of(arrays) if arrays else {}
-            except Refused as refused:
-                self.round.fail(site, str(refused), refused.kind)
-                continue
-            header = header_in(reply.content, self.configrecord_key, "reply")
-            self.server.take_evaluation(site, header, blobs)
+            # Stand-ins travel before round 1 alone.
+            elif (taken := self._content(site, reply, may_lack_arrays=True)) is not None:
+                self.server.take_evaluation(site, *taken)
         evaluations = self.round.evaluations
         return self._mean_metrics(self.evaluate_metrics_aggr_fn, evaluations) if evaluations else None
 

@@ -19,7 +19,7 @@ from fomoe_flwr.engine.device import gpus_of_a_site, resolve_device
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.records import noted_failure
 from fomoe_flwr.report import report
-from fomoe_flwr.server.run import alone_in, open_run
+from fomoe_flwr.server.run import Run, alone_in, open_run
 from fomoe_flwr.telemetry import OptionalOutput
 from strategies.fomoe import FoMoE
 from strategies.local_grid import LocalGrid
@@ -43,21 +43,32 @@ def run_server(grid: Grid, composed: Composed) -> None:
     Raises:
         FomoeError: nothing can be trained, or the run cannot go on.
     """
-    config, run_dir = composed.config, composed.run_dir
+    run_dir = composed.run_dir
     with alone_in(run_dir), open_run(composed) as run, noted_failure(run_dir):
-        strategy = FoMoE(
-            config,
-            run=run.name,
-            run_dir=str(run_dir),
-            observer=run.recorder,
-            plan=run.plan,
-            inputs=run.inputs,
-        )
-        strategy.first_round = run.load_into(strategy.server, config) + 1
-        strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)
+        strategy = federate(grid, composed, run)
         run.recorder.conclude(strategy.round, strategy.server.state)
     # The model is there by now; `fomoe report` draws them again.
     OptionalOutput("tables and pictures")(lambda: report(run_dir, Console()))
+
+
+def federate(grid: Grid, composed: Composed, run: Run) -> FoMoE:
+    """All rounds of an opened run over a Grid; returns the Strategy, which has the model.
+
+    Raises:
+        FomoeError: the run cannot go on.
+    """
+    config = composed.config
+    strategy = FoMoE(
+        config,
+        run=run.name,
+        run_dir=str(composed.run_dir),
+        observer=run.recorder,
+        plan=run.plan,
+        inputs=run.inputs,
+    )
+    strategy.first_round = run.load_into(strategy.server, config) + 1
+    strategy.start(grid, num_rounds=config.train.rounds, timeout=config.strategy.timeout_s)
+    return strategy
 
 
 def _run_locally(composed: Composed) -> None:

@@ -637,10 +637,13 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             ["model.standins=136"],
             "model.standins=136: must be a multiple of 8 (grouped_mm strides), at most model",
         ),
-        (["strategy.density=0.1"], "strategy.density=0.1: of strategy.up=topk, not of bf16"),
+        (
+            ["strategy.density=0.1"],
+            "strategy.density=0.1: of strategy.up=topk and strategy.down=topk; here it is up=bf16 and down=bf16",
+        ),
         (
             ["strategy.feedback=0.5"],
-            "strategy.feedback=0.5: of strategy.up=int8, int4, topk, sign, not of bf16",
+            "strategy.feedback=0.5: of strategy.up=int8, int4, topk, sign; here it is up=bf16 and down=bf16",
         ),
         (["strategy.up=sign", "strategy.feedback=1.5"], "strategy.feedback=1.5: a share, at most 1"),
         (

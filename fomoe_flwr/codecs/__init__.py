@@ -154,7 +154,7 @@ def decode(
 
 def decoded(codec: Codec, name: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """One of them."""
-    with _naming(name):
+    with errors_of(name):
         return codec.decode_one(parts, shape)
 
 
@@ -171,13 +171,14 @@ def received(
     """
     shard = {}
     for name, own in grouped(parts).items():
-        with _naming(name):
+        with errors_of(name):
             shard[name] = codec.decode(own, public.get(name))
     return shard
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def errors_of(name: str) -> Iterator[None]:
+    """A WireError of its parts gets the tensor's name."""
     try:
         yield
     except WireError as error:

@@ -168,7 +168,8 @@ def take_over(
                 continue
             there_E = own[standin_name(layer, "bias")].any(1).numpy()
             new_E = there_E & holds_LEM[row, :, site] & ~taken_LE[row]
+            rows_E = torch.from_numpy(new_E)
             for name in names:
-                tensors[name][torch.from_numpy(new_E)] = own[name].float()[torch.from_numpy(new_E)]
+                tensors[name][rows_E] = own[name][rows_E].float()
             taken_LE[row] |= new_E
     return int(taken_LE.sum())

@@ -269,7 +269,7 @@ def stock_table(model: ModelConfig, routing: str) -> list[Param]:
 
     At random every matrix is drawn with `initializer_range`, as transformers does.
     """
-    std = stock_config(model.hf).initializer_range
+    std = _described(model.hf)[0].initializer_range
     rows = _table(json.dumps(model.hf, sort_keys=True), routing)
     return [*rows, *standin_rows(model, routing, std, 1.0, "stock.model.layers.{layer}.mlp.experts.standins")]
 

@@ -160,12 +160,12 @@ class Server:
         self.site_names = [site.name for site in sites]
         self.policy = POLICIES[config.strategy.placement](config, plan)
         self.round = Round(0, *self.policy.intended(0), self.site_names)
-        self.inbox, self._header_bytes = Inbox(inbox, up_codec(config.strategy)), header_bytes
+        self._up, self._down = up_codec(config.strategy), down_codec(config.strategy)
+        self._differences = down_differences(config.strategy)
+        self.inbox, self._header_bytes = Inbox(inbox, self._up), header_bytes
         self._folder = inbox.parent  # for the model, where that lies in files
         self._saved: list[int] = []  # sites whose replies of this round are on the disk from before a crash
         self._state: ServerState | None = None
-        self._up, self._down = up_codec(config.strategy), down_codec(config.strategy)
-        self._differences = down_differences(config.strategy)
         self._deals, self._inputs = deals(config.data, sites), inputs
         self._expected: dict[int, Expected] = {}
         self._answered: set[int] = set()
@@ -464,7 +464,7 @@ class Server:
             holds_LEM = current.placement.holds_LEM
             taken = take_over(self.state.tensors, self._fitted, holds_LEM, expert_layers(model))
             log.info(
-                "%d of %d experts have a stand-in that a holder fitted; no token of its text chose the others",
+                "%d of %d experts have a stand-in that a holder fitted; the others begin with none",
                 taken,
                 holds_LEM[..., 0].size,
             )

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import Part, Parts, part_name
+from fomoe_flwr.codecs import Part, Parts, errors_of, part_name
 from fomoe_flwr.codecs.cast import Cast
 from fomoe_flwr.codecs.public import WHOLE, Differences
-from fomoe_flwr.errors import WireError
 from fomoe_flwr.mapped import fill, in_pieces
 from fomoe_flwr.model.spec import Residents, expert_of
 from fomoe_flwr.placement import holder_groups
@@ -108,10 +107,8 @@ class Public:
             WireError: the tensor is not finite.
         """
         self._parts[name] = self._codec.encode(tensor, self.tensors[name])
-        try:
+        with errors_of(name):
             return self._parts[name], self.sent(name)
-        except WireError as error:
-            raise type(error)(f"{name}: {error}") from error
 
     def sent(self, name: str) -> Tensor:
         """A tensor as the sites have it that were sent it in this round."""
