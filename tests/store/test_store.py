@@ -25,12 +25,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fomoe_flwr import links, transfer
+from fomoe_flwr.store import links, transfer
 from fomoe_flwr.errors import ConfigError, StoreError
-from fomoe_flwr.links import Again, Clock, Patience, Tries, refusal
-from fomoe_flwr.store import Store
-from fomoe_flwr.transfer import WrongBytesError, fetch, fetch_file, send
-from tests.stores import BUCKET, SECRET, Line, bad_line, environment, s3_server
+from fomoe_flwr.store.links import Again, Clock, Patience, Tries, refusal
+from fomoe_flwr.store.objects import Store
+from fomoe_flwr.store.transfer import WrongBytesError, fetch, fetch_file, send
+from tests.store.servers import BUCKET, SECRET, Line, bad_line, environment, s3_server
 
 pytest.importorskip("obstore")
 pytest.importorskip("nanio")

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from fomoe_flwr.errors import ConfigError, StoreError
 from fomoe_flwr.files import machine_error
-from fomoe_flwr.links import (
+from fomoe_flwr.store.links import (
     PATIENCE,
     Again,
     Clock,
@@ -32,7 +32,7 @@ from fomoe_flwr.links import (
     refusal,
     size_of,
 )
-from fomoe_flwr.transfer import fetch, fetch_file, send
+from fomoe_flwr.store.transfer import fetch, fetch_file, send
 from fomoe_flwr.untrusted import one_line
 
 LONGEST_LINK = 7 * 24 * 3600.0  # seconds; S3 and Google sign for no longer
