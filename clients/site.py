@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,14 +31,19 @@ from fomoe_flwr.data import (
     validation_batches,
 )
 from fomoe_flwr.data.statistics import warn_of_own_text
+from fomoe_flwr.deploy.channel import Answer
 from fomoe_flwr.engine import Engine
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate, survey
+from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.base import load_shard, read_shard
 from fomoe_flwr.site_state import SiteState, discard_later, forget_old_runs, load_state, save_state
+from fomoe_flwr.store.at_site import INCOMING, fetch_shard, forget, send_reply
+from fomoe_flwr.store.links import Patience
+from fomoe_flwr.store.messages import StoredShard
 
 log = logging.getLogger("fomoe.site")
 
@@ -46,6 +53,8 @@ Beat = Callable[[str], None]
 # Opening the corpus. The first time it is read and tokenised, which may take any time.
 DATA = "data"
 WORK = "work"
+# Waiting for bytes to or from an object store.
+TRANSFER = "transfer"
 
 # Kept open in a process: simulated sites may each have text of their own.
 CORPORA = 64
@@ -109,6 +118,55 @@ class Memory:
         if self._stream is None or self._stream_is_for != wanted:
             self._stream, self._stream_is_for = open_stream(), wanted
         return self._stream
+
+
+def answer(
+    kind: str,
+    task_text: str,
+    stored: str,
+    blobs: dict[str, bytes],
+    settings: NodeSettings,
+    memory: Memory,
+    beat: Beat,
+    seconds: float,
+) -> Answer:
+    """Do the work of one message, whose bundles came with it or are in an object store; so do those of the answer.
+
+    Args:
+        stored: the StoredShard as JSON; empty: there is no store.
+        blobs, and the others: see `perform`.
+        seconds: until nobody waits for the answer any more.
+
+    Raises:
+        FomoeError, FloatingPointError: see `perform`; StoreError: the shard could not be fetched, or the reply not be
+            written.
+    """
+    if not stored:
+        blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
+        return Answer(blobs, reply.to_json())
+    began, task, shard = time.monotonic(), own_task(task_text, settings), StoredShard.from_json(stored)
+    folder = state_folder(task, settings) / INCOMING
+    # Of a simulated site the server's own. A real one reads and writes where its operator said, and nowhere else.
+    store_dir = settings.store_dir if settings.partition is None else shard.folder
+    shared = None if store_dir is None else expanded(store_dir)
+
+    def patience() -> Patience:
+        # Another seed for each site, so that they do not come back all at once.
+        left = max(seconds - (time.monotonic() - began), 1.0)
+        return Patience(left, seed=zlib.crc32(task.name.encode()))
+
+    def transfer() -> None:
+        beat(TRANSFER)
+
+    transfer()
+    blobs = fetch_shard(shard, folder, shared, patience(), transfer)
+    blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
+    header, written = reply.to_json(), ""
+    if blobs:
+        transfer()
+        written = send_reply(blobs, shard, folder, shared, patience(), transfer).to_json()
+    forget(folder)
+    return Answer({}, header, written)
 
 
 def perform(

@@ -30,20 +30,18 @@ from typing import IO, Any, NoReturn
 
 from clients.identity import NodeSettings, state_root
 from clients.relay import CODE
-from clients.site import WORK, Beat, Memory, perform
+from clients.site import WORK, Beat, Memory, answer
+from fomoe_flwr.bundle_file import mapped_blobs
 from fomoe_flwr.deploy.channel import (
     SOCKET,
     WORKER_LOCK,
-    Answer,
     Channel,
-    WorkerError,
     check_private,
     locked,
-    mapped_blobs,
     pack_answer,
 )
 from fomoe_flwr.deploy.processes import is_alive
-from fomoe_flwr.errors import FomoeError
+from fomoe_flwr.errors import FomoeError, WorkerError
 from fomoe_flwr.files import machine_error
 
 log = logging.getLogger("fomoe.worker")
@@ -201,11 +199,12 @@ def serve(request: Request, memory: Memory, queue: RequestQueue) -> bool:
         with suppress(OSError):
             os.chdir(header["folder"])
         beat = beat_for(channel, queue, settings.stall_s)
-        answered, reply = perform(header["kind"], header["task"], blobs, settings, memory, beat)
-        result, file = pack_answer(Answer(answered, reply.to_json()), state_root(settings))
+        found = answer(
+            header["kind"], header["task"], header["stored"], blobs, settings, memory, beat, header["seconds"]
+        )
+        result, file = pack_answer(found, state_root(settings))
         line = {"result": result}
-        seconds = time.monotonic() - began
-        log.info("%s of round %s: %.2f s", header["kind"], reply.round, seconds)
+        log.info("%s: %.2f s", header["kind"], time.monotonic() - began)
     except Abandoned:
         log.info("no client waits for this message any more: its work is dropped")
         return True

@@ -13,11 +13,14 @@ import hashlib
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from fomoe_flwr.checks import check_store
 from fomoe_flwr.errors import ConfigError, StoreError
 from fomoe_flwr.files import machine_error
 from fomoe_flwr.store.links import (
@@ -60,18 +63,8 @@ class Store:
         Raises:
             ConfigError: another URL, or one with a password; or obstore is missing, or cannot work with it.
         """
+        check_store(url)
         parts = urlsplit(url)
-        if (
-            parts.scheme not in ("file", "s3", "gs", "az")
-            or "@" in parts.netloc
-            or parts.query
-            or parts.fragment
-        ):
-            # The rest of it may be a password.
-            raise ConfigError(
-                f"store={parts.scheme}:…: needs file:///…, s3://bucket/…, gs://bucket/… or az://account/container/…, "
-                "without a password or options: credentials are taken from the environment"
-            )
         if not _NAME.fullmatch(run):
             raise ConfigError(
                 f"{run}: the name of a run in a store has letters, digits, '.', '_' and '-' only"
@@ -82,12 +75,16 @@ class Store:
         """Of a `file://` store its folder, below which links lie."""
         self._backend: _Backend
         if parts.scheme == "file":
-            if parts.netloc or not parts.path.strip("/"):
-                raise ConfigError(f"store={url}: needs an absolute path, file:///…")
             self.shared = Path(unquote(parts.path))
             self._backend = _Folder(self.shared, run)
         else:
             self._backend = _Bucket(url, self._url, patience)
+
+    def with_patience(self, patience: Patience) -> Store:
+        """The same with other patience."""
+        other = copy(self)
+        other._patience = patience
+        return other
 
     def put(self, source: Source, progress: Progress | None = None) -> str:
         """Store bytes under their SHA-256, and return that. An object of this size that is there is not sent again.
@@ -226,7 +223,12 @@ class _Folder:
 
     def delete(self, names: list[str]) -> None:
         for name in names:
-            (self._folder / name).unlink(missing_ok=True)
+            path = self._folder / name
+            path.unlink(missing_ok=True)
+            for folder in path.relative_to(self._folder.parent).parents[:-1]:
+                # One that has something in it stays.
+                with suppress(OSError):
+                    (self._folder.parent / folder).rmdir()
 
     def link(self, method: Method, name: str, seconds: float) -> str:
         if method == "PUT":

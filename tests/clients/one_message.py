@@ -20,7 +20,7 @@ def main(folder: Path) -> int:
     blobs = ((path.stem, path.read_bytes()) for path in sorted(folder.glob("*.blob")))
     try:
         answer = hand_over(
-            (folder / "kind").read_text(), (folder / "task.json").read_text(), blobs, settings, 300.0
+            (folder / "kind").read_text(), (folder / "task.json").read_text(), "", blobs, settings, 300.0
         )
     except FomoeError as error:
         print(json.dumps({"error": str(error)}), flush=True)

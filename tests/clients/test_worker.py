@@ -31,11 +31,12 @@ import pytest
 from clients import relay, worker
 from clients.identity import NodeSettings
 from clients.worker import Abandoned, RequestQueue, beat_for, deliver
+from fomoe_flwr.bundle_file import mapped_blobs, read_blobs, write_blobs
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.deploy import channel
-from fomoe_flwr.deploy.channel import Channel, WorkerError, mapped_blobs, read_blobs, write_blobs
-from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.deploy.channel import Channel
+from fomoe_flwr.errors import ConfigError, WorkerError
 from fomoe_flwr.messages import Reply, Task
 from tests.clients.helpers import ask, bundles_of, site_task, state_files, task_of, with_steps
 from tests.conftest import Compose
@@ -485,7 +486,7 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/round_00002.safetensors")
 
-    monkeypatch.setattr(worker, "perform", full)
+    monkeypatch.setattr(worker, "answer", full)
     settings = asdict(NodeSettings("a", None, None, str(tmp_path), None, None))
     client, server = ends
     file, sizes = write_blobs([], tmp_path)

@@ -25,8 +25,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fomoe_flwr.store import links, transfer
 from fomoe_flwr.errors import ConfigError, StoreError
+from fomoe_flwr.store import links, transfer
 from fomoe_flwr.store.links import Again, Clock, Patience, Tries, refusal
 from fomoe_flwr.store.objects import Store
 from fomoe_flwr.store.transfer import WrongBytesError, fetch, fetch_file, send
@@ -206,7 +206,7 @@ def test_names_that_are_none(store: Store) -> None:
         ("s3://key:secret@bucket", "store=s3:…: needs"),
         ("s3://bucket?secret=1", "store=s3:…: needs"),
         ("http://bucket", "store=http:…: needs"),
-        ("bucket", "store=:…: needs"),
+        ("bucket", "store=bucket: needs"),
         ("file://folder/x", "absolute path"),
         ("file:///", "absolute path"),
         ("az://account", "store=az://account"),
