@@ -490,7 +490,10 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     settings = asdict(NodeSettings("a", None, None, str(tmp_path), None, None))
     client, server = ends
     file, sizes = write_blobs([], tmp_path)
-    header = {"kind": "train", "task": "", "settings": settings, "sizes": sizes, "folder": str(tmp_path)}
+    header = {
+        "kind": "train", "task": "", "stored": "", "settings": settings, "sizes": sizes, "folder": str(tmp_path),
+        "seconds": 60.0,
+    }  # fmt: skip
     before = Path.cwd()
     try:
         with file:
