@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
-from fomoe_flwr import wire
+from fomoe_flwr import delay, wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
@@ -38,7 +38,7 @@ from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate, survey
 from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
-from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
+from fomoe_flwr.messages import AHEAD, OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.base import load_shard, read_shard
 from fomoe_flwr.site_state import SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr.store.at_site import INCOMING, fetch_shard, forget, send_reply
@@ -249,20 +249,26 @@ def train_round(
 
     shard = _shard(task, parts, state)
     parts.clear()
-    public = {} if down_differences(task.strategy) is None else dict(shard)
+    delayed, metrics = bool(task.strategy.delay), {STATE_LOST: 1.0} if state.lost else {}
+    public = dict(shard) if delayed or down_differences(task.strategy) is not None else {}
+    if delayed:
+        shard, ahead = delay.start(task, public, state.public, state.sent, state.round)
+        metrics[AHEAD] = float(ahead)
     engine = memory.engine(task, device)
-    metrics = {STATE_LOST: 1.0} if state.lost else {}
     engine.load(task, shard, state.engine)
     shard.clear()
     # The engine holds the moments now, and changes them in place.
     del state
-    start = wire.digests(engine.loaded(), down_codec(task.strategy))
+    # With a delay what was loaded is known here alone; what came is what the next round begins from.
+    start = wire.digests(public if delayed else engine.loaded(), down_codec(task.strategy))
     report = engine.train(batches())
     # Encoded before the state is saved: what the encoder could not send is part of it.
     blobs, encoder_state = wire.encode_update(engine.update(), up_codec(task.strategy), encoder_state)
     new_state = SiteState(
         task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state, public
     )
+    if delayed:
+        new_state.sent = delay.sent(task, blobs)
     # The last chance to break off: from here on there is a state of this round.
     beat(WORK)
     save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)

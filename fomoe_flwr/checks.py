@@ -170,6 +170,11 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments"
         )
+    if strategy.delay and model.balance == "global":
+        raise ConfigError(
+            "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before; "
+            "allowed is local"
+        )
     for key, device in (
         ("train.device", train.device),
         *((f"{s.name}.device", s.device) for s in config.federation.sites),
@@ -270,6 +275,16 @@ def check_outer(strategy: StrategyConfig) -> None:
         raise ConfigError(
             f"strategy.down={strategy.down}: not with strategy.inner=gradient, whose gradients would be of another "
             "model than the one that is stepped; allowed are bf16, fp32"
+        )
+    if strategy.delay and inner == "gradient":
+        raise ConfigError(
+            "strategy.delay=1: not with strategy.inner=gradient, whose gradients would be of another model than the "
+            "one that is stepped; allowed is adamw"
+        )
+    if strategy.delay and outer not in ("nesterov", "average"):
+        raise ConfigError(
+            f"strategy.delay=1: not with strategy.outer={outer}, where what a site's own update does to the model does "
+            "not follow from the update alone; allowed are nesterov, average"
         )
     usual, topk = StrategyConfig(), "topk" in (strategy.up, strategy.down)
     for key, used, of in (

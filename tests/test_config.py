@@ -103,6 +103,7 @@ TOGETHER = {
     "strategy.reshuffle_every": 3,
     "strategy.up": "fp32",
     "strategy.down": "fp32",
+    "strategy.delay": 1,
     "strategy.keep_moments": False,
     "strategy.outer_lr": 1.0,
     "strategy.outer_momentum": 0.0,
@@ -657,6 +658,23 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["strategy=ddp", "strategy.down=int8"],
             "strategy.down=int8: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (["strategy.delay=2"], "strategy.delay=2: at most 1 are allowed"),
+        (
+            ["strategy=ddp", "strategy.delay=1"],
+            "strategy.delay=1: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (
+            ["strategy=local_adamw", "strategy.delay=1"],
+            "strategy.delay=1: not with strategy.outer=local_adamw, where what a site's own update does to the model",
+        ),
+        (
+            ["strategy.outer=adamw", "strategy.delay=1"],
+            "strategy.delay=1: not with strategy.outer=adamw, where what a site's own update does to the model does",
+        ),
+        (
+            ["model.balance=global", "strategy.delay=1"],
+            "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before",
         ),
         (["strategy.down=sign"], "strategy.down=sign: allowed are bf16, fp32, int8, int4, topk"),
         (

@@ -308,6 +308,7 @@ class Server:
         else:
             bundles, digests = shared_bundles(tensors, residents, layers, sites, self._down)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        holders_LE = current.placement.holds_LEM[:, :, list(sites)].sum(axis=2)
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
             steps = current.steps_M[site]
@@ -326,6 +327,8 @@ class Server:
                 local_steps=steps,
                 global_load=state.global_load,
                 model=self.policy.model(site),
+                asked=len(sites),
+                holders=[holders_LE[layer, own].tolist() for layer, own in enumerate(residents[site])],
             )
             self._expected[site] = Expected(
                 run=self.run,

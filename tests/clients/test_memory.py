@@ -61,6 +61,8 @@ SETTINGS = [
     ("strategy.placement=random", "strategy.overlap=2", "strategy.reshuffle_every=2", "train.expert_warmup_steps=5"),
     ("strategy.keep_moments=false",),
     ("strategy=ddp",),
+    ("strategy.delay=1", "strategy.placement=random", "strategy.overlap=2", "strategy.reshuffle_every=2"),
+    ("strategy.delay=1", "strategy.up=topk", "strategy.down=fp32"),
     ("model.locality=bias", "model.locality_target=0.8", "model.balance=global", "strategy.overlap=2"),
 ]  # fmt: skip
 
