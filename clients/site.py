@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor
 from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
 from fomoe_flwr import delay, wire
 from fomoe_flwr.bundles import bundle_digests
-from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
+from fomoe_flwr.codecs import CodecState, decode, down_codec, down_differences, received, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
     TokenCorpus,
@@ -31,8 +30,7 @@ from fomoe_flwr.data import (
     validation_batches,
 )
 from fomoe_flwr.data.statistics import warn_of_own_text
-from fomoe_flwr.deploy.channel import Answer
-from fomoe_flwr.engine import Engine
+from fomoe_flwr.engine import Engine, EngineState, Report
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate, survey
@@ -56,8 +54,25 @@ WORK = "work"
 # Waiting for bytes to or from an object store.
 TRANSFER = "transfer"
 
+# Of a Task: does not change what the local steps come to.
+NO_MATTER = ("inputs", "asked", "holders", "checkpoint_every", "keep")
+
 # Kept open in a process: simulated sites may each have text of their own.
 CORPORA = 64
+
+
+@dataclass
+class Trained:
+    """The local steps of a round, done, and nothing of them saved."""
+
+    task: Task
+    state: SiteState  # what they went on from, without moments and what its encoder had not sent
+    start: bytes  # digests of what they began from; empty with strategy.delay=1
+    report: Report
+    blobs: dict[str, bytes]
+    engine: EngineState
+    encoder: CodecState
+    position: int  # in the site's data
 
 
 @dataclass
@@ -75,11 +90,13 @@ class Memory:
     _engine_is_for: Any = None
     _stream: TokenStream | None = None
     _stream_is_for: Any = None
+    # The task of a round that was begun before its message came, and what it came to; None: it is in work.
+    begun: tuple[Task, Trained | None] | None = None
 
     def empty(self) -> None:
         """Forget everything."""
         self.run, self._folder, self._state = "", None, None
-        self._engine = self._engine_is_for = self._stream = self._stream_is_for = None
+        self._engine = self._engine_is_for = self._stream = self._stream_is_for = self.begun = None
 
     @contextmanager
     def serving(self, run: str) -> Iterator[None]:
@@ -97,6 +114,20 @@ class Memory:
         """The state after this round, if it is the one in memory. It is handed out, not shared."""
         state, self._state = self._state, None
         return state if state is not None and (self._folder, state.round) == (folder, round_) else None
+
+    def has_begun(self, task: Task) -> bool:
+        """Whether this is the round that was begun before its message came: its numbers are then those of this task."""
+        if self.begun is None:
+            return False
+        begun = self.begun[0]
+        # What the site looks at itself, or needs when the round is over, does not matter to the steps.
+        return begun == replace(task, **{key: getattr(begun, key) for key in NO_MATTER})
+
+    def take_begun(self, task: Task) -> Trained | None:
+        """What was begun of this round. Of another one it is dropped."""
+        trained = self.begun[1] if self.begun is not None and self.has_begun(task) else None
+        self.begun = None
+        return trained
 
     def keep_state(self, folder: Path, state: SiteState) -> None:
         """The state as it was just written to the folder."""
@@ -120,53 +151,56 @@ class Memory:
         return self._stream
 
 
-def answer(
-    kind: str,
-    task_text: str,
-    stored: str,
-    blobs: dict[str, bytes],
-    settings: NodeSettings,
-    memory: Memory,
-    beat: Beat,
-    seconds: float,
-) -> Answer:
-    """Do the work of one message, whose bundles came with it or are in an object store; so do those of the answer.
+def fetch(
+    task_text: str, stored: str, settings: NodeSettings, seconds: float, beat: Beat
+) -> dict[str, bytes]:
+    """The bundles of a message that are in an object store, by key.
 
     Args:
-        stored: the StoredShard as JSON; empty: there is no store.
-        blobs, and the others: see `perform`.
+        stored: the StoredShard as JSON.
         seconds: until nobody waits for the answer any more.
 
     Raises:
-        FomoeError, FloatingPointError: see `perform`; StoreError: the shard could not be fetched, or the reply not be
-            written.
+        FomoeError: the message cannot be read, or is another site's; StoreError: one of them could not be fetched.
     """
-    if not stored:
-        blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
-        return Answer(blobs, reply.to_json())
-    began, task, shard = time.monotonic(), own_task(task_text, settings), StoredShard.from_json(stored)
-    folder = state_folder(task, settings) / INCOMING
+    shard = StoredShard.from_json(stored)
+    return fetch_shard(shard, *_by_store(task_text, shard, settings, seconds), lambda: beat(TRANSFER))
+
+
+def send(
+    blobs: dict[str, bytes], task_text: str, stored: str, settings: NodeSettings, seconds: float, beat: Beat
+) -> str:
+    """Write a reply's bundles into the object store; returns what the answer says of them, as JSON.
+
+    Args:
+        blobs: emptied. A reply may have none, and then nothing is written or said.
+        stored: the StoredShard of the message.
+
+    Raises:
+        StoreError, WorkerError: they could not be written.
+    """
+    shard = StoredShard.from_json(stored)
+    folder, shared, patience = _by_store(task_text, shard, settings, seconds)
+    written = ""
+    if blobs:
+        written = send_reply(blobs, shard, folder, shared, patience, lambda: beat(TRANSFER)).to_json()
+    forget(folder)
+    return written
+
+
+def _by_store(
+    task_text: str, shard: StoredShard, settings: NodeSettings, seconds: float
+) -> tuple[Path, Path | None, Patience]:
+    """Where what is fetched lies, the folder of a `file://` store, and how long to wait."""
+    task = own_task(task_text, settings)
     # Of a simulated site the server's own. A real one reads and writes where its operator said, and nowhere else.
     store_dir = settings.store_dir if settings.partition is None else shard.folder
-    shared = None if store_dir is None else expanded(store_dir)
-
-    def patience() -> Patience:
+    return (
+        state_folder(task, settings) / INCOMING,
+        None if store_dir is None else expanded(store_dir),
         # Another seed for each site, so that they do not come back all at once.
-        left = max(seconds - (time.monotonic() - began), 1.0)
-        return Patience(left, seed=zlib.crc32(task.name.encode()))
-
-    def transfer() -> None:
-        beat(TRANSFER)
-
-    transfer()
-    blobs = fetch_shard(shard, folder, shared, patience(), transfer)
-    blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
-    header, written = reply.to_json(), ""
-    if blobs:
-        transfer()
-        written = send_reply(blobs, shard, folder, shared, patience(), transfer).to_json()
-    forget(folder)
-    return Answer({}, header, written)
+        Patience(seconds, seed=zlib.crc32(task.name.encode())),
+    )
 
 
 def perform(
@@ -227,45 +261,32 @@ def train_round(
         FloatingPointError: the loss is not finite.
     """
     use_cpu(task.train.threads)
-    device = resolve_device(*device_of(task, settings))
     beat(DATA)
     stream = site_stream(task, settings, memory)
     inputs = own_inputs(task, stream.corpus, settings)
     beat(WORK)
-    folder, batch, steps = state_folder(task, settings), task.train.batch_size, task.train.local_steps
+    folder = state_folder(task, settings)
     if task.round == 1 and folder.parent.parent == state_root(settings):
         forget_old_runs(state_root(settings), task.name, folder)
     discard_later(folder, task.counted_round)
-    state = memory.take_state(folder, task.counted_round) or load_state(
-        folder, task.counted_round, task.counted_round * steps * batch
-    )
-    position, encoder_state = state.position, state.encoder
-
-    def batches() -> Iterator[Tensor]:
-        for step in range(steps):
-            beat(WORK)
-            yield stream.batch(position + step * batch, batch)
-        beat(WORK)
-
+    trained = memory.take_begun(task)
+    state = trained.state if trained else _state_of(task, folder, memory)
     shard = _shard(task, parts, state)
     parts.clear()
     delayed, metrics = bool(task.strategy.delay), {STATE_LOST: 1.0} if state.lost else {}
     public = dict(shard) if delayed or down_differences(task.strategy) is not None else {}
-    if delayed:
-        shard, ahead = delay.start(task, public, state.public, state.sent, state.round)
-        metrics[AHEAD] = float(ahead)
-    engine = memory.engine(task, device)
-    engine.load(task, shard, state.engine)
-    shard.clear()
-    # The engine holds the moments now, and changes them in place.
-    del state
+    if trained is None:
+        if delayed:
+            shard, known = delay.start(task, public, state.public, state.sent, state.round)
+            metrics[AHEAD] = float(known)
+        trained = _train(task, shard, state, stream, settings, memory, beat)
+    else:
+        metrics[AHEAD] = 1.0
     # With a delay what was loaded is known here alone; what came is what the next round begins from.
-    start = wire.digests(public if delayed else engine.loaded(), down_codec(task.strategy))
-    report = engine.train(batches())
-    # Encoded before the state is saved: what the encoder could not send is part of it.
-    blobs, encoder_state = wire.encode_update(engine.update(), up_codec(task.strategy), encoder_state)
+    start = wire.digests(public, down_codec(task.strategy)) if delayed else trained.start
+    blobs, report = trained.blobs, trained.report
     new_state = SiteState(
-        task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state, public
+        task.round, trained.position, task.train.rounds, trained.engine, trained.encoder, public
     )
     if delayed:
         new_state.sent = delay.sent(task, blobs)
@@ -285,6 +306,92 @@ def train_round(
         inputs,
     )
     return blobs, reply
+
+
+def _state_of(task: Task, folder: Path, memory: Memory) -> SiteState:
+    """The state that the task's round goes on from."""
+    first = task.counted_round * task.train.local_steps * task.train.batch_size
+    return memory.take_state(folder, task.counted_round) or load_state(folder, task.counted_round, first)
+
+
+def _train(
+    task: Task,
+    shard: dict[str, Tensor],
+    state: SiteState,
+    stream: TokenStream,
+    settings: NodeSettings,
+    memory: Memory,
+    beat: Beat,
+) -> Trained:
+    """The local steps of a round.
+
+    Args:
+        shard: what it begins from; emptied.
+        state: what it goes on from; its moments are changed in place, and are not in it afterwards.
+    """
+    batch, steps = task.train.batch_size, task.train.local_steps
+
+    def batches() -> Iterator[Tensor]:
+        for step in range(steps):
+            beat(WORK)
+            yield stream.batch(state.position + step * batch, batch)
+        beat(WORK)
+
+    engine = memory.engine(task, resolve_device(*device_of(task, settings)))
+    engine.load(task, shard, state.engine)
+    shard.clear()
+    # The engine holds the moments now.
+    state.engine = EngineState()
+    start = b"" if task.strategy.delay else wire.digests(engine.loaded(), down_codec(task.strategy))
+    report = engine.train(batches())
+    # Encoded before the state is saved: what the encoder could not send is part of it.
+    blobs, encoder = wire.encode_update(engine.update(), up_codec(task.strategy), state.encoder)
+    state.encoder = {}
+    return Trained(task, state, start, report, blobs, engine.state(), encoder, state.position + steps * batch)
+
+
+# ----- strategy.delay=1: a round is begun before its message is there
+
+
+def may_begin_next(task_text: str, settings: NodeSettings) -> bool:
+    """Whether the round after this one may be begun."""
+    task = own_task(task_text, settings)
+    return bool(task.strategy.delay) and task.round < task.train.rounds
+
+
+def begin_next(task_text: str, settings: NodeSettings, memory: Memory, beat: Beat) -> None:
+    """Take the local steps of the round after this one, whose message is not there yet. `train_round` finds them.
+
+    They are what the message will ask for if nothing changes: this round's reply counts, and the site holds what it
+    held. Else they are dropped, and the state on the disk is what counts.
+
+    Args:
+        task_text: of the round that was just done.
+
+    Raises:
+        FomoeError, FloatingPointError: as `train_round`; and what `beat` raises.
+    """
+    task = own_task(task_text, settings)
+    following, folder = _following(task), state_folder(task, settings)
+    stream = site_stream(task, settings, memory)
+    if (state := memory.take_state(folder, task.round)) is None:
+        return
+    shard, known = delay.start(following, state.public, state.public, state.sent, state.round)
+    if not known:
+        # Some of it will begin from what the message brings.
+        memory.keep_state(folder, state)
+        return
+    memory.begun, done = (following, None), None
+    try:
+        done = _train(following, shard, state, stream, settings, memory, beat)
+    finally:
+        memory.begun = None if done is None else (following, done)
+
+
+def _following(task: Task) -> Task:
+    """The task of the next round, if nothing changes."""
+    nominal = round(task.train.local_steps * task.lr_stride)
+    return replace(task, round=task.round + 1, counted_round=task.round, first_step=task.first_step + nominal)
 
 
 def evaluate_shard(
