@@ -214,8 +214,8 @@ class FoMoE(Strategy):
         alike.
         """
         current = self.round
-        current.deadline_s = self._deadline.seconds()
         sites = [site for site in self._connected(grid) if current.steps_M[site]]
+        current.deadline_s, current.asked_at = self._deadline.seconds(), time.perf_counter()
         self._finish_evaluation(
             self._exchange(grid, self._messages(sites, MessageType.EVALUATE, ConfigRecord()))
         )
@@ -327,7 +327,7 @@ class FoMoE(Strategy):
         if self._store is not None:
             stored = self._store.put(
                 {site: out.bundles for site, out in outgoing.items()},
-                self.site_names,
+                {site: self.server.longest_reply(site) for site in outgoing},
                 current.number,
                 current.deadline_s,
             )
@@ -389,6 +389,9 @@ class FoMoE(Strategy):
         def check(site: int, content: Content, arrived: float) -> tuple[bool, float, float]:
             started = time.perf_counter()
             blobs = self._bundles(site, content)
+            if content.stored:
+                # A round lasts until the last good reply is here, wherever it was.
+                arrived = time.perf_counter()
             good = blobs is not None and self.server.take(site, content.header, blobs)
             return good, arrived, time.perf_counter() - started
 
@@ -450,8 +453,8 @@ class FoMoE(Strategy):
         seconds = current.deadline_s - (time.perf_counter() - current.asked_at)
         try:
             with refusing():
-                most = self.server.longest_reply(site)
-                return self._store.fetch(site, content.stored, most, self.server.inbox.folder, seconds)
+                reply = self._store.announced(site, content.stored)
+            return self._store.fetch(site, reply, self.server.inbox.folder, seconds)
         except (Refused, StoreError) as error:
             self.server.lose(site, str(error), error.kind if isinstance(error, Refused) else None)
             return None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import mmap
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fomoe_flwr.bundle_file import write_blobs
 from fomoe_flwr.errors import StoreError
 from fomoe_flwr.store.links import Patience, Progress, blocks
-from fomoe_flwr.store.messages import StoredReply, StoredShard
+from fomoe_flwr.store.messages import StoredObject, StoredReply, StoredShard, in_objects
 from fomoe_flwr.store.transfer import fetch_file, send
 from fomoe_flwr.units import duration, in_bits, in_bytes
 
@@ -37,7 +39,8 @@ def fetch_shard(
     what is missing.
 
     Args:
-        folder: for this site's bundles alone. What else lies in it is removed.
+        folder: for the bundles of this run and site alone, as `run/site/incoming`. What else lies in it is removed,
+            and so are those of other runs beside it.
         shared: the folder of a `file://` store, as it is called here.
         patience: its seconds are for all bundles together.
         beat: is called while bytes come; what it raises ends the transfer.
@@ -46,6 +49,7 @@ def fetch_shard(
         StoreError: one of them could not be fetched.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_other_runs(folder)
     wanted = {bundle.sha256 for bundle in shard.bundles.values()}
     for path in folder.iterdir():
         if path.name.partition(".part-")[0] not in wanted:
@@ -74,26 +78,36 @@ def send_reply(
     patience: Patience,
     beat: Callable[[], None] = lambda: None,
 ) -> StoredReply:
-    """Write the bundles of a reply as one object, by the link that came with the shard.
+    """Write the bundles of a reply as one object, or a few if it is very large, by the links that came with the shard.
 
     Args:
         blobs: emptied: they wait on the disk.
         folder, shared, patience, beat: as in `fetch_shard`.
 
     Raises:
-        StoreError: it could not be written.
+        StoreError: it could not be written, or is larger than the server has links for.
         WorkerError: there is no room for it in the folder.
     """
-    file, sizes = write_blobs(((key, blobs.pop(key)) for key in list(blobs)), folder)
+    groups, total = list(in_objects({key: len(blob) for key, blob in blobs.items()})), 0
+    if len(groups) > len(shard.replies):
+        raise StoreError(
+            f"the reply needs {len(groups)} objects, the server has links for {len(shard.replies)}"
+        )
+    nbytes = sum(len(blob) for blob in blobs.values())
+    objects: list[StoredObject] = []
     began = time.monotonic()
-    with file:
-        # The map goes with the last view of it.
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    sha256 = hashlib.sha256()
-    for block in blocks(whole):
-        sha256.update(block)
-    send(shard.reply, whole, shared, _rest(patience, began), told("sent", len(whole), beat))
-    reply = StoredReply(sha256.hexdigest(), sizes)
+    for keys, link in zip(groups, shard.replies, strict=False):
+        file, sizes = write_blobs(((key, blobs.pop(key)) for key in keys), folder)
+        with file:
+            # The map goes with the last view of it.
+            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        sha256 = hashlib.sha256()
+        for block in blocks(whole):
+            sha256.update(block)
+        send(link, whole, shared, _rest(patience, began), told("sent", nbytes, beat, total))
+        objects.append(StoredObject(sha256.hexdigest(), sizes))
+        total += sum(sizes.values())
+    reply = StoredReply(objects)
     _tell("sent", reply.nbytes, began)
     return reply
 
@@ -101,6 +115,17 @@ def send_reply(
 def forget(folder: Path) -> None:
     """The message is answered; nobody asks for its bundles again."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_other_runs(folder: Path) -> None:
+    """A run that was given up in the middle of a message left its bundles behind, which are as large as the model."""
+    for other in folder.parents[2].glob(f"*/{glob.escape(folder.parent.name)}/{folder.name}"):
+        if other != folder:
+            forget(other)
+            for parent in other.parents[:2]:
+                # One that has a state in it stays.
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def told(what: str, total: int, beat: Callable[[], None] = lambda: None, before: int = 0) -> Progress:

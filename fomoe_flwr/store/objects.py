@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -80,10 +81,10 @@ class Store:
         else:
             self._backend = _Bucket(url, self._url, patience)
 
-    def with_patience(self, patience: Patience) -> Store:
-        """The same with other patience."""
+    def within(self, seconds: float) -> Store:
+        """The same, with no more time for each operation."""
         other = copy(self)
-        other._patience = patience
+        other._patience = replace(self._patience, seconds=min(seconds, self._patience.seconds))
         return other
 
     def put(self, source: Source, progress: Progress | None = None) -> str:
@@ -148,8 +149,7 @@ class Store:
     def sweep(self, keep: Collection[str]) -> int:
         """Delete all objects of this run but some; returns how many bytes that gave back.
 
-        Args:
-            keep: what a checkpoint needs, and a running round: also the replies that it waits for.
+        Not while a reply is waited for: in a folder, the link to write it would be no good any more.
         """
         clock = Clock(self._patience)
         there = self._asked("", self._backend.sizes, clock)
@@ -223,12 +223,12 @@ class _Folder:
 
     def delete(self, names: list[str]) -> None:
         for name in names:
-            path = self._folder / name
-            path.unlink(missing_ok=True)
-            for folder in path.relative_to(self._folder.parent).parents[:-1]:
-                # One that has something in it stays.
-                with suppress(OSError):
-                    (self._folder.parent / folder).rmdir()
+            (self._folder / name).unlink(missing_ok=True)
+        below = [path for path in self._folder.rglob("*") if path.is_dir()]
+        for folder in (*sorted(below, reverse=True), self._folder):
+            # One that has something in it stays.
+            with suppress(OSError):
+                folder.rmdir()
 
     def link(self, method: Method, name: str, seconds: float) -> str:
         if method == "PUT":
