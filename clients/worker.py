@@ -29,9 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from clients.identity import NodeSettings, own_task, state_root
 from clients.relay import CODE
-from clients.site import TRANSFER, WORK, Beat, Memory, begin_next, fetch, may_begin_next, perform, send
 from fomoe_flwr.bundle_file import mapped_blobs
 from fomoe_flwr.deploy.channel import (
     SOCKET,
@@ -45,6 +43,9 @@ from fomoe_flwr.deploy.channel import (
 from fomoe_flwr.deploy.processes import is_alive
 from fomoe_flwr.errors import FomoeError, WorkerError
 from fomoe_flwr.files import machine_error
+from fomoe_flwr.site.identity import NodeSettings, own_task, state_root
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.work import TRANSFER, WORK, Beat, begin_next, fetch, may_begin_next, perform, send
 
 log = logging.getLogger("fomoe.worker")
 

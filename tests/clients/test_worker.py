@@ -29,7 +29,6 @@ import psutil
 import pytest
 
 from clients import relay, worker
-from clients.identity import NodeSettings
 from clients.worker import Abandoned, RequestQueue, beat_for, deliver
 from fomoe_flwr.bundle_file import mapped_blobs, read_blobs, write_blobs
 from fomoe_flwr.bundles import bundle_digests
@@ -38,6 +37,7 @@ from fomoe_flwr.deploy import channel
 from fomoe_flwr.deploy.channel import Channel
 from fomoe_flwr.errors import ConfigError, WorkerError
 from fomoe_flwr.messages import Reply, Task
+from fomoe_flwr.site.identity import NodeSettings
 from tests.clients.helpers import ask, bundles_of, site_task, state_files, task_of, with_steps
 from tests.conftest import Compose
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from clients.site import WORK, Memory, begin_next, may_begin_next
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.messages import AHEAD
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.work import WORK, begin_next, may_begin_next
 from tests.clients.helpers import site_task, state_files
-from tests.clients.test_memory import nothing, settings, work
 from tests.conftest import Compose
+from tests.site.test_memory import nothing, settings, work
 
 SETTINGS = [(), ("strategy.up=topk",), ("strategy.outer=average", "strategy.keep_moments=false")]
 
