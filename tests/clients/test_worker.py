@@ -486,7 +486,7 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/round_00002.safetensors")
 
-    monkeypatch.setattr(worker, "answer", full)
+    monkeypatch.setattr(worker, "perform", full)
     settings = asdict(NodeSettings("a", None, None, str(tmp_path), None, None))
     client, server = ends
     file, sizes = write_blobs([], tmp_path)
@@ -498,7 +498,9 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     try:
         with file:
             client.send(header, file, 5.0)
-        assert worker.serve(worker.Request(server, server.receive(5.0)), worker.Memory(), RequestQueue())
+        request = worker.Request(server, server.receive(5.0))
+        with ThreadPoolExecutor(1) as sender:
+            assert worker.serve(request, worker.Memory(), RequestQueue(), sender)
     finally:
         os.chdir(before)
     error = relay._error(client.receive(5.0)["error"])
