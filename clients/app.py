@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.identity import NodeSettings, node_settings
 from clients.relay import hand_over
 from fomoe_flwr.bundles import as_array, blobs_of, header_in, record_in
-from fomoe_flwr.deploy.channel import Answer, WorkerError
+from fomoe_flwr.deploy.channel import Answer
+from fomoe_flwr.errors import WorkerError
+from fomoe_flwr.site.identity import NodeSettings, node_settings
+from fomoe_flwr.store.messages import STORED
 
 app = ClientApp()
 
@@ -49,7 +51,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _reply(message: Message, answer: Answer) -> Message:
-    content = RecordDict({"config": ConfigRecord({"reply": answer.header})})
+    config = ConfigRecord({"reply": answer.header})
+    if answer.stored:
+        config[STORED] = answer.stored
+    content = RecordDict({"config": config})
     if answer.blobs:
         content["arrays"] = ArrayRecord({key: as_array(answer.blobs.pop(key)) for key in list(answer.blobs)})
     return Message(content, reply_to=message)
@@ -58,9 +63,10 @@ def _reply(message: Message, answer: Answer) -> Message:
 def _work(kind: str, message: Message, context: Context) -> Answer:
     settings = node_settings(context.node_config)
     task_text = header_in(message.content, "config", "task")
+    stored = header_in(message.content, "config", STORED)
     if settings.partition is None:
-        return hand_over(kind, task_text, _taken_out(message), settings, message.metadata.ttl)
-    return _work_here(kind, task_text, message, settings)
+        return hand_over(kind, task_text, stored, _taken_out(message), settings, message.metadata.ttl)
+    return _work_here(kind, task_text, stored, message, settings)
 
 
 def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
@@ -70,8 +76,9 @@ def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
         yield from blobs_of(ArrayRecord({key: record.pop(key)})).items()
 
 
-def _work_here(kind: str, task_text: str, message: Message, settings: NodeSettings) -> Answer:
-    from clients.site import Memory, perform
+def _work_here(kind: str, task_text: str, stored: str, message: Message, settings: NodeSettings) -> Answer:
+    from fomoe_flwr.site.memory import Memory
+    from fomoe_flwr.site.work import fetch, perform, send
 
     began, budget_s = time.monotonic(), message.metadata.ttl
 
@@ -79,5 +86,13 @@ def _work_here(kind: str, task_text: str, message: Message, settings: NodeSettin
         if time.monotonic() - began > budget_s:
             raise WorkerError(f"gave up after {budget_s:.3g} s")
 
-    blobs, reply = perform(kind, task_text, dict(_taken_out(message)), settings, Memory(), beat)
-    return Answer(blobs, reply.to_json())
+    def left_s() -> float:
+        return budget_s - (time.monotonic() - began)
+
+    blobs = dict(_taken_out(message))
+    if stored:
+        blobs = fetch(task_text, stored, settings, left_s(), beat)
+    blobs, reply = perform(kind, task_text, blobs, settings, Memory(), beat)
+    if not stored:
+        return Answer(blobs, reply.to_json())
+    return Answer({}, reply.to_json(), send(blobs, task_text, stored, settings, left_s(), beat))

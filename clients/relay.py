@@ -26,21 +26,21 @@ from typing import IO, Any, NamedTuple
 
 import psutil
 
-from clients.identity import NodeSettings, own_task, state_root
 from fomoe_flwr import errors
+from fomoe_flwr.bundle_file import write_blobs
 from fomoe_flwr.deploy import processes
 from fomoe_flwr.deploy.channel import (
     SOCKET,
     START_LOCK,
     Answer,
     Channel,
-    WorkerError,
     locked,
     socket_folder,
     unpack_answer,
-    write_blobs,
 )
 from fomoe_flwr.deploy.supernode import EXECUTOR, SUPERNODE
+from fomoe_flwr.errors import WorkerError
+from fomoe_flwr.site.identity import NodeSettings, own_task, state_root
 
 log = logging.getLogger("fomoe.site")
 
@@ -62,12 +62,18 @@ class _Site(NamedTuple):
 
 
 def hand_over(
-    kind: str, task_text: str, blobs: Iterable[tuple[str, bytes]], settings: NodeSettings, budget_s: float
+    kind: str,
+    task_text: str,
+    stored: str,
+    blobs: Iterable[tuple[str, bytes]],
+    settings: NodeSettings,
+    budget_s: float,
 ) -> Answer:
     """Have the worker do `train` or `evaluate`.
 
     Args:
         task_text: the Task as JSON.
+        stored: the StoredShard as JSON, where the shard is in an object store; else empty.
         blobs: the shard's bundles; each is asked for once and let go.
         budget_s: seconds after which no one waits for the answer any more.
 
@@ -83,9 +89,10 @@ def hand_over(
         root = state_root(settings).resolve()
         site = _Site(task.name, socket_folder(root, task.name), root / f"{task.name}.worker.log")
         file, sizes = write_blobs(blobs, root)
-        header = {
+        header: dict[str, Any] = {
             "kind": kind,
             "task": task_text,
+            "stored": stored,
             # With the folder written out: the worker may have another environment than this process.
             "settings": asdict(replace(settings, state_dir=str(root))),
             "sizes": sizes,
@@ -96,6 +103,7 @@ def hand_over(
         with file:
             for _ in range(ATTEMPTS):
                 channel = _connect(site)
+                header["seconds"] = max(deadline - time.monotonic(), 0.0)
                 worker = _peer(channel.socket)
                 try:
                     return _ask(channel, worker, site, header, file, settings.stall_s, deadline)
@@ -124,7 +132,7 @@ def _ask(
 ) -> Answer:
     """Send a message and wait for the answer, as long as the worker gives signs of life and there is time."""
     began = heard = time.monotonic()
-    opens_data = False
+    takes_its_time = False
     # A worker that does not read gives no sign of life either.
     with suppress(TimeoutError):
         channel.send(header, file, stall_s)
@@ -132,7 +140,7 @@ def _ask(
         now = time.monotonic()
         if now >= deadline:
             raise WorkerError(f"site {site.name} gave up after {now - began:.1f} s: the round's time is over")
-        silence = math.inf if opens_data else heard + stall_s - now
+        silence = math.inf if takes_its_time else heard + stall_s - now
         if silence <= 0:
             processes.kill(*worker)
             raise WorkerError(
@@ -151,8 +159,9 @@ def _ask(
         if "ending" in line:
             raise _Ending
         heard = time.monotonic()
-        # Reading a corpus for the first time may take any time, without a sign of life: only the budget ends that.
-        opens_data = line["phase"] == "data"
+        # Reading a corpus for the first time, or waiting for a store, may take any time without a sign of life: only
+        # the budget ends that.
+        takes_its_time = line["phase"] in ("data", "transfer")
 
 
 def _error(error: Mapping[str, str]) -> Exception:
@@ -161,8 +170,6 @@ def _error(error: Mapping[str, str]) -> Exception:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, errors.FomoeError):
         return kind(text)
-    if name == WorkerError.__name__:
-        return WorkerError(text)
     return FloatingPointError(text) if name == "FloatingPointError" else WorkerError(f"{name}: {text}")
 
 

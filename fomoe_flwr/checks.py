@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.config import (
@@ -25,7 +26,9 @@ from fomoe_flwr.config import (
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 from fomoe_flwr.schedule import lr_schedule
+from fomoe_flwr.untrusted import one_line
 
+STORES = ("file", "s3", "gs", "az")
 FILE_SOURCES = ("text", "jsonl", "parquet")
 # So that a slip of the finger does not fill the memory, or end in a crash of PyTorch.
 MOST_SITES = 100_000
@@ -127,6 +130,8 @@ def check_combinations(config: RunConfig) -> None:
     if model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k={model.top_k}: at most model.num_experts={model.num_experts}")
     _check_routing(config)
+    if config.store != "flower":
+        check_store(config.store)
     if model.hf:
         _check_stock(config, model.hf)
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
@@ -299,6 +304,24 @@ def check_outer(strategy: StrategyConfig) -> None:
         raise ConfigError(
             f"strategy.keep_moments=false: strategy.inner={inner} with strategy.outer={outer} {kept}; leave it true"
         )
+
+
+def check_store(url: str) -> None:
+    """Whether this can be an object store.
+
+    Raises:
+        ConfigError: it cannot. The line shows no password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in STORES or "@" in parts.netloc or parts.query or parts.fragment:
+        # The rest of it may be a password.
+        shown = f"{parts.scheme}:…" if parts.scheme else one_line(parts.path, 80)
+        raise ConfigError(
+            f"store={shown}: needs flower, file:///…, s3://bucket/…, gs://bucket/… or az://account/container/…, "
+            "without a password or options: credentials are taken from the environment"
+        )
+    if parts.scheme == "file" and (parts.netloc or not parts.path.strip("/")):
+        raise ConfigError(f"store={url}: needs an absolute path, file:///…")
 
 
 def check_own_source(data: DataConfig, given: str) -> None:

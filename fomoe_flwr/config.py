@@ -364,6 +364,9 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    # What bundles travel through. flower: its messages; else an object store, file:///…, s3://bucket/…, gs://bucket/…
+    # or az://account/container/…, whose credentials the server alone has, in its environment.
+    store: str = "flower"
     seed: int = at_least(42, 0)  # of weights, placement, deal of the text and order of batches
     resume: str | None = a_path()  # a run directory or one of its checkpoints
     # The same, of an earlier run, with whose model a new one begins at step 0. Sizes, strategy.routing and

@@ -43,3 +43,7 @@ class RunError(FomoeError):
 
 class StoreError(FomoeError):
     """An object that could not be read from, or written to, an object store."""
+
+
+class WorkerError(FomoeError):
+    """The work of a site that could not be handed to its worker, or did not come back."""

@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -27,12 +28,15 @@ from torch import Tensor
 from fomoe_flwr.bundles import blobs_of, header_bytes, header_in, record_in
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.deploy.flower import REGISTERED
-from fomoe_flwr.errors import RunError, WireError
+from fomoe_flwr.errors import RunError, StoreError, WireError
 from fomoe_flwr.inputs import UNKNOWN, Inputs
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.server.replies import Refused, refusing
 from fomoe_flwr.server.rounds import Deadline, Round, RoundObserver, Server, missing
+from fomoe_flwr.store.at_server import StoredMessages
+from fomoe_flwr.store.messages import STORED
+from fomoe_flwr.store.objects import Store
 from strategies.nodes import SiteDirectory, error_line, exchange
 from strategies.packing import named_from_flower, one_array_a_name, pack
 
@@ -41,6 +45,15 @@ log = logging.getLogger("fomoe")
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 SiteReply = tuple[int, Message]
+
+
+class Content(NamedTuple):
+    """What is in a site's reply."""
+
+    header: str
+    blobs: dict[str, bytes]  # those in the message itself
+    stored: str  # what it says of those in the object store; empty if there are none
+
 
 CHECKERS = 2  # threads that check replies while others are still pulled
 WAITING = 4  # replies in memory that wait to be checked
@@ -103,6 +116,8 @@ class FoMoE(Strategy):
         self.server = Server(config, run, run_dir, inbox, plan, header_bytes, inputs)
         self.first_round = 1
         self._directory = SiteDirectory(site_names, os.environ.get(REGISTERED) == "1", config.data)
+        # Where bundles travel, if not in Flower's messages.
+        self._store = StoredMessages(Store(config.store, run)) if config.store != "flower" else None
         self._deadline = Deadline(settings, settings.timeout_s)
         self._gathered = False  # whether the sites to begin with have been there
 
@@ -157,8 +172,19 @@ class FoMoE(Strategy):
         self._deadline = Deadline(self.config.strategy, timeout)
         log.info("Starting %s strategy:", type(self).__name__)
         self.summary()
-        result, nothing = Result(), ArrayRecord()
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        with self._store or nullcontext():
+            return self._rounds(grid, num_rounds, train_config, evaluate_config, evaluate_fn)
+
+    def _rounds(
+        self,
+        grid: Grid,
+        num_rounds: int,
+        train_config: ConfigRecord,
+        evaluate_config: ConfigRecord,
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
+        result, nothing = Result(), ArrayRecord()
         if self.first_round == 1:
             if self.server.surveys:
                 self._survey(grid)
@@ -188,8 +214,8 @@ class FoMoE(Strategy):
         alike.
         """
         current = self.round
-        current.deadline_s = self._deadline.seconds()
         sites = [site for site in self._connected(grid) if current.steps_M[site]]
+        current.deadline_s, current.asked_at = self._deadline.seconds(), time.perf_counter()
         self._finish_evaluation(
             self._exchange(grid, self._messages(sites, MessageType.EVALUATE, ConfigRecord()))
         )
@@ -257,7 +283,8 @@ class FoMoE(Strategy):
             f"├──> Experts: {held} of {config.model.num_experts} a layer at each site "
             f"({settings.placement} placement)",
             f"├──> Routing: {settings.routing} | inner: {settings.inner} | outer: {settings.outer}",
-            f"├──> Local steps: {_span(steps_M)} | wire: {settings.up} up, {settings.down} down",
+            f"├──> Local steps: {_span(steps_M)} | wire: {settings.up} up, {settings.down} down "
+            f"through {self.config.store}",
             "├──> Sampling:",
             f"│\t├──Fraction: train ({self.fraction_train:.2f}) | evaluate ({self.fraction_evaluate:.2f})",
             f"│\t└──Minimum nodes: train ({self.min_train_nodes}) | evaluate ({self.min_evaluate_nodes})",
@@ -295,8 +322,17 @@ class FoMoE(Strategy):
 
     def _messages(self, sites: list[int], message_type: str, config: ConfigRecord) -> list[Message]:
         started, current = time.perf_counter(), self.round
+        outgoing = self.server.outgoing(sites, training=message_type == MessageType.TRAIN)
+        stored = None
+        if self._store is not None:
+            stored = self._store.put(
+                {site: out.bundles for site, out in outgoing.items()},
+                {site: self.server.longest_reply(site) for site in outgoing},
+                current.number,
+                current.deadline_s,
+            )
         messages = pack(
-            self.server.outgoing(sites, training=message_type == MessageType.TRAIN),
+            outgoing,
             self._directory.node_of_site,
             message_type,
             config,
@@ -304,6 +340,7 @@ class FoMoE(Strategy):
             current.number,
             current.deadline_s,
             current.down,
+            stored,
         )
         current.wire_s += time.perf_counter() - started
         return messages
@@ -349,11 +386,13 @@ class FoMoE(Strategy):
         """
         current, taken_s = self.round, list[float]()
 
-        def check(
-            site: int, header: str, blobs: dict[str, bytes], arrived: float
-        ) -> tuple[bool, float, float]:
+        def check(site: int, content: Content, arrived: float) -> tuple[bool, float, float]:
             started = time.perf_counter()
-            good = self.server.take(site, header, blobs)
+            blobs = self._bundles(site, content)
+            if content.stored:
+                # A round lasts until the last good reply is here, wherever it was.
+                arrived = time.perf_counter()
+            good = blobs is not None and self.server.take(site, content.header, blobs)
             return good, arrived, time.perf_counter() - started
 
         with ThreadPoolExecutor(CHECKERS, thread_name_prefix="check") as pool:
@@ -371,15 +410,15 @@ class FoMoE(Strategy):
 
             for site, reply in replies:
                 arrived = time.perf_counter()
-                if (taken := self._unpack(site, reply)) is not None:
-                    checks.add(pool.submit(check, site, *taken, arrived))
-                    del taken
+                if (content := self._unpack(site, reply)) is not None:
+                    checks.add(pool.submit(check, site, content, arrived))
+                    del content
                 account(None if len(checks) > WAITING else 0.0, FIRST_COMPLETED)
             account(None, ALL_COMPLETED)
         return taken_s
 
-    def _unpack(self, site: int, reply: Message) -> tuple[str, dict[str, bytes]] | None:
-        """Header and bundles of a training reply; None if there is nothing to check."""
+    def _unpack(self, site: int, reply: Message) -> Content | None:
+        """What is in a training reply; None if there is nothing to check."""
         if not self.server.expect_once(site):
             return None
         if reply.has_error():
@@ -388,24 +427,37 @@ class FoMoE(Strategy):
             return None
         return self._content(site, reply)
 
-    def _content(
-        self, site: int, reply: Message, may_lack_arrays: bool = False
-    ) -> tuple[str, dict[str, bytes]] | None:
-        """Header and bundles of a reply, which has them no longer; None if they are no such thing."""
+    def _content(self, site: int, reply: Message, may_lack_arrays: bool = False) -> Content | None:
+        """What is in a reply, which has no bundles any longer; None if it is no such thing."""
         try:
             with refusing():
                 header = header_in(reply.content, self.configrecord_key, "reply")
                 arrays = record_in(reply.content, self.arrayrecord_key, ArrayRecord)
+                stored = header_in(reply.content, self.configrecord_key, STORED) if self._store else ""
                 if arrays is None:
-                    if may_lack_arrays:
-                        return header, {}
+                    if stored or may_lack_arrays:
+                        return Content(header, {}, stored)
                     raise WireError(f"the reply has no ArrayRecord {self.arrayrecord_key!r}")
                 blobs = blobs_of(arrays)
         except Refused as refused:
             self.round.fail(site, str(refused), refused.kind)
             return None
         arrays.clear()  # whoever still holds the message must not hold its arrays
-        return header, blobs
+        return Content(header, blobs, "")
+
+    def _bundles(self, site: int, content: Content) -> dict[str, bytes] | None:
+        """Those of a reply, wherever they are; None if they cannot be had."""
+        if self._store is None or not content.stored:
+            return content.blobs
+        current = self.round
+        seconds = current.deadline_s - (time.perf_counter() - current.asked_at)
+        try:
+            with refusing():
+                reply = self._store.announced(site, content.stored)
+            return self._store.fetch(site, reply, self.server.inbox.folder, seconds)
+        except (Refused, StoreError) as error:
+            self.server.lose(site, str(error), error.kind if isinstance(error, Refused) else None)
+            return None
 
     def _finish_evaluation(self, replies: Iterable[SiteReply]) -> MetricRecord | None:
         for site, reply in replies:
@@ -414,8 +466,10 @@ class FoMoE(Strategy):
             if reply.has_error():
                 self.round.fail(site, error_line(reply))
             # Stand-ins travel before round 1 alone.
-            elif (taken := self._content(site, reply, may_lack_arrays=True)) is not None:
-                self.server.take_evaluation(site, *taken)
+            elif (content := self._content(site, reply, may_lack_arrays=True)) is not None and (
+                blobs := self._bundles(site, content)
+            ) is not None:
+                self.server.take_evaluation(site, content.header, blobs)
         evaluations = self.round.evaluations
         return self._mean_metrics(self.evaluate_metrics_aggr_fn, evaluations) if evaluations else None
 

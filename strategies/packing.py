@@ -10,6 +10,7 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of
 from fomoe_flwr.server.rounds import Outgoing
+from fomoe_flwr.store.messages import STORED, StoredShard
 
 
 def pack(
@@ -21,6 +22,7 @@ def pack(
     round_: int,
     ttl: float,
     traffic: wire.Traffic,
+    stored: Mapping[int, StoredShard] | None = None,
 ) -> list[Message]:
     """One message for each site, counted in `traffic`.
 
@@ -29,6 +31,7 @@ def pack(
         keys: of the ArrayRecord and of the ConfigRecord.
         ttl: seconds. A message must not outlive its round, or a straggler works through stale ones before it catches
             up.
+        stored: where each site's bundles are, if not in its message.
     """
     # Sites that need the same bundle get the same Array, so that Flower stores it once.
     arrays: dict[int, Array] = {}
@@ -36,13 +39,18 @@ def pack(
     messages = []
     for site, (task, bundles) in outgoing.items():
         for blob in bundles.values():
-            if id(blob) not in arrays:
-                arrays[id(blob)], classes[id(blob)] = as_array(blob), wire.byte_classes(blob)
+            if id(blob) not in classes:
+                classes[id(blob)] = wire.byte_classes(blob)
         # A ConfigRecord of its own for each message: Flower fails when one is shared.
         record = ConfigRecord({**config, "server-round": round_, "task": task})
-        content = RecordDict(
-            {keys[0]: ArrayRecord({key: arrays[id(b)] for key, b in bundles.items()}), keys[1]: record}
-        )
+        content = RecordDict({keys[1]: record})
+        if stored is not None:
+            record[STORED] = stored[site].to_json()
+        else:
+            for blob in bundles.values():
+                if id(blob) not in arrays:
+                    arrays[id(blob)] = as_array(blob)
+            content[keys[0]] = ArrayRecord({key: arrays[id(blob)] for key, blob in bundles.items()})
         traffic.count(site, [classes[id(blob)] for blob in bundles.values()], len(record.deflate()))
         messages.append(Message(content, node_of_site[site], message_type, ttl=ttl, group_id=str(round_)))
     return messages

@@ -913,7 +913,7 @@ def test_no_override_ends_in_a_traceback(prefix: str, key: str, value: str) -> N
 
 def test_every_section_stops_at_an_unknown_key() -> None:
     for field in dataclasses.fields(RunConfig):
-        if field.name not in ("seed", "resume", "init_from"):
+        if field.name not in ("seed", "resume", "init_from", "store"):
             assert refusal(f"{field.name}.nope=1").startswith(f"{field.name}.nope: unknown key")
 
 

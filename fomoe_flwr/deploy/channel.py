@@ -9,24 +9,20 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
-from fomoe_flwr.errors import FomoeError
+from fomoe_flwr.bundle_file import read_blobs, write_blobs
+from fomoe_flwr.errors import WorkerError
 
 READ_BYTES = 2**16
-
-
-class WorkerError(FomoeError):
-    """The work of a site that could not be handed to its worker, or did not come back."""
 
 
 class Answer(NamedTuple):
@@ -34,6 +30,7 @@ class Answer(NamedTuple):
 
     blobs: dict[str, bytes]
     header: str  # the Reply as JSON
+    stored: str = ""  # what the message says of its bundles where they are in an object store
 
 
 class Channel:
@@ -107,9 +104,9 @@ class Channel:
         return os.fdopen(self._descriptors.pop(0), "rb")
 
     def is_closed(self) -> bool:
-        """Whether the other end is gone. For an end that has read all it was sent."""
-        self.socket.setblocking(False)
+        """Whether either end is gone. For an end that has read all it was sent."""
         try:
+            self.socket.setblocking(False)
             return not self.socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
@@ -123,64 +120,16 @@ class Channel:
         self._descriptors.clear()
 
 
-def _padded(size: int) -> int:
-    """Each bundle begins where a page does, so that it can be mapped by itself."""
-    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-
-
-def write_blobs(blobs: Iterable[tuple[str, bytes]], folder: Path) -> tuple[IO[bytes], dict[str, int]]:
-    """A file without a name, with these bundles in it, and their lengths by key.
-
-    Raises:
-        WorkerError: there is no room for them in the folder.
-    """
-    sizes = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The caller closes it.
-        file = cast(IO[bytes], tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
-        begin = 0
-        for key, blob in blobs:
-            sizes[key] = len(blob)
-            file.seek(begin)
-            rest = memoryview(blob)
-            # The system writes at most 2 GiB at a time.
-            while rest:
-                rest = rest[file.write(rest) :]
-            begin += _padded(len(blob))
-            del blob, rest
-    except OSError as error:
-        raise WorkerError(f"cannot write a message into {folder}: {error.strerror}") from error
-    return file, sizes
-
-
-def mapped_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
-    """The bundles where they lie. They stay after the file is closed, until they are not used any more."""
-    blobs: dict[str, bytes] = {}
-    begin = 0
-    for key, size in sizes.items():
-        # A map is read like bytes: it has a length, slices are bytes, and PyTorch takes its buffer.
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=begin) if size else b""
-        blobs[key] = cast(bytes, mapped)
-        begin += _padded(size)
-    return blobs
-
-
-def read_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
-    """The bundles as bytes of their own."""
-    return {key: blob[:] for key, blob in mapped_blobs(file, sizes).items()}
-
-
 def pack_answer(answer: Answer, folder: Path) -> tuple[dict[str, Any], IO[bytes]]:
     """The line and the file of an answer; its bundles are taken out of it."""
     blobs = answer.blobs
     file, sizes = write_blobs(((key, blobs.pop(key)) for key in list(blobs)), folder)
-    return {"header": answer.header, "sizes": sizes}, file
+    return {"header": answer.header, "stored": answer.stored, "sizes": sizes}, file
 
 
 def unpack_answer(line: Mapping[str, Any], file: IO[bytes]) -> Answer:
     """The answer of a line and a file."""
-    return Answer(read_blobs(file, line["sizes"]), line["header"])
+    return Answer(read_blobs(file, line["sizes"]), line["header"], line["stored"])
 
 
 # ----- the folder with the socket: only its owner may enter it

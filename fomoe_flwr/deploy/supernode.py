@@ -43,6 +43,7 @@ class Options:
     state_dir: Path
     cache_dir: Path | None
     data_path: Path | None
+    store_dir: Path | None
     device: str | None
     stall_s: float | None
     stopped_s: float
@@ -82,6 +83,12 @@ def parse(arguments: Sequence[str]) -> Options:
         type=_there,
         metavar="PATH",
         help="this site's own text, instead of the run's data.path",
+    )
+    add(
+        "--store-dir",
+        type=_there,
+        metavar="DIR",
+        help="with store=file:///… at the server: what that folder is called here",
     )
     add("--device", type=_device, help="cpu, cuda, cuda:1, …; default: the run's")
     add("--stall-s", type=_seconds, help="seconds without progress after which a round is given up")
@@ -160,6 +167,7 @@ def node_config(options: Options) -> str:
         "device": options.device,
         "cache-dir": options.cache_dir,
         "data-path": options.data_path,
+        "store-dir": options.store_dir,
         "stall-s": options.stall_s,
     }
     return " ".join(

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import Codec, decode, decoded, of_part, part_name
+from fomoe_flwr.bundle_file import PAGE
+from fomoe_flwr.codecs import Codec, decode, decoded, nbytes, of_part, part_name
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.codecs.lossy import Layout
 from fomoe_flwr.errors import NotFiniteError, WireError
@@ -108,6 +109,14 @@ class Expected:
         """Characters of the reply's JSON and bytes of a bundle's header, at most: an honest one has a third of it."""
         parts = len(self.codec.layout((1, 1)))
         return 2**16 + 512 * parts * len(self.digests) + 32 * math.prod(self.load_shape)
+
+    @property
+    def longest_reply(self) -> int:
+        """Bytes of its bundles in one file, at most."""
+        tensors = nbytes(self.codec, (self.shapes[name] for name in self.digests))
+        # Dense and experts apart, and large ones cut.
+        bundles = 2 + -(-tensors // wire.MAX_BUNDLE_BYTES) * 2
+        return tensors + bundles * (self.longest_header + PAGE)
 
 
 Norms = dict[str, float]  # root mean square by kind of tensor: update, exp_avg, exp_avg_sq
@@ -371,6 +380,11 @@ class Inbox:
         # What stands where in a site's bundles. Their files are open only while they are read: a descriptor for each
         # would bound the number of sites.
         self._contents: dict[int, list[tuple[Path, dict[str, wire.Entry]]]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """That of the round."""
+        return self._folder
 
     def begin(self, round_: int) -> list[int]:
         """Open a round and drop every other; returns the sites whose replies are here from before a crash.

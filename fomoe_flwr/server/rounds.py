@@ -381,6 +381,15 @@ class Server:
         self.inbox.put(site, header, blobs)
         return True
 
+    def longest_reply(self, site: int) -> int:
+        """Bytes of a site's reply at most, where its bundles are in one file."""
+        return self._expected[site].longest_reply
+
+    def lose(self, site: int, reason: str, kind: str | None = None) -> None:
+        """A reply whose bundles cannot be had; `kind` if it is the reply's fault. From several threads."""
+        with self._lock:
+            self.round.fail(site, reason, kind)
+
     def take_saved(self) -> list[int]:
         """The sites whose reply from before the server's death answers what is asked now; others' are dropped."""
         taken = []

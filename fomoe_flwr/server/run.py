@@ -42,9 +42,9 @@ from fomoe_flwr.data import (
 from fomoe_flwr.data.corpus import name_some
 from fomoe_flwr.data.statistics import FREE_PASSES, domain_statistics, repetition, site_statistics
 from fomoe_flwr.data.tokenizer import keep_tokenizer
-from fomoe_flwr.deploy.channel import WorkerError, locked
+from fomoe_flwr.deploy.channel import locked
 from fomoe_flwr.engine.device import cpu_threads, resolve_device
-from fomoe_flwr.errors import CheckpointError, ConfigError, RunError
+from fomoe_flwr.errors import CheckpointError, ConfigError, RunError, WorkerError
 from fomoe_flwr.evaluation import (
     FILE,
     FINAL_DRAWS,

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from clients.identity import NodeSettings
 from clients.relay import hand_over
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.errors import FomoeError
+from fomoe_flwr.site.identity import NodeSettings
 
 
 def main(folder: Path) -> int:
@@ -20,7 +20,7 @@ def main(folder: Path) -> int:
     blobs = ((path.stem, path.read_bytes()) for path in sorted(folder.glob("*.blob")))
     try:
         answer = hand_over(
-            (folder / "kind").read_text(), (folder / "task.json").read_text(), blobs, settings, 300.0
+            (folder / "kind").read_text(), (folder / "task.json").read_text(), "", blobs, settings, 300.0
         )
     except FomoeError as error:
         print(json.dumps({"error": str(error)}), flush=True)

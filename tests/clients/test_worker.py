@@ -29,14 +29,15 @@ import psutil
 import pytest
 
 from clients import relay, worker
-from clients.identity import NodeSettings
 from clients.worker import Abandoned, RequestQueue, beat_for, deliver
+from fomoe_flwr.bundle_file import mapped_blobs, read_blobs, write_blobs
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.deploy import channel
-from fomoe_flwr.deploy.channel import Channel, WorkerError, mapped_blobs, read_blobs, write_blobs
-from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.deploy.channel import Channel
+from fomoe_flwr.errors import ConfigError, WorkerError
 from fomoe_flwr.messages import Reply, Task
+from fomoe_flwr.site.identity import NodeSettings
 from tests.clients.helpers import ask, bundles_of, site_task, state_files, task_of, with_steps
 from tests.conftest import Compose
 
@@ -489,12 +490,17 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     settings = asdict(NodeSettings("a", None, None, str(tmp_path), None, None))
     client, server = ends
     file, sizes = write_blobs([], tmp_path)
-    header = {"kind": "train", "task": "", "settings": settings, "sizes": sizes, "folder": str(tmp_path)}
+    header = {
+        "kind": "train", "task": "", "stored": "", "settings": settings, "sizes": sizes, "folder": str(tmp_path),
+        "seconds": 60.0,
+    }  # fmt: skip
     before = Path.cwd()
     try:
         with file:
             client.send(header, file, 5.0)
-        assert worker.serve(worker.Request(server, server.receive(5.0)), worker.Memory(), RequestQueue())
+        request = worker.Request(server, server.receive(5.0))
+        with ThreadPoolExecutor(1) as sender:
+            assert worker.serve(request, worker.Memory(), RequestQueue(), sender)
     finally:
         os.chdir(before)
     error = relay._error(client.receive(5.0)["error"])

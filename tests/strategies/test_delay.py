@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients import site as site_module
 from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
 from fomoe_flwr.codecs import decode, up_codec
@@ -19,6 +18,7 @@ from fomoe_flwr.engine import Engine
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.spec import expert_of
 from fomoe_flwr.policies import POLICIES
+from fomoe_flwr.site import work as site_module
 from fomoe_flwr.wire import digests
 from strategies.local_grid import LocalGrid
 from tests.conftest import Compose

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fomoe_flwr.errors import StoreError
 from fomoe_flwr.files import flush, machine_error, naming
-from fomoe_flwr.links import (
+from fomoe_flwr.store.links import (
     BLOCK,
     PATIENCE,
     Again,

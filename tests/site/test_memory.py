@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.identity import NodeSettings
-from clients.site import Memory, perform
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine import local
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import is_moment
+from fomoe_flwr.site.identity import NodeSettings
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.work import perform
 from tests.clients.helpers import (
     as_sent,
     bundled,

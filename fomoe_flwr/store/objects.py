@@ -13,14 +13,18 @@ import hashlib
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from fomoe_flwr.checks import check_store
 from fomoe_flwr.errors import ConfigError, StoreError
 from fomoe_flwr.files import machine_error
-from fomoe_flwr.links import (
+from fomoe_flwr.store.links import (
     PATIENCE,
     Again,
     Clock,
@@ -32,7 +36,7 @@ from fomoe_flwr.links import (
     refusal,
     size_of,
 )
-from fomoe_flwr.transfer import fetch, fetch_file, send
+from fomoe_flwr.store.transfer import fetch, fetch_file, send
 from fomoe_flwr.untrusted import one_line
 
 LONGEST_LINK = 7 * 24 * 3600.0  # seconds; S3 and Google sign for no longer
@@ -60,18 +64,8 @@ class Store:
         Raises:
             ConfigError: another URL, or one with a password; or obstore is missing, or cannot work with it.
         """
+        check_store(url)
         parts = urlsplit(url)
-        if (
-            parts.scheme not in ("file", "s3", "gs", "az")
-            or "@" in parts.netloc
-            or parts.query
-            or parts.fragment
-        ):
-            # The rest of it may be a password.
-            raise ConfigError(
-                f"store={parts.scheme}:…: needs file:///…, s3://bucket/…, gs://bucket/… or az://account/container/…, "
-                "without a password or options: credentials are taken from the environment"
-            )
         if not _NAME.fullmatch(run):
             raise ConfigError(
                 f"{run}: the name of a run in a store has letters, digits, '.', '_' and '-' only"
@@ -82,12 +76,16 @@ class Store:
         """Of a `file://` store its folder, below which links lie."""
         self._backend: _Backend
         if parts.scheme == "file":
-            if parts.netloc or not parts.path.strip("/"):
-                raise ConfigError(f"store={url}: needs an absolute path, file:///…")
             self.shared = Path(unquote(parts.path))
             self._backend = _Folder(self.shared, run)
         else:
             self._backend = _Bucket(url, self._url, patience)
+
+    def within(self, seconds: float) -> Store:
+        """The same, with no more time for each operation."""
+        other = copy(self)
+        other._patience = replace(self._patience, seconds=min(seconds, self._patience.seconds))
+        return other
 
     def put(self, source: Source, progress: Progress | None = None) -> str:
         """Store bytes under their SHA-256, and return that. An object of this size that is there is not sent again.
@@ -151,8 +149,7 @@ class Store:
     def sweep(self, keep: Collection[str]) -> int:
         """Delete all objects of this run but some; returns how many bytes that gave back.
 
-        Args:
-            keep: what a checkpoint needs, and a running round: also the replies that it waits for.
+        Not while a reply is waited for: in a folder, the link to write it would be no good any more.
         """
         clock = Clock(self._patience)
         there = self._asked("", self._backend.sizes, clock)
@@ -227,6 +224,11 @@ class _Folder:
     def delete(self, names: list[str]) -> None:
         for name in names:
             (self._folder / name).unlink(missing_ok=True)
+        below = [path for path in self._folder.rglob("*") if path.is_dir()]
+        for folder in (*sorted(below, reverse=True), self._folder):
+            # One that has something in it stays.
+            with suppress(OSError):
+                folder.rmdir()
 
     def link(self, method: Method, name: str, seconds: float) -> str:
         if method == "PUT":

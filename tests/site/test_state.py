@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fomoe_flwr.delay import Sent
 from fomoe_flwr.engine import EngineState, Moments
-from fomoe_flwr.site_state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
+from fomoe_flwr.site.delay import Sent
+from fomoe_flwr.site.state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
 
 
 def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 KEY, SECRET = "fomoe-test-key", "fomoe-test-secret"
 BUCKET = "bucket"
 
@@ -63,12 +65,19 @@ class Line:
     def __init__(self, upstream: int) -> None:
         self._upstream = upstream
         self.faults: list[tuple[str, int]] = []
-        self.uploaded = 0  # bytes towards the server
+        self.uploaded = self.downloaded = 0  # bytes to and from the server
         self._probability, self._rng = 0.0, random.Random(0)
         self._sockets: list[socket.socket] = []
 
     def spoil(self, seed: int, probability: float) -> None:
         self._probability, self._rng = probability, random.Random(seed)
+
+    def go_down(self) -> None:
+        """Cut what is open, and whatever connects until the faults are cleared."""
+        self.faults[:] = [("cut", 0)] * 10_000
+        for end in self._sockets:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def accept(self, listener: socket.socket) -> None:
         while True:
@@ -110,7 +119,10 @@ class Line:
                     continue
                 if what == "damage" and 0 <= place < len(block):
                     block[place] ^= 1
-                self.uploaded += len(block) if up else 0
+                if up:
+                    self.uploaded += len(block)
+                else:
+                    self.downloaded += len(block)
                 sink.sendall(block)
         for end in (source, sink):
             with contextlib.suppress(OSError):
@@ -131,3 +143,16 @@ def bad_line(upstream: int) -> Iterator[tuple[int, Line]]:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
             line.close()
+
+
+@contextmanager
+def s3_store(folder: Path) -> Iterator[tuple[str, Line]]:
+    """An S3 server behind a line, and the environment that finds it; yields the URL for `store=`, and the line."""
+    with (
+        s3_server(folder) as port,
+        bad_line(port) as (line_port, line),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for key, value in environment(line_port).items():
+            patch.setenv(key, value)
+        yield f"s3://{BUCKET}/some/where", line

@@ -13,9 +13,9 @@ from torch import Tensor
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import LOSSY, decode, up_codec
 from fomoe_flwr.config import ModelConfig, RunConfig, StrategyConfig, TrainConfig
-from fomoe_flwr.delay import Sent, gain, sent, start
 from fomoe_flwr.messages import Task
 from fomoe_flwr.server.outer import OuterOptimizer
+from fomoe_flwr.site.delay import Sent, gain, sent, start
 from tests.clients.helpers import task_of
 from tests.server.federation import config_of
 

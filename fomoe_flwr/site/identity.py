@@ -14,7 +14,7 @@ from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import expanded, state_home
 from fomoe_flwr.messages import Task
 
-KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s")
+KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s", "store-dir")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class NodeSettings:
     cache_dir: str | None
     data_path: str | None
     stall_s: float = 600.0  # its worker is ended when it has given no sign of life for so long
+    store_dir: str | None = None  # the folder of store=file:///…, as it is called on this machine
 
 
 def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
@@ -55,6 +56,7 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
         cache_dir=text("cache-dir"),
         data_path=text("data-path"),
         stall_s=float(stall),
+        store_dir=text("store-dir"),
     )
 
 

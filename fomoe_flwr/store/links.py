@@ -229,7 +229,9 @@ class FileObject:
     def __init__(self, link: str, shared: Path | None, clock: Clock) -> None:
         relative = link.removeprefix("file:")
         if shared is None:
-            raise StoreError(f"{relative}: a path on a shared disk, and this site was told of none")
+            raise StoreError(
+                f"{relative}: a path on a shared disk, and this site was told of none; give fomoe site --store-dir"
+            )
         self._path = shared / relative
         self.name, self.clock = str(self._path), clock
         if not self._path.resolve().is_relative_to(shared.resolve()):

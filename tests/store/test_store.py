@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import ipaddress
+import itertools
 import logging
 import os
 import random
@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -25,75 +25,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fomoe_flwr import links, transfer
 from fomoe_flwr.errors import ConfigError, StoreError
-from fomoe_flwr.links import Again, Clock, Patience, Tries, refusal
-from fomoe_flwr.store import Store
-from fomoe_flwr.transfer import WrongBytesError, fetch, fetch_file, send
-from tests.stores import BUCKET, SECRET, Line, bad_line, environment, s3_server
+from fomoe_flwr.store import links
+from fomoe_flwr.store.links import Again, Clock, Patience, Tries, refusal
+from fomoe_flwr.store.objects import Store
+from fomoe_flwr.store.transfer import WrongBytesError, fetch, fetch_file, send
+from tests.store.helpers import BLOCK, PIECE, QUICK, in_one_line, sha256, some_bytes
+from tests.store.servers import BUCKET, Line
 
-pytest.importorskip("obstore")
-pytest.importorskip("nanio")
-
-PIECE, BLOCK = 4096, 1000
 SIZES = [0, 1, BLOCK, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 3 * PIECE + 7]
-QUICK = Patience(seconds=5, stall=0.25, first_wait=0.01, parallel=4)
 
+pytestmark = pytest.mark.usefixtures("line")
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Line]]:
-    with (
-        s3_server(tmp_path_factory.mktemp("s3")) as port,
-        bad_line(port) as (line_port, line),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for key, value in environment(line_port).items():
-            patch.setenv(key, value)
-        yield f"s3://{BUCKET}/some/where", line
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, s3: tuple[str, Line]) -> Iterator[None]:
-    monkeypatch.setattr(transfer, "PIECE", PIECE)
-    monkeypatch.setattr(links, "BLOCK", BLOCK)
-    yield
-    s3[1].faults.clear()
-    s3[1].spoil(0, 0)
-
-
-_runs = iter(range(10**6))
-
-
-@pytest.fixture
-def bucket(s3: tuple[str, Line]) -> Store:
-    return Store(s3[0], f"run-{next(_runs)}", QUICK)
-
-
-@pytest.fixture
-def line(s3: tuple[str, Line]) -> Line:
-    return s3[1]
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, s3: tuple[str, Line]) -> Store:
-    url = s3[0] if request.param == "bucket" else (tmp_path / "a store").as_uri()
-    return Store(url, f"run-{next(_runs)}", QUICK)
-
-
-def some_bytes(size: int, seed: int = 0) -> bytes:
-    return random.Random(f"{size} {seed}").randbytes(size)
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def in_one_line(error: BaseException, *words: str) -> None:
-    text = str(error)
-    assert "\n" not in text
-    assert all(word in text for word in words), text
-    assert not re.search(r"Signature=|X-Amz-(Credential|Date|Expires)", text), text
-    assert SECRET not in text
+_runs = itertools.count(10**6)
 
 
 def put_reply(store: Store, content: bytes, site: str = "0") -> str:
@@ -206,7 +150,7 @@ def test_names_that_are_none(store: Store) -> None:
         ("s3://key:secret@bucket", "store=s3:…: needs"),
         ("s3://bucket?secret=1", "store=s3:…: needs"),
         ("http://bucket", "store=http:…: needs"),
-        ("bucket", "store=:…: needs"),
+        ("bucket", "store=bucket: needs"),
         ("file://folder/x", "absolute path"),
         ("file:///", "absolute path"),
         ("az://account", "store=az://account"),

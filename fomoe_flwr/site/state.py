@@ -28,10 +28,10 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import CodecState
-from fomoe_flwr.delay import Sent
 from fomoe_flwr.engine import EngineState, Moments
 from fomoe_flwr.errors import CheckpointError, WireError
 from fomoe_flwr.files import write_atomically
+from fomoe_flwr.site.delay import Sent
 
 log = logging.getLogger("fomoe.site")
 
