@@ -65,7 +65,8 @@ def facts_table(outlook: Outlook) -> Table:
         "setting",
         f"{_sites(len(plan.sites))}, {routing_in_words(config.model, strategy.routing)} routing, "
         f"{strategy.placement} placement, "
-        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down",
+        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down"
+        + (", a delay of one round" if strategy.delay else ""),
     )
     table.add_row(
         "a round",
