@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from clients import site as site_room
 from fomoe_flwr.checkpoint import checkpoint_path, compose_run, list_checkpoints, read_checkpoint
 from fomoe_flwr.compose import Composed, compose
 from fomoe_flwr.errors import ConfigError, FomoeError, RunError, StoreError
+from fomoe_flwr.site import work as site_room
 from fomoe_flwr.store import at_server
 from fomoe_flwr.store.at_server import StoredMessages
 from fomoe_flwr.store.links import Patience
@@ -306,7 +306,7 @@ def test_on_a_bad_line_a_run_ends_with_the_numbers_of_one_without_the_lost_repli
     line.spoil(seed, 0.4)
     before = line.spoilt
     done, errors = persevere(by_store(small, tmp_path, bucket_url, *codecs, *more))
-    assert line.spoilt - before > 20
+    assert line.spoilt - before > 5
     line.spoil(0, 0)
     lost = lost_in(done)
     for error in errors:
