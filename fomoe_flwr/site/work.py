@@ -139,7 +139,8 @@ def _by_store(
         state_folder(task, settings) / INCOMING,
         None if store_dir is None else expanded(store_dir),
         # Another seed for each site, so that they do not come back all at once.
-        Patience(seconds, seed=zlib.crc32(task.name.encode())),
+        # A reply that comes late may be refused in peace.
+        Patience(max(seconds, 1.0), seed=zlib.crc32(task.name.encode())),
     )
 
 
