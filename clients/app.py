@@ -78,7 +78,7 @@ def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
 
 def _work_here(kind: str, task_text: str, stored: str, message: Message, settings: NodeSettings) -> Answer:
     from fomoe_flwr.site.memory import Memory
-    from fomoe_flwr.site.work import fetch, perform, send
+    from fomoe_flwr.site.work import answer
 
     began, budget_s = time.monotonic(), message.metadata.ttl
 
@@ -86,13 +86,5 @@ def _work_here(kind: str, task_text: str, stored: str, message: Message, setting
         if time.monotonic() - began > budget_s:
             raise WorkerError(f"gave up after {budget_s:.3g} s")
 
-    def left_s() -> float:
-        return budget_s - (time.monotonic() - began)
-
     blobs = dict(_taken_out(message))
-    if stored:
-        blobs = fetch(task_text, stored, settings, left_s(), beat)
-    blobs, reply = perform(kind, task_text, blobs, settings, Memory(), beat)
-    if not stored:
-        return Answer(blobs, reply.to_json())
-    return Answer({}, reply.to_json(), send(blobs, task_text, stored, settings, left_s(), beat))
+    return answer(kind, task_text, stored, blobs, settings, Memory(), beat, budget_s)

@@ -187,7 +187,11 @@ ALONE = [
     ("strategy.routing", "partitioned", []),
     ("model.standins", 16, []),
     ("strategy.density", 0.05, ["strategy.up=topk"]),
-    ("strategy.value_bits", 4, ["strategy.down=topk"]),
+    (
+        "strategy.down_density",
+        0.05,
+        ["strategy.up=topk", "strategy.down=topk", "strategy.outer=average"],
+    ),
     ("strategy.value_bits", 4, ["strategy.up=topk"]),
     ("strategy.feedback", 0.5, ["strategy.up=int4"]),
     ("strategy.delay", 1, []),
@@ -640,7 +644,19 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         ),
         (
             ["strategy.density=0.1"],
-            "strategy.density=0.1: of strategy.up=topk and strategy.down=topk; here it is up=bf16 and down=bf16",
+            "strategy.density=0.1: of strategy.up=topk; here it is up=bf16 and down=bf16",
+        ),
+        (
+            ["strategy.up=topk", "strategy.down_density=0.1"],
+            "strategy.down_density=0.1: of strategy.down=topk; here it is up=topk and down=bf16",
+        ),
+        (
+            ["strategy.up=int4", "strategy.down=topk", "strategy.outer=average"],
+            "strategy.down=topk: not with strategy.up=int4, by which every number changes in each round",
+        ),
+        (
+            ["strategy.up=topk", "strategy.down=topk"],
+            "strategy.down=topk: not with strategy.outer=nesterov and momentum, by which every number changes",
         ),
         (
             ["strategy.feedback=0.5"],

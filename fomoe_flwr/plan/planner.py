@@ -447,6 +447,8 @@ def _request(config: RunConfig) -> dict[str, Any]:
             strategy.density, strategy.value_bits,
         ],
     }  # fmt: skip
+    if strategy.down_density is not None:
+        request["down_density"] = strategy.down_density
     if strategy.delay:
         # Not otherwise: a run of an earlier version goes on by its plan.
         request["delay"] = strategy.delay

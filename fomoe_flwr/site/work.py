@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from fomoe_flwr.data import (
     validation_batches,
 )
 from fomoe_flwr.data.statistics import warn_of_own_text
+from fomoe_flwr.deploy.channel import Answer
 from fomoe_flwr.engine import EngineState
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError, WireError
@@ -95,6 +97,37 @@ def send(
     return written
 
 
+def answer(
+    kind: str,
+    task_text: str,
+    stored: str,
+    blobs: dict[str, bytes],
+    settings: NodeSettings,
+    memory: Memory,
+    beat: Beat,
+    seconds: float,
+) -> Answer:
+    """`perform`, and before and after it what travels by an object store: one after the other.
+
+    Args:
+        stored: the StoredShard as JSON; empty: the bundles came with the message, and go with the answer.
+        seconds: until nobody waits for the answer any more.
+
+    Raises:
+        FomoeError, FloatingPointError: as `fetch`, `perform` and `send`.
+    """
+    began = time.monotonic()
+
+    def left_s() -> float:
+        return seconds - (time.monotonic() - began)
+
+    if stored:
+        blobs = fetch(task_text, stored, settings, left_s(), beat)
+    blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
+    written = send(blobs, task_text, stored, settings, left_s(), beat) if stored else ""
+    return Answer(blobs, reply.to_json(), written)
+
+
 def _by_store(
     task_text: str, shard: StoredShard, settings: NodeSettings, seconds: float
 ) -> tuple[Path, Path | None, Patience]:
@@ -106,7 +139,8 @@ def _by_store(
         state_folder(task, settings) / INCOMING,
         None if store_dir is None else expanded(store_dir),
         # Another seed for each site, so that they do not come back all at once.
-        Patience(seconds, seed=zlib.crc32(task.name.encode())),
+        # A reply that comes late may be refused in peace.
+        Patience(max(seconds, 1.0), seed=zlib.crc32(task.name.encode())),
     )
 
 

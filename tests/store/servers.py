@@ -66,6 +66,7 @@ class Line:
         self._upstream = upstream
         self.faults: list[tuple[str, int]] = []
         self.uploaded = self.downloaded = 0  # bytes to and from the server
+        self.spoilt = 0  # connections, at random
         self._probability, self._rng = 0.0, random.Random(0)
         self._sockets: list[socket.socket] = []
 
@@ -102,6 +103,7 @@ class Line:
         if self.faults:
             return self.faults.pop(0)
         if self._rng.random() < self._probability:
+            self.spoilt += 1
             return self._rng.choice(self.KINDS), int(10 ** self._rng.uniform(0, 6))
         return "none", 0
 
