@@ -1,7 +1,7 @@
 """How many bytes a round needs, and what they cost in loss: `python -m benchmarks.bytes --work WORK`.
 
-One run after the other in this process, of the same tokens: full-replica DiLoCo in bf16, which everything is held
-against, and federations in which each expert is at half of the sites, with fewer and fewer bits both ways.
+One run after the other in this process, of the same tokens: full replicas in bf16, with DiLoCo's outer step and with a
+plain average, and federations in which each expert is at half of the sites, with fewer and fewer bits both ways.
 """
 
 from __future__ import annotations
@@ -19,26 +19,32 @@ from fomoe_flwr.compose import compose
 from strategies.launch import launch
 
 COMMON = (
-    "wandb.mode=disabled", "runtime=local", "federation.num_sites=4", "train.seq_len=128", "train.eval_batches=64",
+    "wandb.mode=disabled", "runtime=local", "federation.num_sites=4", "train.schedule=cosine", "train.eval_batches=64",
     "train.final_eval_batches=0", "checkpoint.every=0",
 )  # fmt: skip
 HALF = ("strategy.overlap=2", "strategy.routing=partitioned")
-BOTH_TOPK = ("strategy.up=topk", "strategy.down=topk")
-# The first is what the others are held against.
+AVERAGE = ("strategy.outer=average",)
+
+
+def both_ways(codec: str, *more: str) -> tuple[str, ...]:
+    return (*HALF, *AVERAGE, f"strategy.up={codec}", f"strategy.down={codec}", *more)
+
+
+# The first two are what the others are held against.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "full replica, bf16": ("strategy=diloco",),
-    "half of the experts, bf16": HALF,
-    "half, int4 both ways": (*HALF, "strategy.up=int4", "strategy.down=int4"),
-    "half, int4 both ways, no feedback upwards": (
-        *HALF, "strategy.up=int4", "strategy.down=int4", "strategy.feedback=0",
+    "full replica, bf16, DiLoCo (nesterov)": ("strategy=diloco",),
+    "full replica, bf16, average": ("strategy=diloco", *AVERAGE),
+    "half of the experts, bf16, nesterov": HALF,
+    "half, bf16, average": both_ways("bf16"),
+    "half, int4 both ways": both_ways("int4"),
+    "half, int4 both ways, no feedback": both_ways("int4", "strategy.feedback=0"),
+    "half, topk 1/16 up, int4 down": (
+        *HALF, *AVERAGE, "strategy.up=topk", "strategy.down=int4", "strategy.density=0.0625",
     ),
-    "half, topk 1/16 both ways": (*HALF, *BOTH_TOPK, "strategy.density=0.0625"),
-    "half, topk 1/64 up, int4 down": (*HALF, "strategy.up=topk", "strategy.down=int4"),
-    "half, topk 1/64 both ways": (*HALF, *BOTH_TOPK),
-    "half, topk 1/64 both ways, outer step 1 without momentum": (
-        *HALF, *BOTH_TOPK, "strategy.outer_momentum=0", "strategy.outer_lr=1",
-    ),
-    "half, topk 1/64 both ways, no feedback upwards": (*HALF, *BOTH_TOPK, "strategy.feedback=0"),
+    "half, topk 1/16 both ways": both_ways("topk", "strategy.density=0.0625"),
+    "half, topk 1/32 both ways": both_ways("topk", "strategy.density=0.03125"),
+    "half, topk 1/64 both ways": both_ways("topk"),
+    "half, topk 1/64 both ways, no feedback": both_ways("topk", "strategy.feedback=0"),
 }  # fmt: skip
 
 
@@ -56,6 +62,7 @@ def figures(work: Path, name: str, seed: int, *overrides: str) -> dict[str, Any]
         "loss": last["val_loss"],
         "down": last["bytes_down"],
         "up": last["bytes_up"],
+        "all": sum(line["bytes_down"] + line["bytes_up"] for line in lines),
     }
     kept.write_text(json.dumps(found))
     print(name, seed, found, flush=True)
@@ -65,8 +72,9 @@ def figures(work: Path, name: str, seed: int, *overrides: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=20, help="local ones")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=10, help="local ones")
+    parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="folder in which what is done is kept")
     chosen = parser.parse_args()
@@ -74,28 +82,37 @@ def main() -> None:
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     size = (f"model={chosen.model}", f"train.rounds={chosen.rounds}", f"train.local_steps={chosen.steps}")
+    size += (f"train.seq_len={chosen.seq_len}", f"train.eval_every={chosen.rounds}")
     found = {
         name: [figures(work, f"{chosen.model} {name}", seed, *size, *how) for seed in chosen.seeds]
         for name, how in VARIANTS.items()
     }
-    base = found[next(iter(VARIANTS))]
+    diloco, average = (found[name] for name in list(VARIANTS)[:2])
     rows = []
     for name, runs in found.items():
-        worse = [100 * (own["loss"] / other["loss"] - 1) for own, other in zip(runs, base, strict=True)]
+        against = [
+            spread(
+                [100 * (own["loss"] / other["loss"] - 1) for own, other in zip(runs, base, strict=True)],
+                "+.1f",
+            )
+            for base in (diloco, average)
+        ]
         down, up = runs[0]["down"], runs[0]["up"]
-        ratio = (base[0]["down"] + base[0]["up"]) / (down + up)
+        ratio = (diloco[0]["down"] + diloco[0]["up"]) / (down + up)
+        whole = diloco[0]["all"] / runs[0]["all"]
         rows.append(
-            f"| {name} | {down / 1e6:.2f} | {up / 1e6:.2f} | {base[0]['up'] / up:.1f} x | {ratio:.1f} x | "
-            f"{spread([own['loss'] for own in runs])} | {spread(worse, '+.1f')} % |"
+            f"| {name} | {down / 1e6:.2f} | {up / 1e6:.2f} | {ratio:.1f} x | {whole:.1f} x | "
+            f"{spread([own['loss'] for own in runs])} | {against[0]} % | {against[1]} % |"
         )
     write_result(
         f"bytes_{chosen.model}",
         f"Bytes and loss ({chosen.model})",
-        f"Four sites, {chosen.rounds} rounds of {chosen.steps} steps of 8 x 128 bytes of Python's standard library, "
-        "the same tokens in all runs. Validation loss with all experts; median and range of "
-        f"{len(chosen.seeds)} seed(s). Bytes: of the last round, all sites, with headers.\n\n"
-        "| | MB down | MB up | fewer up | fewer both ways | loss | against the first |\n"
-        "|---|---|---|---|---|---|---|\n" + "\n".join(rows),
+        f"Four sites, {chosen.rounds} rounds of {chosen.steps} steps of 8 x {chosen.seq_len} bytes of Python's "
+        "standard library, the same tokens in all runs, a cosine schedule. Validation loss with all experts; median "
+        f"and range of {len(chosen.seeds)} seed(s). MB: of the last round, all sites, with headers; fewer: both ways, "
+        "in that round, and in the whole run with its first round, in which all is whole.\n\n"
+        "| | MB down | MB up | fewer | in the whole run | loss | against DiLoCo | against the average |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
         "larger models, longer runs.",
     )
 

@@ -11,12 +11,15 @@ import argparse
 import itertools
 import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +27,8 @@ from benchmarks.harness import EMPTY, HUNDRED, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.deploy.processes import program_of
 from fomoe_flwr.model.spec import parameter_counts
-from tests.e2e.deployment import Deployment, until
+from tests.e2e.deployment import Deployment, free_port, until
+from tests.store.servers import BUCKET, KEY, SECRET, environment
 
 APP = Path(__file__).resolve().parent / "plain_flower"
 SITES = ("a", "b")
@@ -65,8 +69,18 @@ class Peaks(threading.Thread):
                         self.peak_mib[program] = max(self.peak_mib[program], mib)
 
 
-def ours(folder: Path, overrides: Sequence[str], rounds: int) -> Cost:
-    with Deployment(folder, SITES) as deployment:
+def ours(folder: Path, overrides: Sequence[str], rounds: int, through_store: bool = False) -> Cost:
+    """Our own processes.
+
+    Args:
+        through_store: bundles travel through an S3 server on the same machine, in a process of its own.
+    """
+    with ExitStack() as stack:
+        environment = None
+        if through_store:
+            environment = stack.enter_context(object_store(folder / "s3"))
+            overrides = [*overrides, f"store=s3://{BUCKET}"]
+        deployment = stack.enter_context(Deployment(folder, SITES, environment=environment))
         peaks = Peaks(deployment)
         peaks.start()
         run = deployment.submit([*overrides, *STEP, f"train.rounds={rounds + 2}"], folder / "run")
@@ -74,7 +88,33 @@ def ours(folder: Path, overrides: Sequence[str], rounds: int) -> Cost:
         peaks.stopped.set()
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         assert not any(line["failures"] for line in lines)
+        for line in lines[3:]:
+            print({key: round(value, 2) for key, value in line["seconds"].items()}, flush=True)
     return Cost([line["seconds"]["round"] for line in lines[3:]], peaks.peak_mib)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def object_store(folder: Path) -> Iterator[dict[str, str]]:
+    """An S3 server; yields the environment by which it is found."""
+    port = free_port()
+    (folder / BUCKET).mkdir(parents=True)
+    command = [
+        str(Path(sys.executable).parent / "nanio"), "serve", "--data-dir", str(folder), "--host", "127.0.0.1",
+        "--port", str(port), "--no-access-log", "--log-level", "error",
+    ]  # fmt: skip
+    keys = {"NANIO_ACCESS_KEY": KEY, "NANIO_SECRET_KEY": SECRET}
+    process = subprocess.Popen(command, env=os.environ | keys)
+    try:
+        until(lambda: listens(port), 20)
+        yield environment(port)
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def flowers(folder: Path, millions: float, rounds: int) -> Cost:
@@ -120,6 +160,12 @@ def main() -> None:
         ),
         "ours, each expert at one site, bf16, nesterov, moments and a checkpoint kept on disk each round": lambda f: (
             ours(f, (*HUNDRED, "strategy.overlap=1", "checkpoint.every=1"), rounds)
+        ),
+        "ours, full replica, bf16, through an object store": lambda f: ours(
+            f, (*full, "strategy.up=bf16", "strategy.down=bf16"), rounds, through_store=True
+        ),
+        "ours, full replica, int4, through an object store": lambda f: ours(
+            f, (*full, "strategy.up=int4", "strategy.down=int4"), rounds, through_store=True
         ),
         "Flower, fp32": lambda f: flowers(f, count / 1e6, rounds),
     }

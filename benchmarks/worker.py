@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.harness import EMPTY, HUNDRED, write_result
-from clients.identity import node_settings
+from fomoe_flwr.site.identity import node_settings
 
 STEP = (
     "train.local_steps=1",
@@ -44,7 +44,8 @@ def do_message(folder: Path, way: str, round_: int) -> None:
 
         header = hand_over("train", json.dumps(task), blobs.items(), settings, 600.0).header
     else:
-        from clients.site import Memory, perform
+        from fomoe_flwr.site.memory import Memory
+        from fomoe_flwr.site.work import perform
 
         _, reply = perform("train", json.dumps(task), blobs, settings, Memory(), lambda phase: None)
         header = reply.to_json()

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.identity import NodeSettings, node_settings
 from clients.relay import hand_over
 from fomoe_flwr.bundles import as_array, blobs_of, header_in, record_in
 from fomoe_flwr.deploy.channel import Answer
 from fomoe_flwr.errors import WorkerError
+from fomoe_flwr.site.identity import NodeSettings, node_settings
 from fomoe_flwr.store.messages import STORED
 
 app = ClientApp()
@@ -77,7 +77,8 @@ def _taken_out(message: Message) -> Iterator[tuple[str, bytes]]:
 
 
 def _work_here(kind: str, task_text: str, stored: str, message: Message, settings: NodeSettings) -> Answer:
-    from clients.site import Memory, answer
+    from fomoe_flwr.site.memory import Memory
+    from fomoe_flwr.site.work import answer
 
     began, budget_s = time.monotonic(), message.metadata.ttl
 

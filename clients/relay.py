@@ -26,7 +26,6 @@ from typing import IO, Any, NamedTuple
 
 import psutil
 
-from clients.identity import NodeSettings, own_task, state_root
 from fomoe_flwr import errors
 from fomoe_flwr.bundle_file import write_blobs
 from fomoe_flwr.deploy import processes
@@ -41,6 +40,7 @@ from fomoe_flwr.deploy.channel import (
 )
 from fomoe_flwr.deploy.supernode import EXECUTOR, SUPERNODE
 from fomoe_flwr.errors import WorkerError
+from fomoe_flwr.site.identity import NodeSettings, own_task, state_root
 
 log = logging.getLogger("fomoe.site")
 

@@ -23,18 +23,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from clients.identity import NodeSettings, state_root
 from clients.relay import CODE
-from clients.site import WORK, Beat, Memory, answer
 from fomoe_flwr.bundle_file import mapped_blobs
 from fomoe_flwr.deploy.channel import (
     SOCKET,
     WORKER_LOCK,
+    Answer,
     Channel,
     check_private,
     locked,
@@ -43,6 +43,9 @@ from fomoe_flwr.deploy.channel import (
 from fomoe_flwr.deploy.processes import is_alive
 from fomoe_flwr.errors import FomoeError, WorkerError
 from fomoe_flwr.files import machine_error
+from fomoe_flwr.site.identity import NodeSettings, own_task, state_root
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.work import TRANSFER, WORK, Beat, begin_next, fetch, may_begin_next, perform, send
 
 log = logging.getLogger("fomoe.worker")
 
@@ -57,12 +60,37 @@ class Abandoned(Exception):
     """No client waits for this work any more."""
 
 
-@dataclass(frozen=True)
+class Superseded(Exception):
+    """What was begun before its message came is not what the message asks for."""
+
+
+@dataclass(eq=False)
 class Request:
     """A message that was handed over, and the way back."""
 
     channel: Channel
     header: Mapping[str, Any]
+    came: float = field(default_factory=time.monotonic)
+    # Its bundles, if they are in an object store: on their way while the work of an earlier message is done.
+    fetched: Future[dict[str, bytes]] | None = None
+
+    def left_s(self) -> float:
+        """Seconds until nobody waits for the answer any more."""
+        return float(self.header["seconds"]) - (time.monotonic() - self.came)
+
+    def bundles(self, beat: Beat) -> dict[str, bytes]:
+        """Its bundles by key; waits for them if they must come.
+
+        Raises:
+            StoreError: they do not.
+        """
+        if self.fetched is None:
+            with self.channel.file() as sent:
+                return mapped_blobs(sent, self.header["sizes"])
+        while not self.fetched.done():
+            beat(TRANSFER)
+            wait([self.fetched], BEAT_EVERY_S)
+        return self.fetched.result()
 
 
 class RequestQueue:
@@ -114,6 +142,11 @@ class RequestQueue:
                 with suppress(OSError):
                     request.channel.try_send({"busy": beats, "phase": phase})
 
+    def first(self) -> Request | None:
+        """The oldest request, which stays where it is."""
+        with self._changed:
+            return self._waiting[0] if self._waiting else None
+
     def decline_all(self) -> None:
         """Have the clients that wait look for another worker."""
         with self._changed:
@@ -129,7 +162,7 @@ def decline(request: Request) -> None:
     request.channel.close()
 
 
-def accept(listener: socket.socket, queue: RequestQueue) -> None:
+def accept(listener: socket.socket, queue: RequestQueue, fetcher: ThreadPoolExecutor) -> None:
     """Take in requests; a thread."""
     while True:
         try:
@@ -138,10 +171,23 @@ def accept(listener: socket.socket, queue: RequestQueue) -> None:
             # The listener is closed: the worker is about to end.
             return
         try:
-            queue.add(Request(channel, channel.receive(REQUEST_S)))
+            request = Request(channel, channel.receive(REQUEST_S))
+            if request.header.get("stored"):
+                request.fetched = fetcher.submit(_fetch, request)
+            queue.add(request)
         except (OSError, ValueError, KeyError, TypeError):
             log.warning("a connection without a request")
             channel.close()
+
+
+def _fetch(request: Request) -> dict[str, bytes]:
+    def beat(phase: str) -> None:
+        if request.channel.is_closed():
+            raise Abandoned
+
+    header = request.header
+    settings = NodeSettings(**header["settings"])
+    return fetch(header["task"], header["stored"], settings, request.left_s(), beat)
 
 
 def watch(queue: RequestQueue) -> None:
@@ -187,49 +233,115 @@ def beat_for(channel: Channel, queue: RequestQueue, stall_s: float) -> Beat:
     return beat
 
 
-def serve(request: Request, memory: Memory, queue: RequestQueue) -> bool:
-    """Do the work of one message and answer; False if an unknown error may have left the process broken."""
-    header, channel = request.header, request.channel
+def serve(request: Request, memory: Memory, queue: RequestQueue, sender: ThreadPoolExecutor) -> bool:
+    """Do the work of one message and answer; False if an unknown error may have left the process broken.
+
+    With strategy.delay=1 a thread of its own sends the answer, and the next round is begun meanwhile.
+    """
+    header = request.header
     settings = NodeSettings(**header["settings"])
-    usable, file, began = True, None, time.monotonic()
+    beat, began = beat_for(request.channel, queue, settings.stall_s), time.monotonic()
     try:
-        with channel.file() as sent:
-            blobs = mapped_blobs(sent, header["sizes"])
         # Relative paths mean what they mean to the ClientApp.
         with suppress(OSError):
             os.chdir(header["folder"])
-        beat = beat_for(channel, queue, settings.stall_s)
-        found = answer(
-            header["kind"], header["task"], header["stored"], blobs, settings, memory, beat, header["seconds"]
-        )
-        result, file = pack_answer(found, state_root(settings))
-        line = {"result": result}
-        log.info("%s: %.2f s", header["kind"], time.monotonic() - began)
+        blobs, reply = perform(header["kind"], header["task"], request.bundles(beat), settings, memory, beat)
+        log.info("%s of round %s: %.2f s", header["kind"], reply.round, time.monotonic() - began)
+        if header["kind"] != "train" or not may_begin_next(header["task"], settings):
+            answer(request, blobs, reply.to_json(), settings, beat)
+            return True
+        sender.submit(answer, request, blobs, reply.to_json(), settings, beat)
+        # The bundles are the other thread's.
+        del blobs
+        return go_on(header, settings, memory, queue)
     except Abandoned:
         log.info("no client waits for this message any more: its work is dropped")
+        request.channel.close()
         return True
-    except Exception as error:
-        if isinstance(error, OSError | UnicodeError):
-            # The machine's fault, such as a full disk; what the site had in memory is forgotten.
-            error = WorkerError(f"site {settings.site}: {machine_error(error)}")
-        usable = isinstance(error, FomoeError | FloatingPointError)
-        log.error("%s: %s", type(error).__name__, error, exc_info=not usable)
-        line = {"error": {"type": type(error).__name__, "text": str(error)}}
+    except Exception as error:  # noqa: BLE001 - the server is told
+        refuse(request, error, settings)
+        return known(error)
     finally:
         os.chdir("/")
-    deliver(channel, line, file, settings.stall_s)
-    return usable
+
+
+def go_on(header: Mapping[str, Any], settings: NodeSettings, memory: Memory, queue: RequestQueue) -> bool:
+    """Begin the round after that of a message, as long as nothing else is asked for; False as in `serve`."""
+    try:
+        begin_next(header["task"], settings, memory, ahead_beat(queue, header, settings, memory))
+    except Superseded:
+        log.info("the next message asks for something else than what was begun, which is dropped")
+    except Exception as error:
+        # Nobody waits for it. If it goes wrong again when the message is there, the server is told.
+        log.error("a round that was begun before its message: %s", error, exc_info=not known(error))
+        memory.empty()
+        return known(error)
+    return True
+
+
+def answer(request: Request, blobs: dict[str, bytes], reply: str, settings: NodeSettings, beat: Beat) -> None:
+    """Send a reply, whose bundles go by the client or into the object store."""
+    header, file = request.header, None
+    try:
+        stored = ""
+        if header["stored"]:
+            stored = send(blobs, header["task"], header["stored"], settings, request.left_s(), beat)
+        result, file = pack_answer(Answer(blobs, reply, stored), state_root(settings))
+    except Abandoned:
+        log.info("no client waits for this reply any more")
+        request.channel.close()
+    except Exception as error:  # noqa: BLE001 - the server is told
+        refuse(request, error, settings)
+    else:
+        deliver(request.channel, {"result": result}, file, settings.stall_s)
+
+
+def refuse(request: Request, error: Exception, settings: NodeSettings) -> None:
+    """Answer with an error."""
+    usable = known(error)
+    if isinstance(error, OSError | UnicodeError):
+        # The machine's fault, such as a full disk; what the site had in memory is forgotten.
+        error = WorkerError(f"site {settings.site}: {machine_error(error)}")
+    log.error("%s: %s", type(error).__name__, error, exc_info=None if usable else error)
+    line = {"error": {"type": type(error).__name__, "text": str(error)}}
+    deliver(request.channel, line, None, settings.stall_s)
+
+
+def known(error: Exception) -> bool:
+    """Whether an error leaves the process as it was."""
+    return isinstance(error, FomoeError | FloatingPointError | OSError | UnicodeError)
 
 
 def deliver(channel: Channel, line: Mapping[str, Any], file: IO[bytes] | None, seconds: float) -> None:
-    """Send the answer; a client that does not read it within so many seconds does not get it."""
+    """Send the answer, and close; a client that does not read it within so many seconds does not get it."""
     try:
         channel.send(line, file, seconds)
     except OSError as error:
         log.info("the client does not take the answer: %s", error)
     finally:
+        channel.close()
         if file is not None:
             file.close()
+
+
+def ahead_beat(
+    queue: RequestQueue, header: Mapping[str, Any], settings: NodeSettings, memory: Memory
+) -> Beat:
+    """Signs of life of work that nobody has asked for yet. They raise Superseded if something else is asked for."""
+    looked: Request | None = None
+
+    def beat(phase: str) -> None:
+        nonlocal looked
+        queue.beat(phase)
+        if (request := queue.first()) is None or request is looked:
+            return
+        looked = request
+        other = request.header
+        same = all(other.get(key) == header[key] for key in ("kind", "code", "settings"))
+        if not same or not memory.has_begun(own_task(other["task"], settings)):
+            raise Superseded
+
+    return beat
 
 
 def listen(folder: Path) -> socket.socket:
@@ -247,7 +359,9 @@ def run(site: str, folder: Path, idle_s: float) -> int:
     # What is there now stays. A collection that looked at all of PyTorch would take a tenth of a second.
     gc.freeze()
     listener = listen(folder)
-    threading.Thread(target=accept, args=(listener, queue), daemon=True).start()
+    # A SuperNode hands over one message after the other: more than one of each is left from before.
+    fetcher, sender = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("fetch", "send"))
+    threading.Thread(target=accept, args=(listener, queue, fetcher), daemon=True).start()
     threading.Thread(target=watch, args=(queue,), daemon=True).start()
     log.info("worker of site %s, process %d, code in %s", site, os.getpid(), CODE)
     while (request := queue.next(idle_s)) is not None:
@@ -255,8 +369,7 @@ def run(site: str, folder: Path, idle_s: float) -> int:
             log.info("a message from other code in %s: it needs a new worker", request.header["code"])
             decline(request)
             break
-        usable = serve(request, memory, queue)
-        request.channel.close()
+        usable = serve(request, memory, queue, sender)
         # Optimizers and tracebacks are held by cycles, and hold gigabytes.
         gc.collect()
         if not usable:
@@ -265,6 +378,8 @@ def run(site: str, folder: Path, idle_s: float) -> int:
     (folder / SOCKET).unlink(missing_ok=True)
     listener.close()
     queue.decline_all()
+    # What is being sent is worth waiting for.
+    sender.shutdown()
     return code
 
 

@@ -170,6 +170,11 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments"
         )
+    if strategy.delay and model.balance == "global":
+        raise ConfigError(
+            "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before; "
+            "allowed is local"
+        )
     for key, device in (
         ("train.device", train.device),
         *((f"{s.name}.device", s.device) for s in config.federation.sites),
@@ -271,9 +276,32 @@ def check_outer(strategy: StrategyConfig) -> None:
             f"strategy.down={strategy.down}: not with strategy.inner=gradient, whose gradients would be of another "
             "model than the one that is stepped; allowed are bf16, fp32"
         )
+    if strategy.delay and inner == "gradient":
+        raise ConfigError(
+            "strategy.delay=1: not with strategy.inner=gradient, whose gradients would be of another model than the "
+            "one that is stepped; allowed is adamw"
+        )
+    if strategy.delay and outer not in ("nesterov", "average"):
+        raise ConfigError(
+            f"strategy.delay=1: not with strategy.outer={outer}, where what a site's own update does to the model does "
+            "not follow from the update alone; allowed are nesterov, average"
+        )
+    if strategy.down == "topk" and strategy.up != "topk":
+        raise ConfigError(
+            f"strategy.down=topk: not with strategy.up={strategy.up}, by which every number changes in each round, and "
+            "what is not sent piles up; allowed is strategy.up=topk"
+        )
+    if strategy.down == "topk" and not (
+        outer == "average" or (outer == "nesterov" and strategy.outer_momentum == 0)
+    ):
+        raise ConfigError(
+            f"strategy.down=topk: not with strategy.outer={outer} and momentum, by which every number changes in each "
+            "round, and what is not sent piles up; allowed are strategy.outer=average and strategy.outer_momentum=0"
+        )
     usual, topk = StrategyConfig(), "topk" in (strategy.up, strategy.down)
     for key, used, of in (
-        ("density", topk, "strategy.up=topk and strategy.down=topk"),
+        ("density", topk, "strategy.up=topk"),
+        ("down_density", strategy.down == "topk", "strategy.down=topk"),
         ("value_bits", topk, "strategy.up=topk and strategy.down=topk"),
         ("feedback", strategy.up in LOSSY, f"strategy.up={', '.join(LOSSY)}"),
     ):
@@ -281,7 +309,7 @@ def check_outer(strategy: StrategyConfig) -> None:
             raise ConfigError(
                 f"strategy.{key}={value:g}: of {of}; here it is up={strategy.up} and down={strategy.down}"
             )
-    for key in ("density", "feedback"):
+    for key in ("density", "down_density", "feedback"):
         if ((value := getattr(strategy, key)) or 0) > 1:
             raise ConfigError(f"strategy.{key}={value:g}: a share, at most 1")
     if not strategy.keep_moments and (outer == "local_adamw" or inner == "gradient"):

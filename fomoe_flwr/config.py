@@ -28,6 +28,8 @@ REMOVED = {
 
 # strategy.outer_lr where it is null. AdamW's is of pseudo-gradients: see docs/method.md.
 OUTER_LR = {"nesterov": 0.7, "adamw": 0.003}
+# strategy.outer_momentum where it is null.
+OUTER_MOMENTUM = 0.9
 
 # The values of strategy.placement that go by a plan, which is made anew when sites leave or return.
 PLANNED = ("planned", "memory", "affine", "equal")
@@ -186,9 +188,14 @@ class StrategyConfig:
     # What a shard travels as. int8, int4, topk: as its difference to what the site was sent in the last round that
     # counts, as above; what they lose is in the next difference. Whole, in bf16, where the site has not got that.
     down: str = choice("bf16", "bf16", "fp32", "int8", "int4", "topk")
-    density: float = above(1 / 64, 0.0)  # with up=topk or down=topk
+    density: float = above(1 / 64, 0.0)  # with up=topk
+    # With down=topk; null: density times overlap, so that all is sent that the holders of an expert sent together.
+    down_density: float | None = above(None, 0.0)
     value_bits: int = at_least(2, 2, 8)  # with up=topk or down=topk
     feedback: float | None = at_least(None, 0.0)  # with up=int8, int4, topk or sign
+    # 1: a site begins a round from what it was sent for the round before and its own last update, so that it need not
+    # wait for the others'; 0: from what it is sent for the round.
+    delay: int = at_least(0, 0, 1)
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round
     # The outer step. nesterov: DiLoCo; local_adamw: means of parameters and AdamW's moments, three times the bytes;

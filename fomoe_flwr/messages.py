@@ -33,6 +33,7 @@ from fomoe_flwr.schedule import LrSchedule, lr_schedule
 from fomoe_flwr.untrusted import parse_json
 
 STATE_LOST = "state_lost"  # a metric of a site that begins without moments, for it has lost its state
+AHEAD = "ahead"  # with strategy.delay=1, a metric: 1.0 if the site's start was known before the message came
 MAX_METRICS = 64  # in a reply, and characters in the name of one
 MAX_HEADER = 2**26  # characters of a reply's JSON
 
@@ -100,6 +101,10 @@ class Task:
     keep: int  # states of earlier rounds that the server may come back to
     seed: int
     global_load: Shares | None = None  # of the federation in the rounds before, with balance=global
+    # With strategy.delay=1: how many sites are asked in this round, and how many of them hold each expert of
+    # `residents`, one list a layer.
+    asked: int = 0
+    holders: list[list[int]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -160,6 +165,8 @@ def make_task(
     local_steps: int,
     global_load: Shares | None = None,
     model: ModelConfig | None = None,
+    asked: int = 0,
+    holders: list[list[int]] | None = None,
 ) -> Task:
     """The part of the configuration that a site needs in a round.
 
@@ -169,6 +176,7 @@ def make_task(
             fewer steps goes through it faster.
         global_load: of the federation, if it is known.
         model: with values for this site alone, if not the configuration's.
+        asked, holders: as in `Task`; a site is told them with strategy.delay=1 alone.
     """
     nominal, own = config.train.local_steps, config.federation.sites[site]
     return Task(
@@ -193,6 +201,8 @@ def make_task(
         keep=config.checkpoint.keep,
         seed=config.seed,
         global_load=global_load if config.model.balance == "global" else None,
+        asked=asked if config.strategy.delay else 0,
+        holders=holders or [] if config.strategy.delay else [],
     )
 
 

@@ -187,9 +187,14 @@ ALONE = [
     ("strategy.routing", "partitioned", []),
     ("model.standins", 16, []),
     ("strategy.density", 0.05, ["strategy.up=topk"]),
-    ("strategy.value_bits", 4, ["strategy.down=topk"]),
+    (
+        "strategy.down_density",
+        0.05,
+        ["strategy.up=topk", "strategy.down=topk", "strategy.outer=average"],
+    ),
     ("strategy.value_bits", 4, ["strategy.up=topk"]),
     ("strategy.feedback", 0.5, ["strategy.up=int4"]),
+    ("strategy.delay", 1, []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
@@ -639,7 +644,19 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         ),
         (
             ["strategy.density=0.1"],
-            "strategy.density=0.1: of strategy.up=topk and strategy.down=topk; here it is up=bf16 and down=bf16",
+            "strategy.density=0.1: of strategy.up=topk; here it is up=bf16 and down=bf16",
+        ),
+        (
+            ["strategy.up=topk", "strategy.down_density=0.1"],
+            "strategy.down_density=0.1: of strategy.down=topk; here it is up=topk and down=bf16",
+        ),
+        (
+            ["strategy.up=int4", "strategy.down=topk", "strategy.outer=average"],
+            "strategy.down=topk: not with strategy.up=int4, by which every number changes in each round",
+        ),
+        (
+            ["strategy.up=topk", "strategy.down=topk"],
+            "strategy.down=topk: not with strategy.outer=nesterov and momentum, by which every number changes",
         ),
         (
             ["strategy.feedback=0.5"],
@@ -657,6 +674,23 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["strategy=ddp", "strategy.down=int8"],
             "strategy.down=int8: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (["strategy.delay=2"], "strategy.delay=2: at most 1 are allowed"),
+        (
+            ["strategy=ddp", "strategy.delay=1"],
+            "strategy.delay=1: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (
+            ["strategy=local_adamw", "strategy.delay=1"],
+            "strategy.delay=1: not with strategy.outer=local_adamw, where what a site's own update does to the model",
+        ),
+        (
+            ["strategy.outer=adamw", "strategy.delay=1"],
+            "strategy.delay=1: not with strategy.outer=adamw, where what a site's own update does to the model does",
+        ),
+        (
+            ["model.balance=global", "strategy.delay=1"],
+            "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before",
         ),
         (["strategy.down=sign"], "strategy.down=sign: allowed are bf16, fp32, int8, int4, topk"),
         (

@@ -73,6 +73,8 @@ tasks = st.builds(
     keep=counts,
     seed=counts,
     global_load=st.none() | st.lists(st.lists(finite, max_size=3), max_size=3),
+    asked=counts,
+    holders=st.lists(st.lists(counts, max_size=4), max_size=3),
 )
 replies = st.builds(
     Reply,
@@ -159,6 +161,10 @@ def test_a_task_is_the_sites_own_part_of_the_configuration() -> None:
     other = dataclasses.replace(config.model, locality_target=0.25)
     assert task_of(config, 1, model=other).model == other
     assert task_of(config, 0).train == dataclasses.replace(config.train)
+    told = {"asked": 3, "holders": [[2, 1]]}
+    assert (task_of(config, 0, **told).asked, task_of(config, 0, **told).holders) == (0, [])
+    config.strategy.delay = 1
+    assert (task_of(config, 0, **told).asked, task_of(config, 0, **told).holders) == (3, [[2, 1]])
 
 
 # -- the deal ------------------------------------------------------------------------------------------------

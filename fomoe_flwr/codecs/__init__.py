@@ -87,13 +87,8 @@ LOSSY = ("int8", "int4", "topk", "sign")
 FEEDBACK = 0.95  # where strategy.feedback is null (SparseLoCo's, arXiv 2508.15706)
 
 
-def _lossy(name: str, strategy: StrategyConfig) -> Lossy:
-    known: dict[str, Lossy] = {
-        "int8": Int(8),
-        "int4": Int(4),
-        "topk": TopK(strategy.density, strategy.value_bits),
-        "sign": Sign(),
-    }
+def _lossy(name: str, density: float, bits: int) -> Lossy:
+    known: dict[str, Lossy] = {"int8": Int(8), "int4": Int(4), "topk": TopK(density, bits), "sign": Sign()}
     return known[name]
 
 
@@ -102,7 +97,7 @@ def up_codec(strategy: StrategyConfig) -> Codec:
     if strategy.up in CASTS:
         return CASTS[strategy.up]
     feedback = FEEDBACK if strategy.feedback is None else strategy.feedback
-    return Lossily(_lossy(strategy.up, strategy), feedback)
+    return Lossily(_lossy(strategy.up, strategy.density, strategy.value_bits), feedback)
 
 
 def down_codec(strategy: StrategyConfig) -> Cast:
@@ -112,7 +107,10 @@ def down_codec(strategy: StrategyConfig) -> Cast:
 
 def down_differences(strategy: StrategyConfig) -> Differences | None:
     """How a round's tensors travel to sites that hold those of the last round; None: whole."""
-    return None if strategy.down in CASTS else Differences(_lossy(strategy.down, strategy))
+    if strategy.down in CASTS:
+        return None
+    density = strategy.density if strategy.down_density is None else strategy.down_density
+    return Differences(_lossy(strategy.down, density, strategy.value_bits))
 
 
 # ----- tensors in several parts

@@ -52,12 +52,16 @@ class Int(Lossy):
 
         scale = magnitudes(parts, "scale")
         codes = unpacked(parts, "values", self.bits, count)
-        if bool((codes > 2 * self.largest).any()):
+        if count and int(codes.max()) > 2 * self.largest:
             raise WireError(f"values: has one above {self.largest} scales")
-        rows = in_rows(codes, INT_BLOCK).float().sub_(self.largest).mul_(scale[:, None])
+        whole = codes.float().sub_(self.largest)
+        rows = whole.view(-1, INT_BLOCK) if count % INT_BLOCK == 0 else in_rows(whole, INT_BLOCK)
+        rows.mul_(scale[:, None])
         # The scale was rounded up: of the largest numbers in fp32 this may make more than fp32 holds.
         limit = torch.finfo(torch.float32).max
-        return rows.clamp_(-limit, limit).view(-1)[:count]
+        if count and float(scale.max()) > limit / self.largest:
+            rows.clamp_(-limit, limit)
+        return rows.view(-1)[:count]
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,9 @@ class Channel:
         return os.fdopen(self._descriptors.pop(0), "rb")
 
     def is_closed(self) -> bool:
-        """Whether the other end is gone. For an end that has read all it was sent."""
-        self.socket.setblocking(False)
+        """Whether either end is gone. For an end that has read all it was sent."""
         try:
+            self.socket.setblocking(False)
             return not self.socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False

@@ -62,6 +62,7 @@ class Engine:
         """Take over what the server sent, parameters and with LocalAdamW their moments, and the site's own state.
 
         Args:
+            shard: what the round begins from; with strategy.delay=1 not what the server sent for it.
             state: its moments are emptied while they are taken over, so that they are not held twice.
 
         Raises:
@@ -169,7 +170,7 @@ class Engine:
 
     @torch.no_grad()
     def _pseudo_gradient(self) -> dict[str, Tensor]:
-        """Parameters sent minus parameters returned: a descent direction (FoMoE, algorithm 2).
+        """Parameters at the start minus parameters returned: a descent direction (FoMoE, algorithm 2).
 
         In the place of the parameters, which the next round overwrites anyway.
         """

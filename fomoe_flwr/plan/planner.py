@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from fomoe_flwr.plan.system import (
     compute_source,
     down_bytes,
     exchange_s,
+    hides_communication,
     plan_sites,
     state_bytes,
     token_cost,
@@ -137,6 +139,7 @@ def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) 
         worth_MR=np.broadcast_to(worth_R, (len(sites), len(worth_R))),
         step_tokens_M=np.array([site.step_tokens for site in sites]),
         max_steps=int(config.plan.max_steps_ratio * config.train.local_steps),
+        hides=hides_communication(config),
     )
 
 
@@ -173,7 +176,9 @@ def describe(
     planned = []
     for row, site in enumerate(sites):
         residents, steps = int(residents_M[row]), int(steps_M[row])
-        communication_s = float(options.communication_s_MR[row, residents - 1])
+        communication_s, hidden_s = float(options.communication_s_MR[row, residents - 1]), 0.0
+        if options.hides:
+            hidden_s = min(steps * float(options.step_s_MR[row, residents - 1]), communication_s)
         planned.append(
             SitePlan(
                 site=site.name,
@@ -184,10 +189,11 @@ def describe(
                 memory_bytes=float(memory_M[row]),
                 bytes_down=int(down_M[row]),
                 bytes_up=int(up_M[row]),
-                compute_s=float(done_s[row]) - communication_s,
+                compute_s=float(done_s[row]) - (communication_s - hidden_s),
                 communication_s=communication_s,
                 round_s=float(done_s[row]),
                 resident_share=float(hit_M[row]) if config.strategy.routing != "partitioned" else 1.0,
+                hidden_s=hidden_s,
             )
         )
     round_s, tokens = float(done_s.max()), sum(site.tokens for site in planned)
@@ -307,6 +313,7 @@ def _rows(options: Options, present: Sequence[int]) -> Options:
         options.worth_MR[rows],
         options.step_tokens_M[rows],
         options.max_steps,
+        options.hides,
     )
 
 
@@ -356,6 +363,7 @@ def _away(site: SitePlan) -> SitePlan:
         communication_s=0.0,
         round_s=0.0,
         resident_share=0.0,
+        hidden_s=0.0,
     )
 
 
@@ -378,7 +386,8 @@ def clock_note(config: RunConfig, plan: Plan, compute_s: Mapping[str, float], ru
     }
     if not ratios or 1 / FAR_OFF <= (ratio := median(ratios.values())) <= FAR_OFF:
         return None
-    round_s = max(compute_s[name] + planned[name].communication_s for name in ratios)
+    took_s = max if hides_communication(config) else operator.add
+    round_s = max(took_s(compute_s[name], planned[name].communication_s) for name in ratios)
     off = f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
     measured = f"plan.measured={run_dir}"
     remedy = f"{measured} plans by what this run measured"
@@ -428,7 +437,7 @@ def _renewed(request: Any) -> Any:
 def _request(config: RunConfig) -> dict[str, Any]:
     """What a plan is made from, as JSON gives it back."""
     train, strategy = config.train, config.strategy
-    request = {
+    request: dict[str, Any] = {
         "model": dataclasses.asdict(config.model),
         "sites": [dataclasses.asdict(site) for site in config.federation.sites],
         "plan": dataclasses.asdict(config.plan),
@@ -438,5 +447,10 @@ def _request(config: RunConfig) -> dict[str, Any]:
             strategy.density, strategy.value_bits,
         ],
     }  # fmt: skip
+    if strategy.down_density is not None:
+        request["down_density"] = strategy.down_density
+    if strategy.delay:
+        # Not otherwise: a run of an earlier version goes on by its plan.
+        request["delay"] = strategy.delay
     loaded: dict[str, Any] = json.loads(json.dumps(request))
     return loaded

@@ -27,8 +27,9 @@ class SitePlan:
     bytes_up: int
     compute_s: Amount
     communication_s: Amount
-    round_s: Amount  # compute + communication; the round of all is the longest
+    round_s: Amount  # compute + communication - hidden; the round of all is the longest
     resident_share: Amount  # of the router's choices, expected
+    hidden_s: Amount = 0.0  # of communication, behind compute (strategy.delay=1)
 
 
 class CostSeconds(TypedDict):
@@ -66,6 +67,12 @@ class Plan:
             values = {**values, "placement": "planned" if policy == "solver" else policy}
         plan: Plan = as_type(cls, values)
         return plan
+
+    @property
+    def utilisation(self) -> float:
+        """Share of a round that sites compute, mean over those that take part."""
+        computing = [site.compute_s for site in self.sites if site.tokens]
+        return sum(computing) / len(computing) / self.round_s if computing and self.round_s else 0.0
 
     @property
     def mean_residents(self) -> float:

@@ -164,7 +164,7 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     replica = with_strategy(whole, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
     # What gradients and moments would not bear.
     down = "bf16" if config.strategy.down in LOSSY else config.strategy.down
-    ddp = with_train(with_strategy(replica, inner="gradient", outer="adamw", down=down), local_steps=1)
+    ddp = with_strategy(replica, inner="gradient", outer="adamw", down=down, delay=0)
     # FoMoE comes with this run's own outer step, if this run is FoMoE.
     planned, overlap = config.strategy.placement in PLANNED, fomoe_overlap(config)
     fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
@@ -173,9 +173,9 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     skipping = skipping_mode(config)
     suffix = ", LocalAdamW" if fomoe.strategy.outer == "local_adamw" else ""
     return [
-        _Candidate(DDP, ddp, exchanges=config.train.local_steps),
+        _Candidate(DDP, with_train(ddp, local_steps=1), exchanges=config.train.local_steps),
         _Candidate(DILOCO, replica),
-        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw", down=down)),
+        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw", down=down, delay=0)),
         _Candidate(f"{FOMOE_EQUAL}, partitioned{suffix}", with_strategy(equal, routing="partitioned")),
         _Candidate(f"{FOMOE_EQUAL}, {skipping}{suffix}", with_strategy(equal, routing=skipping)),
         _Candidate(f"{FOMOE_PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),
@@ -226,6 +226,7 @@ def _repeated(plan: Plan, times: int) -> Plan:
             bytes_up=times * planned.bytes_up,
             compute_s=times * planned.compute_s,
             communication_s=times * planned.communication_s,
+            hidden_s=times * planned.hidden_s,
             round_s=times * planned.round_s,
         )
 

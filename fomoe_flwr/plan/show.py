@@ -18,7 +18,7 @@ from fomoe_flwr.console import print_whole
 from fomoe_flwr.model.spec import parameter_counts, routing_in_words
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import Row, skipping_mode, some
-from fomoe_flwr.plan.system import PlanSite
+from fomoe_flwr.plan.system import PlanSite, bytes_a_parameter, hides_communication
 from fomoe_flwr.units import NONE, count, finite, in_bits, in_bytes, percent, time_span
 
 MOST_ROWS = 20  # of the table of sites
@@ -65,12 +65,13 @@ def facts_table(outlook: Outlook) -> Table:
         "setting",
         f"{_sites(len(plan.sites))}, {routing_in_words(config.model, strategy.routing)} routing, "
         f"{strategy.placement} placement, "
-        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down",
+        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down"
+        + (", a delay of one round" if strategy.delay else ""),
     )
     table.add_row(
         "a round",
         f"{time_span(plan.round_s)}, {count(plan.tokens)} tokens, {count(plan.tokens_per_second)} tokens/s, "
-        f"of which useful {count(plan.useful_tokens_per_second)}",
+        f"of which useful {count(plan.useful_tokens_per_second)}; sites train {percent(plan.utilisation)} of the time",
     )
     if config.plan.measured is None:
         table.add_row(
@@ -93,15 +94,17 @@ def site_table(plan: Plan, sites: Sequence[PlanSite], num_experts: int) -> Table
     """A line a site, or, where they are many, a line for all that are alike."""
     table = _table("a round at each site")
     table.add_column("site", no_wrap=True)
+    hides = any(planned.hidden_s for planned in plan.sites)
     headers = (
         f"experts a layer\nof {num_experts}", "local\nsteps", "batch", "memory\nof what it has", "down", "up",
-        "compute", "commu-\nnication", "round", "waits for\nthe slowest", "expected\nresident share",
+        "compute", "commu-\nnication", *(["of which\nhidden"] if hides else []), "round", "waits for\nthe slowest",
+        "expected\nresident share",
     )  # fmt: skip
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     groups = group_sites(plan, sites)
     for names, site, planned in groups[:MOST_ROWS]:
-        table.add_row(escape(alike(names)), *_site_cells(site, planned, plan.round_s))
+        table.add_row(escape(alike(names)), *_site_cells(site, planned, plan.round_s, hides))
     if rest := [name for names, _, _ in groups[MOST_ROWS:] for name in names]:
         table.caption, table.caption_justify = f"… and {len(rest)} more, faster than these", "left"
     return table
@@ -126,7 +129,7 @@ def alike(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more like it"
 
 
-def _site_cells(site: PlanSite, planned: SitePlan, round_s: float) -> tuple[str, ...]:
+def _site_cells(site: PlanSite, planned: SitePlan, round_s: float, hides: bool) -> tuple[str, ...]:
     too_small = planned.memory_bytes > site.memory_bytes
     memory = in_bytes(planned.memory_bytes)
     if math.isfinite(site.memory_bytes):
@@ -140,6 +143,7 @@ def _site_cells(site: PlanSite, planned: SitePlan, round_s: float) -> tuple[str,
         f"{in_bytes(planned.bytes_up)}",
         time_span(planned.compute_s),
         time_span(planned.communication_s),
+        *([time_span(planned.hidden_s)] if hides else []),
         time_span(planned.round_s),
         time_span(round_s - planned.round_s) if planned.round_s < round_s else "slowest",
         percent(planned.resident_share),
@@ -212,7 +216,7 @@ def assumptions(outlook: Outlook) -> dict[str, Any]:
         "sites_with_unknown_memory": sum(math.isinf(site.memory_bytes) for site in outlook.sites),
         "balanced_routing": True,
         "activations_counted": False,
-        "computing_hides_communication": False,
+        "computing_hides_communication": hides_communication(config),
     }
 
 
@@ -227,7 +231,7 @@ def assumed_links(config: RunConfig) -> list[str]:
 
 def assumptions_in_words(outlook: Outlook) -> list[str]:
     """The same for a person."""
-    plan = outlook.config.plan
+    config, plan = outlook.config, outlook.config.plan
     compute = (
         f"{plan.tflops:g} Tflop/s x {plan.mfu:g} (plan.tflops, plan.mfu) at a site of speed 1"
         if plan.measured is None
@@ -245,10 +249,15 @@ def assumptions_in_words(outlook: Outlook) -> list[str]:
         f"{percent(SKIP_PRICES[routing])} less in {routing} mode"
         for routing in (skipping_mode(outlook.config), "partitioned")
     )
+    hidden = (
+        "what hides behind it is a round's that goes on like the one before"
+        if hides_communication(config)
+        else "nothing hides communication"
+    )
     less = measured if plan.skip_price is None else f"{percent(plan.skip_price)} less"
     return [
-        f"compute: {compute}; routing is balanced; nothing hides communication",
-        f"memory: {plan.bytes_per_parameter:g} bytes a parameter, activations not counted",
+        f"compute: {compute}; routing is balanced; {hidden}",
+        f"memory: {bytes_a_parameter(config):g} bytes a parameter, activations not counted",
         f"network: all sites at once through one server, {server}{links}; tensors alone, without headers",
         f"useful: a token counts up to {less} where its experts are not held (plan.skip_price)"
         + ("; what stand-ins save of that is not counted" if outlook.config.model.standins else ""),
@@ -284,6 +293,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
             "tokens": plan.tokens,
             "tokens_per_second": plan.tokens_per_second,
             "useful_tokens_per_second": plan.useful_tokens_per_second,
+            "utilisation": plan.utilisation,
         },
         "assumptions": assumptions(outlook),
         "advice": outlook.advice,

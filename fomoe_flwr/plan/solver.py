@@ -34,6 +34,7 @@ class Options:
     worth_MR: Floats  # of a token; 1: all of its assignments are resident
     step_tokens_M: Ints
     max_steps: int
+    hides: bool = False  # whether a site takes its steps while its link is busy
 
     @property
     def num_experts(self) -> int:
@@ -68,9 +69,12 @@ def useful_tokens(options: Options, residents_M: Ints, steps_M: Ints) -> float:
 
 
 def finish_s(options: Options, residents_M: Ints, steps_M: Ints) -> Floats:
-    """When each site is done: its steps and its link."""
+    """When each site is done: its steps and its link, or the longer of the two."""
     rows, columns = np.arange(len(residents_M)), residents_M - 1
-    return options.communication_s_MR[rows, columns] + steps_M * options.step_s_MR[rows, columns]
+    communication_s_M = options.communication_s_MR[rows, columns]
+    compute_s_M = steps_M * options.step_s_MR[rows, columns]
+    done_s_M: Floats = communication_s_M + compute_s_M
+    return np.maximum(communication_s_M, compute_s_M) if options.hides else done_s_M
 
 
 def solve(options: Options, target: float, holders: int) -> Choice:
@@ -122,7 +126,10 @@ def needed_copies(options: Options, holders: int) -> int:
 
 def _best(options: Options, round_s: float, needed: int) -> tuple[Ints, Ints] | None:
     """Residents and steps that do the most useful work in this time; None if some site cannot take a step."""
-    steps_MR = np.floor((round_s - options.communication_s_MR) / options.step_s_MR + _SLACK)
+    compute_s_MR = round_s - options.communication_s_MR
+    if options.hides:
+        compute_s_MR = np.where(compute_s_MR < 0, 0.0, round_s)
+    steps_MR = np.floor(compute_s_MR / options.step_s_MR + _SLACK)
     steps_MR = np.clip(steps_MR, 0, options.max_steps)
     useful_MR = steps_MR * options.step_tokens_M[:, None] * options.worth_MR
     useful_MR[~options.fits_MR | (steps_MR < 1)] = -np.inf

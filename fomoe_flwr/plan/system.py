@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -114,7 +114,12 @@ def held_parameters(config: RunConfig, residents: Amounts) -> Amounts:
 
 def state_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     """Memory of a site's weights, gradients and moments; activations come on top."""
-    return held_parameters(config, residents) * config.plan.bytes_per_parameter
+    return held_parameters(config, residents) * bytes_a_parameter(config)
+
+
+def bytes_a_parameter(config: RunConfig) -> float:
+    """plan.bytes_per_parameter; with strategy.delay=1 a round begins from fp32 and not from a shard in bf16."""
+    return config.plan.bytes_per_parameter + 2 * config.strategy.delay
 
 
 def down_bytes(config: RunConfig, residents: Amounts) -> Amounts:
@@ -155,6 +160,13 @@ def exchange_s(site: PlanSite, down_bytes: Amounts, up_bytes: Amounts) -> Amount
     """Down to a site and up again, one after the other."""
     down_s = transfer_s(down_bytes, site.down_bytes_per_s, site.latency_s)
     return down_s + transfer_s(up_bytes, site.up_bytes_per_s, site.latency_s)
+
+
+def hides_communication(config: RunConfig) -> bool:
+    """Whether sites train while they receive and send: with strategy.delay=1, unless each round brings new experts."""
+    strategy = config.strategy
+    every_round = strategy.placement == "random" and strategy.reshuffle_every == 1
+    return strategy.delay == 1 and not (every_round and config.overlap < len(config.federation.sites))
 
 
 # ----- what a token costs it in time
@@ -291,14 +303,21 @@ class Measured(NamedTuple):
     seconds: float  # of its local steps, on the simulation's device, which counts as speed 1
     bytes_down: int  # everything, not tensors alone
     bytes_up: int
+    ahead: bool = False  # it had begun before the message came (strategy.delay=1)
 
 
 def virtual_round(sites: Sequence[PlanSite], measured: Mapping[int, Measured]) -> dict[str, Any]:
     """Charge each site its compute, scaled by its speed, and its bytes, by its link.
 
+    A site is done after `compute_s + communication_s - hidden_s`. With strategy.delay=1 it computes round r while its
+    reply of round r-1 goes up and message r comes down, so one that went ahead hides the shorter of the two,
+    `hidden_s = min(compute_s, communication_s)`, and is done after the longer. In a federation that goes on like that
+    a round takes as long as at the site where that is longest. One that began with the message hides nothing: so the
+    first round also pays for the last reply, which nothing hides.
+
     Returns:
-        `round_s`; `slowest`, the site for whom the others waited; and by site `compute_s`, `communication_s` and
-        `waited_s`.
+        `round_s`; `utilisation`, the share of it that sites compute, in the mean; `slowest`, the site for whom the
+        others waited; and by site `compute_s`, `communication_s`, `hidden_s` and `waited_s`.
     """
     by_site: dict[str, dict[str, float]] = {}
     done_s: dict[str, float] = {}
@@ -306,9 +325,20 @@ def virtual_round(sites: Sequence[PlanSite], measured: Mapping[int, Measured]) -
         site = sites[index]
         compute_s = work.seconds / site.speed
         communication_s = exchange_s(site, work.bytes_down, work.bytes_up)
-        by_site[site.name] = {"compute_s": compute_s, "communication_s": communication_s}
-        done_s[site.name] = compute_s + communication_s
+        hidden_s = min(compute_s, communication_s) if work.ahead else 0.0
+        by_site[site.name] = {
+            "compute_s": compute_s,
+            "communication_s": communication_s,
+            "hidden_s": hidden_s,
+        }
+        done_s[site.name] = compute_s + communication_s - hidden_s
     slowest = max(done_s, key=lambda name: done_s[name])
     for name, figures in by_site.items():
         figures["waited_s"] = done_s[slowest] - done_s[name]
-    return {"round_s": done_s[slowest], "slowest": slowest, "sites": by_site}
+    used_s = mean(figures["compute_s"] for figures in by_site.values())
+    return {
+        "round_s": done_s[slowest],
+        "utilisation": used_s / done_s[slowest] if used_s else 0.0,
+        "slowest": slowest,
+        "sites": by_site,
+    }

@@ -39,16 +39,24 @@ class SiteRound:
     memory_bytes: float | None = None  # most memory that the round needed
 
 
-class SiteClock(TypedDict):
+class _SiteClock(TypedDict):
     compute_s: Amount
     communication_s: Amount
 
 
-class Virtual(TypedDict):
-    """Times of simulated sites, computed for their own devices and links."""
+class SiteClock(_SiteClock, total=False):
+    hidden_s: Amount  # of communication, behind compute; earlier versions had none
 
+
+class _Virtual(TypedDict):
     round_s: Amount
     sites: dict[str, SiteClock]
+
+
+class Virtual(_Virtual, total=False):
+    """Times of simulated sites, computed for their own devices and links."""
+
+    utilisation: Amount
 
 
 class _Routing(TypedDict):

@@ -52,6 +52,7 @@ class Reality(NamedTuple):
 
     payload_bytes: Pair  # tensors of a round in which every site answered, all sites
     round_s: Pair
+    utilisation: Pair  # share of a round that sites compute, in the mean
     sites: list[SiteReality]
 
 
@@ -71,6 +72,7 @@ def compare(run: Run) -> Reality | None:
     return Reality(
         Pair(_payload(run, (full or trained)[-1].round), payload[-1] if payload else None),
         Pair(run.plan.round_s, _median(round_s)),
+        Pair(run.plan.utilisation, _median(_utilisation(record) for record in settled)),
         [_site(planned, settled) for planned in run.plan.sites],
     )
 
@@ -100,11 +102,18 @@ def _step_s(record: Round, site: SiteRound, planned: SitePlan) -> float | None:
     return site.tokens / site.tokens_per_second / planned.local_steps
 
 
+def _utilisation(record: Round) -> float | None:
+    if record.virtual:
+        return record.virtual.get("utilisation")
+    used_s = [site.tokens / site.tokens_per_second for site in record.sites if site.tokens_per_second]
+    return sum(used_s) / len(used_s) / record.seconds if used_s and record.seconds else None
+
+
 def _done_s(record: Round, site: SiteRound) -> float | None:
     if not record.virtual:
         return None
     figures = record.virtual["sites"][site.site]
-    return float(figures["compute_s"] + figures["communication_s"])
+    return float(figures["compute_s"] + figures["communication_s"] - figures.get("hidden_s", 0.0))
 
 
 def _median(values: Iterable[float | None]) -> float | None:
@@ -126,7 +135,8 @@ def reality_table(reality: Reality) -> Table:
     if len(reality.sites) > MAX_ROWS:
         table.add_row(f"… and {len(reality.sites) - MAX_ROWS} more")
     payload = f"payload {reality.payload_bytes.told(in_bytes)}"
-    table.add_row("all", "", "", payload, reality.round_s.told(duration))
+    training = f"training {reality.utilisation.told(percent)}"
+    table.add_row("all", payload, "", training, reality.round_s.told(duration))
     return table
 
 

@@ -199,6 +199,8 @@ class SiteRouters(NamedTuple):
     def weight(self, site: int, layer: int, weight_ED: Tensor) -> Tensor:
         """A site's router before it is averaged: what the site was sent minus the pseudo-gradient it answered with.
 
+        With strategy.delay=1 that is what the server would have of this update alone; the site began elsewhere.
+
         Args:
             weight_ED: the global router that was sent; the wire may have rounded it.
         """

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.config import OUTER_LR, ModelConfig, RunConfig, StrategyConfig, TrainConfig
+from fomoe_flwr.config import OUTER_LR, OUTER_MOMENTUM, ModelConfig, RunConfig, StrategyConfig, TrainConfig
 from fomoe_flwr.engine.device import cpu_threads
 from fomoe_flwr.mapped import fill, in_pieces, release
 from fomoe_flwr.model.moe import orthonormal_rows
@@ -210,7 +210,7 @@ def outer_buffers(strategy: StrategyConfig) -> tuple[str, ...]:
 
 
 def _momentum(strategy: StrategyConfig) -> float:
-    return 0.9 if strategy.outer_momentum is None else strategy.outer_momentum
+    return OUTER_MOMENTUM if strategy.outer_momentum is None else strategy.outer_momentum
 
 
 def restore_orthogonality(state: Mapping[str, Tensor], num_layers: int) -> None:

@@ -254,14 +254,17 @@ class Server:
         if self._differences is None:
             return None
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        if self.config.checkpoint.state == "files":
-            tensors = mapped_tensors(self._folder, shapes, torch.bfloat16)
-        else:
-            tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+        def room() -> dict[str, Tensor]:
+            if self.config.checkpoint.state == "files":
+                return mapped_tensors(self._folder, shapes, torch.bfloat16)
+            return {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+        tensors = room()
         filled = fill(tensors, (saved or state).items())
         if lacking := tensors.keys() - filled:
             raise KeyError(f"{min(lacking)} is missing in the public model ({len(lacking)} such names)")
-        return Public(self._differences, tensors)
+        return Public(self._differences, tensors, room())
 
     def memory(self) -> dict[str, Any]:
         """What the server must remember besides the tensors to go on as if nothing had happened; JSON values."""
@@ -308,6 +311,7 @@ class Server:
         else:
             bundles, digests = shared_bundles(tensors, residents, layers, sites, self._down)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        holders_LE = current.placement.holds_LEM[:, :, list(sites)].sum(axis=2)
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
             steps = current.steps_M[site]
@@ -326,6 +330,8 @@ class Server:
                 local_steps=steps,
                 global_load=state.global_load,
                 model=self.policy.model(site),
+                asked=len(sites),
+                holders=[holders_LE[layer, own].tolist() for layer, own in enumerate(residents[site])],
             )
             self._expected[site] = Expected(
                 run=self.run,

@@ -58,7 +58,7 @@ from fomoe_flwr.files import write_atomically
 from fomoe_flwr.hf_files import read_state
 from fomoe_flwr.init_from import open_model
 from fomoe_flwr.inputs import UNKNOWN, Inputs, run_inputs
-from fomoe_flwr.messages import deals
+from fomoe_flwr.messages import AHEAD, deals
 from fomoe_flwr.model.build import build, initial_standins, initial_tensors
 from fomoe_flwr.overrides import spelled
 from fomoe_flwr.placement import Placement, full_residents
@@ -363,6 +363,7 @@ class RunRecorder(RoundObserver):
                 reply.metrics.get("seconds", 0.0),
                 current.down.by_site.get(site, 0),
                 current.up.by_site.get(site, 0),
+                reply.metrics.get(AHEAD) == 1.0,
             )
             for site, reply in current.replies.items()
         }

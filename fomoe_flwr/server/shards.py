@@ -85,15 +85,16 @@ class Public:
 
     Args:
         tensors: bf16, after the last round that was committed.
+        spare: room for as many, for those that the round in progress sends. Made once: they are needed anyway for the
+            digests, and to decode them again for the commit, with all sites waiting, would cost seconds a GB.
     """
 
-    def __init__(self, codec: Differences, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, codec: Differences, tensors: dict[str, Tensor], spare: dict[str, Tensor]) -> None:
+        self.tensors, self._spare = tensors, spare
         # By the name of each site whose reply is part of that round: the experts that it holds these tensors of.
         self.holders: dict[str, list[list[int]]] = {}
         self._codec = codec
-        # What was sent in the round in progress. Not the tensors that come of it: these are a fraction of their size.
-        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._moved: set[str] = set()  # names that were sent in the round in progress
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Have it be this model; nobody holds it yet."""
@@ -106,28 +107,30 @@ class Public:
         Raises:
             WireError: the tensor is not finite.
         """
-        self._parts[name] = self._codec.encode(tensor, self.tensors[name])
+        parts = self._codec.encode(tensor, self.tensors[name])
         with errors_of(name):
-            return self._parts[name], self.sent(name)
+            self._spare[name].copy_(self._codec.decode(parts, self.tensors[name]))
+        self._moved.add(name)
+        return parts, self._spare[name]
 
     def sent(self, name: str) -> Tensor:
         """A tensor as the sites have it that were sent it in this round."""
-        parts = self._parts.get(name)
-        return self.tensors[name] if parts is None else self._codec.decode(parts, self.tensors[name])
+        return self._spare[name] if name in self._moved else self.tensors[name]
 
     def stay(self) -> None:
         """A round begins."""
-        self._parts = {}
+        self._moved = set()
 
     def commit(self, holders: Mapping[str, Residents]) -> None:
         """The round counts; these sites attested its tensors."""
-        fill(self.tensors, ((name, self.sent(name)) for name in self._parts))
-        self._parts = {}
+        for name in self._moved:
+            self.tensors[name], self._spare[name] = self._spare[name], self.tensors[name]
+        self._moved = set()
         self.holders = {site: [list(experts) for experts in own] for site, own in holders.items()}
 
     def discard(self, silent: Iterable[str]) -> None:
         """The round does not count. What these sites hold, which did not answer well, is not known any more."""
-        self._parts = {}
+        self._moved = set()
         for site in silent:
             self.holders.pop(site, None)
 

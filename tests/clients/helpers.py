@@ -35,8 +35,9 @@ def task_of(
     run_dir: str = "",
 ) -> Task:
     """A site's task, by default with the residents that the run's placement gives it."""
+    placement = POLICIES[config.strategy.placement](config).intended(round_).placement
     if residents is None:
-        residents = POLICIES[config.strategy.placement](config).intended(round_).placement.residents(site)
+        residents = placement.residents(site)
     return make_task(
         config,
         site,
@@ -48,6 +49,10 @@ def task_of(
         inputs=Inputs(),
         residents=residents,
         local_steps=config.train.local_steps,
+        asked=placement.num_sites,
+        holders=[
+            [len(placement.holders(row, expert)) for expert in own] for row, own in enumerate(residents)
+        ],
     )
 
 

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from clients.identity import NodeSettings
 from clients.relay import hand_over
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.errors import FomoeError
+from fomoe_flwr.site.identity import NodeSettings
 
 
 def main(folder: Path) -> int:

@@ -16,15 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clients.identity import NodeSettings
 from clients.relay import hand_over
-from clients.site import TRANSFER, Memory, answer, perform
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import down_codec
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import StoreError
 from fomoe_flwr.messages import Reply, Task
+from fomoe_flwr.site.identity import NodeSettings
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.work import TRANSFER, answer, perform
 from fomoe_flwr.store.at_server import StoredMessages
 from fomoe_flwr.store.messages import StoredReply, StoredShard
 from fomoe_flwr.store.objects import Store

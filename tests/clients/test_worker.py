@@ -29,7 +29,6 @@ import psutil
 import pytest
 
 from clients import relay, worker
-from clients.identity import NodeSettings
 from clients.worker import Abandoned, RequestQueue, beat_for, deliver
 from fomoe_flwr.bundle_file import mapped_blobs, read_blobs, write_blobs
 from fomoe_flwr.bundles import bundle_digests
@@ -38,6 +37,7 @@ from fomoe_flwr.deploy import channel
 from fomoe_flwr.deploy.channel import Channel
 from fomoe_flwr.errors import ConfigError, WorkerError
 from fomoe_flwr.messages import Reply, Task
+from fomoe_flwr.site.identity import NodeSettings
 from tests.clients.helpers import ask, bundles_of, site_task, state_files, task_of, with_steps
 from tests.conftest import Compose
 
@@ -486,7 +486,7 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/round_00002.safetensors")
 
-    monkeypatch.setattr(worker, "answer", full)
+    monkeypatch.setattr(worker, "perform", full)
     settings = asdict(NodeSettings("a", None, None, str(tmp_path), None, None))
     client, server = ends
     file, sizes = write_blobs([], tmp_path)
@@ -498,7 +498,9 @@ def test_a_full_disk_is_an_answer_and_the_worker_stays(
     try:
         with file:
             client.send(header, file, 5.0)
-        assert worker.serve(worker.Request(server, server.receive(5.0)), worker.Memory(), RequestQueue())
+        request = worker.Request(server, server.receive(5.0))
+        with ThreadPoolExecutor(1) as sender:
+            assert worker.serve(request, worker.Memory(), RequestQueue(), sender)
     finally:
         os.chdir(before)
     error = relay._error(client.receive(5.0)["error"])

@@ -225,6 +225,18 @@ def test_the_largest_are_those_of_a_plain_loop(density: float, count: int, sprea
     assert codec.decode(codec.encode(tensor), tensor.shape)[0].tolist() == wanted
 
 
+@settings(max_examples=15, deadline=None)
+@given(holders=st.integers(1, 4), count=st.integers(1, 3 * 64).map(lambda n: 64 * n), seed=st.integers(0, 9))
+def test_what_all_holders_sent_is_in_what_is_sent_down(holders: int, count: int, seed: int) -> None:
+    """`down_density` is density times the holders: of the sum of their updates only the values are rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = [torch.randn(1, count, generator=generator) for _ in range(holders)]
+    up, down = TopK(1 / 64), TopK(holders / 64)
+    total = sum(up.decode(up.encode(update), update.shape) for update in updates)
+    arrived = down.decode(down.encode(total), total.shape)
+    assert bool((arrived[total != 0] != 0).all())
+
+
 def test_two_magnitudes_need_no_more_than_two_bits() -> None:
     tensor = torch.zeros(1, CHUNK)
     tensor[0, 100:163], tensor[0, 7] = 0.5, -96.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clients.identity import device_of, node_settings
 from fomoe_flwr.cli import check_job
 from fomoe_flwr.engine.device import gpus_of_a_site, resolve_device
 from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.site.identity import device_of, node_settings
 from tests.clients.helpers import task_of
 from tests.conftest import Compose
 

@@ -32,17 +32,23 @@ def test_the_deadline_leaves_behind_who_hangs_and_who_is_late(small: Compose, tm
     assert_same_model(done, without(small, tmp_path, lost))
 
 
-def test_work_that_was_lost_is_as_if_it_had_never_been_done(small: Compose, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [(), ("strategy.delay=1",)], ids=["", "delay"])
+def test_work_that_was_lost_is_as_if_it_had_never_been_done(
+    small: Compose, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     """The site has moments and a place in its data that belong to the lost reply: they must not count."""
-    lost = play(small, tmp_path, Faults().at("site-1", round=2).lose())
-    assert_same_model(lost, without(small, tmp_path, [("site-1", 2)]))
+    lost = play(small, tmp_path, Faults().at("site-1", round=2).lose(), *overrides)
+    assert_same_model(lost, without(small, tmp_path, [("site-1", 2)], overrides))
 
 
-def test_a_round_below_the_quorum_is_discarded_whole(small: Compose, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [(), ("strategy.delay=1",)], ids=["", "delay"])
+def test_a_round_below_the_quorum_is_discarded_whole(
+    small: Compose, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     faults = Faults()
     for site in ("site-0", "site-1", "site-2"):
         faults.at(site, round=2).fail()
-    done = play(small, tmp_path, faults)
+    done = play(small, tmp_path, faults, *overrides)
     lines = metrics(done)
     assert [line["committed"] for line in lines] == [True, True, False, True]
     assert lines[2]["tokens"] == lines[1]["tokens"]
@@ -50,7 +56,7 @@ def test_a_round_below_the_quorum_is_discarded_whole(small: Compose, tmp_path: P
     assert all(torch.equal(value, second.parameters[name]) for name, value in first.parameters.items())
     assert all(torch.equal(value, second.outer[name]) for name, value in first.outer.items())
     # The one that answered goes on as if it had not been asked.
-    assert_same_model(done, without(small, tmp_path, [(f"site-{site}", 2) for site in range(4)]))
+    assert_same_model(done, without(small, tmp_path, [(f"site-{site}", 2) for site in range(4)], overrides))
 
 
 def test_too_many_discarded_rounds_end_the_run(small: Compose, tmp_path: Path) -> None:

@@ -18,7 +18,17 @@ def test_a_run_gives_the_figures_of_its_trace(name: str, tmp_path: Path) -> None
     found = trace(trained(name, tmp_path))
 
     assert _exact(found) == _exact(expected)
-    assert _numbers(found) == pytest.approx(_numbers(expected), rel=2e-3)
+    for line, wanted in zip(found, expected, strict=True):
+        assert _numbers(line) == pytest.approx(_numbers(wanted), rel=tolerance(wanted["round"]))
+
+
+def tolerance(round_: int) -> float:
+    """What else differs is a change of ours: it shows in round 1.
+
+    Processors differ in the last bits of a sum. In round 1 that is below the digits that are kept; in each round after
+    it, routers that choose another expert for a token or two multiply it (seen: 1.2 % in round 2, from Intel to AMD).
+    """
+    return 2e-3 if round_ <= 1 else 2e-2
 
 
 def _exact(value: Any) -> Any:

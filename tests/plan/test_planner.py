@@ -37,6 +37,47 @@ def config(*overrides: str) -> RunConfig:
 PLANNED = ("federation=hetero", "strategy.placement=planned")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "hides"),
+    [
+        ((), True),
+        (("strategy.placement=random", "strategy.reshuffle_every=2"), True),
+        # Experts that are new to a site come with the message.
+        (("strategy.placement=random",), False),
+        (("strategy.placement=random", "strategy.overlap=null"), True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_with_a_delay_a_site_is_done_after_the_longer_of_compute_and_link(
+    overrides: tuple[str, ...], hides: bool
+) -> None:
+    waits, delayed = (
+        make_plan(config("federation=hetero", *overrides, f"strategy.delay={delay}")) for delay in (0, 1)
+    )
+    for before, after in zip(waits.sites, delayed.sites, strict=True):
+        assert (after.compute_s, after.communication_s) == pytest.approx(
+            (before.compute_s, before.communication_s)
+        )
+        assert before.hidden_s == 0.0
+        assert after.hidden_s == (
+            pytest.approx(min(before.compute_s, before.communication_s)) if hides else 0.0
+        )
+        assert after.round_s == pytest.approx(before.round_s - after.hidden_s)
+        assert after.memory_bytes == pytest.approx(before.memory_bytes * 20 / 18)
+    for plan in (waits, delayed):
+        computing = [site.compute_s for site in plan.sites]
+        assert plan.utilisation == pytest.approx(
+            sum(computing) / 4 / max(site.round_s for site in plan.sites)
+        )
+    assert (delayed.utilisation > waits.utilisation) == hides
+
+
+def test_a_planned_round_with_a_delay_lets_slow_links_take_more_steps() -> None:
+    links = ("plan.assumed_mbps=3", "federation.num_sites=4", "strategy.placement=planned")
+    waits, delayed = (make_plan(config(*links, f"strategy.delay={delay}")) for delay in (0, 1))
+    assert delayed.useful_tokens_per_second > 1.2 * waits.useful_tokens_per_second
+
+
 @st.composite
 def federations(draw: st.DrawFn) -> RunConfig:
     """Three to six sites that differ in everything, on four layers of 16 experts."""

@@ -61,6 +61,17 @@ def test_who_holds_every_expert_has_no_stand_ins() -> None:
     assert [other.site_bytes for other in others] == [other.site_bytes for other in plain]
 
 
+def test_who_exchanges_gradients_or_moments_waits_for_them() -> None:
+    """With strategy.delay=1, which the others take over from the run."""
+    faster = {}
+    for name in NAMES:
+        waits, delayed = (row(name, *HETERO, f"strategy.delay={delay}").plan for delay in (0, 1))
+        assert waits is not None
+        assert delayed is not None
+        faster[name] = delayed.tokens_per_second > waits.tokens_per_second
+    assert faster == {name: name not in ("DDP", "LocalAdamW") for name in NAMES}
+
+
 def test_ddp_is_k_exchanges_of_everything_each_waiting_for_the_slowest() -> None:
     # tiny has 2,403,584 parameters, 4,807,168 bytes in bf16. The workstation's links are 100 and 50 Mbit/s with 50 ms
     # each way, its speed is a half; 8 x 256 tokens a step.

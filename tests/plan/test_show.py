@@ -18,6 +18,8 @@ from fomoe_flwr.plan.show import (
     Outlook,
     alike,
     as_json,
+    assumptions_in_words,
+    facts_table,
     finite,
     group_sites,
     show,
@@ -66,6 +68,25 @@ def test_a_line_a_site() -> None:
         "50.0 %",
     ]
     assert lines["datacentre"][10] == time_span(ahead.plan.round_s - ahead.plan.sites[0].round_s)
+
+
+def test_what_is_hidden_has_a_column_where_there_is_any() -> None:
+    ahead = outlook(*HETERO, "strategy.delay=1")
+    lines = {line[0]: line for line in sites_of(ahead) if line}
+    planned = ahead.plan.sites[3]
+    times = (planned.compute_s, planned.communication_s, planned.hidden_s, planned.round_s)
+    assert lines["workstation"][7:11] == [time_span(seconds) for seconds in times]
+    facts = " ".join(" ".join(line) for line in printed(facts_table(ahead)))
+    assert f"sites train {percent(ahead.plan.utilisation)} of the time" in facts
+    said = assumptions_in_words(ahead)
+    assert "nothing hides communication" not in said[0]
+    assert said[1] == "memory: 20 bytes a parameter, activations not counted"
+    content = as_json(ahead)
+    assert content["assumptions"]["computing_hides_communication"]
+    assert content["plan"]["utilisation"] == ahead.plan.utilisation > outlook(*HETERO).plan.utilisation
+    assert content["sites"][3]["hidden_s"] == planned.hidden_s > 0
+    assert "nothing hides communication" in assumptions_in_words(outlook(*HETERO))[0]
+    assert not as_json(outlook(*HETERO))["assumptions"]["computing_hides_communication"]
 
 
 def test_too_small_is_said_in_the_line() -> None:

@@ -35,7 +35,8 @@ def problems(draw: st.DrawFn) -> tuple[Options, int]:
     communication_s = rng.uniform(0, 5, (sites, 1)) * (1 + np.arange(experts))
     worth = np.broadcast_to(1 - rng.uniform(0, 1) * (1 - np.arange(1, experts + 1) / experts), fits.shape)
     tokens = rng.integers(1, 4, sites) * 8
-    return Options(fits, step_s, communication_s, worth, tokens, 4), draw(st.integers(1, sites))
+    made = Options(fits, step_s, communication_s, worth, tokens, 4, draw(st.booleans()))
+    return made, draw(st.integers(1, sites))
 
 
 def everything(options: Options) -> list[tuple[Ints, Ints]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig, RunConfig
@@ -80,6 +83,66 @@ def test_the_virtual_clock_by_hand() -> None:
     fast = PlanSite("fast", math.inf, 2.0, 100.0, 50.0, 0.5, 8, 80)
     slow = PlanSite("slow", math.inf, 1.0, 10.0, 10.0, 0.0, 8, 80)
     clock = virtual_round([fast, slow], {0: Measured(4.0, 200, 100), 1: Measured(4.0, 20, 10)})
-    assert clock["sites"]["fast"] == {"compute_s": 2.0, "communication_s": 5.0, "waited_s": 0.0}
-    assert clock["sites"]["slow"] == {"compute_s": 4.0, "communication_s": 3.0, "waited_s": 0.0}
+    spent = {"hidden_s": 0.0, "waited_s": 0.0}
+    assert clock["sites"]["fast"] == {"compute_s": 2.0, "communication_s": 5.0, **spent}
+    assert clock["sites"]["slow"] == {"compute_s": 4.0, "communication_s": 3.0, **spent}
     assert (clock["round_s"], clock["slowest"]) == (7.0, "fast")
+    assert clock["utilisation"] == 3 / 7
+
+
+def test_who_went_ahead_takes_the_longer_of_compute_and_link() -> None:
+    """By hand: 2 and 5 s at one site, 4 and 3 at the other, which in the second case began with its message."""
+    sites = [
+        PlanSite("fast", math.inf, 2.0, 100.0, 50.0, 0.5, 8, 80),
+        PlanSite("slow", math.inf, 1.0, 10.0, 10.0, 0.0, 8, 80),
+    ]
+    work = {0: Measured(4.0, 200, 100, ahead=True), 1: Measured(4.0, 20, 10, ahead=True)}
+    clock = virtual_round(sites, work)
+    assert clock["sites"]["fast"] == {
+        "compute_s": 2.0,
+        "communication_s": 5.0,
+        "hidden_s": 2.0,
+        "waited_s": 0.0,
+    }
+    assert clock["sites"]["slow"] == {
+        "compute_s": 4.0,
+        "communication_s": 3.0,
+        "hidden_s": 3.0,
+        "waited_s": 1.0,
+    }
+    assert (clock["round_s"], clock["slowest"], clock["utilisation"]) == (5.0, "fast", 3 / 5)
+    clock = virtual_round(sites, work | {1: Measured(4.0, 20, 10)})
+    assert (clock["round_s"], clock["slowest"], clock["utilisation"]) == (7.0, "slow", 3 / 7)
+    assert clock["sites"]["slow"]["hidden_s"] == 0.0
+    assert clock["sites"]["fast"]["waited_s"] == 2.0
+
+
+def last_reply_s(spans: Sequence[tuple[float, float, float]], rounds: int) -> float:
+    """When the last reply of a run with strategy.delay=1 is in, event by event; spans of each site: down, compute, up.
+
+    A site has done round r when its steps are taken and message r is there. Then its reply leaves and it begins round
+    r+1. Message r+1 leaves when all replies of round r are in.
+    """
+    done_s = [down for down, _, _ in spans]  # where round 1 begins
+    leaves_s = 0.0
+    for _ in range(rounds):
+        done_s = [
+            max(begun + compute, leaves_s + down)
+            for begun, (down, compute, _) in zip(done_s, spans, strict=True)
+        ]
+        leaves_s = max(done + up for done, (_, _, up) in zip(done_s, spans, strict=True))
+    return leaves_s
+
+
+@given(st.lists(st.tuples(*[st.floats(0.01, 9)] * 3), min_size=1, max_size=4), st.integers(1, 50))
+def test_the_virtual_rounds_add_up_to_the_run(spans: list[tuple[float, float, float]], rounds: int) -> None:
+    """To the second for a single site; sites that wait for each other gain or lose a part of one round in all."""
+    sites = [PlanSite(str(index), math.inf, 1.0, 1.0, 1.0, 0.0, 8, 80) for index in range(len(spans))]
+
+    def round_s(ahead: bool) -> float:
+        work = {i: Measured(compute, down, up, ahead) for i, (down, compute, up) in enumerate(spans)}
+        return virtual_round(sites, work)["round_s"]
+
+    total_s = round_s(False) + (rounds - 1) * round_s(True)
+    once_s = sum(max(span[part] for span in spans) for part in range(3))
+    assert last_reply_s(spans, rounds) == pytest.approx(total_s, abs=1e-9 if len(spans) == 1 else 2 * once_s)

@@ -92,7 +92,7 @@ class Site:
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def hear(self, outgoing: Outgoing) -> dict[str, Tensor]:
-        """The shard, as `clients.site` makes it of a message."""
+        """The shard, as `fomoe_flwr.site.work` makes it of a message."""
         task = Task.from_json(outgoing.task)
         self.kept = {round_: kept for round_, kept in self.kept.items() if round_ <= task.counted_round}
         codec = down_differences(task.strategy)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from clients import site as site_room
 from fomoe_flwr.checkpoint import checkpoint_path, compose_run, list_checkpoints, read_checkpoint
 from fomoe_flwr.compose import Composed, compose
 from fomoe_flwr.errors import ConfigError, FomoeError, RunError, StoreError
+from fomoe_flwr.site import work as site_room
 from fomoe_flwr.store import at_server
 from fomoe_flwr.store.at_server import StoredMessages
 from fomoe_flwr.store.links import Patience

@@ -124,6 +124,50 @@ def test_differences_cost_what_was_planned_once_the_sites_hold_what_they_are_of(
     assert [line["failures"] for line in lines] == [{}] * 2
 
 
+def test_a_delay_changes_no_payload_and_hides_what_the_steps_are_long_enough_for(
+    small: Compose, tmp_path: Path
+) -> None:
+    folder = finished(
+        small,
+        tmp_path,
+        SITES,
+        "federation.num_sites=3",
+        "strategy.placement=equal",
+        "strategy.overlap=2",
+        "strategy.delay=1",
+        "train.rounds=3",
+    )
+    plan, lines, loaded = load_plan(folder), metrics(folder)[1:], load_run(folder)
+    assert plan is not None
+    for line in lines:
+        payload = line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"]
+        assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
+        # fp32 weights, gradients, moments and start; in round 1 the start is the shard, in bf16.
+        memory = [site.memory_bytes * (18 / 20 if line["round"] == 1 else 1) for site in plan.sites]
+        assert [site["memory_bytes"] for site in line["sites"]] == memory
+        figures = line["virtual"]["sites"].values()
+        for site in figures:
+            # Round 1 begins with its message.
+            hidden = min(site["compute_s"], site["communication_s"]) if line["round"] > 1 else 0.0
+            assert site["hidden_s"] == hidden
+        round_s = max(site["compute_s"] + site["communication_s"] - site["hidden_s"] for site in figures)
+        assert line["virtual"]["round_s"] == round_s
+        assert line["virtual"]["utilisation"] == pytest.approx(
+            statistics.mean(site["compute_s"] for site in figures) / round_s
+        )
+    reality = compare(loaded)
+    assert reality is not None
+    assert reality.utilisation.planned == plan.utilisation
+    assert reality.utilisation.measured == statistics.median(
+        line["virtual"]["utilisation"] for line in lines[1:]
+    )
+    for site, name in zip(reality.sites, ("big", "lab", "desk"), strict=True):
+        clocks = [line["virtual"]["sites"][name] for line in lines[1:]]
+        assert site.round_s.measured == pytest.approx(
+            statistics.median(max(clock["compute_s"], clock["communication_s"]) for clock in clocks)
+        )
+
+
 def test_the_virtual_clock_charges_speed_and_link(planned: Path) -> None:
     line = metrics(planned)[1]
     virtual, sites = line["virtual"], {site["site"]: site for site in line["sites"]}

@@ -44,6 +44,8 @@ SETTINGS = [
     ("strategy.up=topk", "strategy.placement=random"),
     ("strategy.fraction_train=0.5", "strategy.placement=random", "strategy.reshuffle_every=3"),
     ("strategy.down=int4", "strategy.up=topk", "strategy.placement=random", "strategy.reshuffle_every=3"),
+    ("strategy.delay=1",),
+    ("strategy.delay=1", "strategy.down=int4", "strategy.up=topk"),
 ]
 
 

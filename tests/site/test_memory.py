@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.identity import NodeSettings
-from clients.site import Memory, perform
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine import local
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.model.spec import is_moment
+from fomoe_flwr.site.identity import NodeSettings
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.work import perform
 from tests.clients.helpers import (
     as_sent,
     bundled,
@@ -61,6 +62,8 @@ SETTINGS = [
     ("strategy.placement=random", "strategy.overlap=2", "strategy.reshuffle_every=2", "train.expert_warmup_steps=5"),
     ("strategy.keep_moments=false",),
     ("strategy=ddp",),
+    ("strategy.delay=1", "strategy.placement=random", "strategy.overlap=2", "strategy.reshuffle_every=2"),
+    ("strategy.delay=1", "strategy.up=topk", "strategy.down=fp32"),
     ("model.locality=bias", "model.locality_target=0.8", "model.balance=global", "strategy.overlap=2"),
 ]  # fmt: skip
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clients.identity import data_of, device_of, node_settings, state_folder
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
+from fomoe_flwr.site.identity import data_of, device_of, node_settings, state_folder
 from tests.clients.helpers import task_of
 from tests.conftest import Compose
 

@@ -7,16 +7,13 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
 from fomoe_flwr import wire
 from fomoe_flwr.bundles import bundle_digests
 from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
@@ -32,15 +29,18 @@ from fomoe_flwr.data import (
 )
 from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.deploy.channel import Answer
-from fomoe_flwr.engine import Engine
+from fomoe_flwr.engine import EngineState
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate, survey
 from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
-from fomoe_flwr.messages import OWN, STATE_LOST, Deal, Reply, Task
+from fomoe_flwr.messages import AHEAD, OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.base import load_shard, read_shard
-from fomoe_flwr.site_state import SiteState, discard_later, forget_old_runs, load_state, save_state
+from fomoe_flwr.site import delay
+from fomoe_flwr.site.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
+from fomoe_flwr.site.memory import Memory, Trained
+from fomoe_flwr.site.state import SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr.store.at_site import INCOMING, fetch_shard, forget, send_reply
 from fomoe_flwr.store.links import Patience
 from fomoe_flwr.store.messages import StoredShard
@@ -60,64 +60,41 @@ TRANSFER = "transfer"
 CORPORA = 64
 
 
-@dataclass
-class Memory:
-    """What need not be read, opened or built again when the next message of the same run comes.
+def fetch(
+    task_text: str, stored: str, settings: NodeSettings, seconds: float, beat: Beat
+) -> dict[str, bytes]:
+    """The bundles of a message that are in an object store, by key.
 
-    A round gives the same bits with an empty memory. Moments and parameters are changed in place, so everything is
-    forgotten when a round fails.
+    Args:
+        stored: the StoredShard as JSON.
+        seconds: until nobody waits for the answer any more.
+
+    Raises:
+        FomoeError: the message cannot be read, or is another site's; StoreError: one of them could not be fetched.
     """
+    shard = StoredShard.from_json(stored)
+    return fetch_shard(shard, *_by_store(task_text, shard, settings, seconds), lambda: beat(TRANSFER))
 
-    run: str = ""
-    _folder: Path | None = None
-    _state: SiteState | None = None  # that of the newest file in the folder
-    _engine: Engine | None = None
-    _engine_is_for: Any = None
-    _stream: TokenStream | None = None
-    _stream_is_for: Any = None
 
-    def empty(self) -> None:
-        """Forget everything."""
-        self.run, self._folder, self._state = "", None, None
-        self._engine = self._engine_is_for = self._stream = self._stream_is_for = None
+def send(
+    blobs: dict[str, bytes], task_text: str, stored: str, settings: NodeSettings, seconds: float, beat: Beat
+) -> str:
+    """Write a reply's bundles into the object store; returns what the answer says of them, as JSON.
 
-    @contextmanager
-    def serving(self, run: str) -> Iterator[None]:
-        """Around the work of one message: forgets what is of another run, and everything if the work fails."""
-        if run != self.run:
-            self.empty()
-        self.run = run
-        try:
-            yield
-        except BaseException:
-            self.empty()
-            raise
+    Args:
+        blobs: emptied. A reply may have none, and then nothing is written or said.
+        stored: the StoredShard of the message.
 
-    def take_state(self, folder: Path, round_: int) -> SiteState | None:
-        """The state after this round, if it is the one in memory. It is handed out, not shared."""
-        state, self._state = self._state, None
-        return state if state is not None and (self._folder, state.round) == (folder, round_) else None
-
-    def keep_state(self, folder: Path, state: SiteState) -> None:
-        """The state as it was just written to the folder."""
-        self._folder, self._state = folder, state
-
-    def engine(self, task: Task, device: str) -> Engine:
-        """The site's engine; built anew only for another shape or device, for torch.compile's work takes long."""
-        wanted = (task.model, task.strategy.routing, task.residents, device)
-        if self._engine is None or self._engine_is_for != wanted:
-            # The old one first: two at a time may be more than the device holds.
-            self._engine = None
-            log.info("site %s builds its model", task.name)
-            self._engine = Engine(task.model, task.residents, task.strategy.routing, device)
-            self._engine_is_for = wanted
-        return self._engine
-
-    def stream(self, wanted: object, open_stream: Callable[[], TokenStream]) -> TokenStream:
-        """The site's data; opened anew for other data."""
-        if self._stream is None or self._stream_is_for != wanted:
-            self._stream, self._stream_is_for = open_stream(), wanted
-        return self._stream
+    Raises:
+        StoreError, WorkerError: they could not be written.
+    """
+    shard = StoredShard.from_json(stored)
+    folder, shared, patience = _by_store(task_text, shard, settings, seconds)
+    written = ""
+    if blobs:
+        written = send_reply(blobs, shard, folder, shared, patience, lambda: beat(TRANSFER)).to_json()
+    forget(folder)
+    return written
 
 
 def answer(
@@ -130,43 +107,41 @@ def answer(
     beat: Beat,
     seconds: float,
 ) -> Answer:
-    """Do the work of one message, whose bundles came with it or are in an object store; so do those of the answer.
+    """`perform`, and before and after it what travels by an object store: one after the other.
 
     Args:
-        stored: the StoredShard as JSON; empty: there is no store.
-        blobs, and the others: see `perform`.
+        stored: the StoredShard as JSON; empty: the bundles came with the message, and go with the answer.
         seconds: until nobody waits for the answer any more.
 
     Raises:
-        FomoeError, FloatingPointError: see `perform`; StoreError: the shard could not be fetched, or the reply not be
-            written.
+        FomoeError, FloatingPointError: as `fetch`, `perform` and `send`.
     """
-    if not stored:
-        blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
-        return Answer(blobs, reply.to_json())
-    began, task, shard = time.monotonic(), own_task(task_text, settings), StoredShard.from_json(stored)
-    folder = state_folder(task, settings) / INCOMING
+    began = time.monotonic()
+
+    def left_s() -> float:
+        return seconds - (time.monotonic() - began)
+
+    if stored:
+        blobs = fetch(task_text, stored, settings, left_s(), beat)
+    blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
+    written = send(blobs, task_text, stored, settings, left_s(), beat) if stored else ""
+    return Answer(blobs, reply.to_json(), written)
+
+
+def _by_store(
+    task_text: str, shard: StoredShard, settings: NodeSettings, seconds: float
+) -> tuple[Path, Path | None, Patience]:
+    """Where what is fetched lies, the folder of a `file://` store, and how long to wait."""
+    task = own_task(task_text, settings)
     # Of a simulated site the server's own. A real one reads and writes where its operator said, and nowhere else.
     store_dir = settings.store_dir if settings.partition is None else shard.folder
-    shared = None if store_dir is None else expanded(store_dir)
-
-    def patience() -> Patience:
+    return (
+        state_folder(task, settings) / INCOMING,
+        None if store_dir is None else expanded(store_dir),
         # Another seed for each site, so that they do not come back all at once.
-        left = max(seconds - (time.monotonic() - began), 1.0)
-        return Patience(left, seed=zlib.crc32(task.name.encode()))
-
-    def transfer() -> None:
-        beat(TRANSFER)
-
-    transfer()
-    blobs = fetch_shard(shard, folder, shared, patience(), transfer)
-    blobs, reply = perform(kind, task_text, blobs, settings, memory, beat)
-    header, written = reply.to_json(), ""
-    if blobs:
-        transfer()
-        written = send_reply(blobs, shard, folder, shared, patience(), transfer).to_json()
-    forget(folder)
-    return Answer({}, header, written)
+        # A reply that comes late may be refused in peace.
+        Patience(max(seconds, 1.0), seed=zlib.crc32(task.name.encode())),
+    )
 
 
 def perform(
@@ -227,42 +202,35 @@ def train_round(
         FloatingPointError: the loss is not finite.
     """
     use_cpu(task.train.threads)
-    device = resolve_device(*device_of(task, settings))
     beat(DATA)
     stream = site_stream(task, settings, memory)
     inputs = own_inputs(task, stream.corpus, settings)
     beat(WORK)
-    folder, batch, steps = state_folder(task, settings), task.train.batch_size, task.train.local_steps
+    folder = state_folder(task, settings)
     if task.round == 1 and folder.parent.parent == state_root(settings):
         forget_old_runs(state_root(settings), task.name, folder)
     discard_later(folder, task.counted_round)
-    state = memory.take_state(folder, task.counted_round) or load_state(
-        folder, task.counted_round, task.counted_round * steps * batch
-    )
-    position, encoder_state = state.position, state.encoder
-
-    def batches() -> Iterator[Tensor]:
-        for step in range(steps):
-            beat(WORK)
-            yield stream.batch(position + step * batch, batch)
-        beat(WORK)
-
+    trained = memory.take_begun(task)
+    state = trained.state if trained else _state_of(task, folder, memory)
     shard = _shard(task, parts, state)
     parts.clear()
-    public = {} if down_differences(task.strategy) is None else dict(shard)
-    engine = memory.engine(task, device)
-    metrics = {STATE_LOST: 1.0} if state.lost else {}
-    engine.load(task, shard, state.engine)
-    shard.clear()
-    # The engine holds the moments now, and changes them in place.
-    del state
-    start = wire.digests(engine.loaded(), down_codec(task.strategy))
-    report = engine.train(batches())
-    # Encoded before the state is saved: what the encoder could not send is part of it.
-    blobs, encoder_state = wire.encode_update(engine.update(), up_codec(task.strategy), encoder_state)
+    delayed, metrics = bool(task.strategy.delay), {STATE_LOST: 1.0} if state.lost else {}
+    public = dict(shard) if delayed or down_differences(task.strategy) is not None else {}
+    if trained is None:
+        if delayed:
+            shard, known = delay.start(task, public, state.public, state.sent, state.round)
+            metrics[AHEAD] = float(known)
+        trained = _train(task, shard, state, stream, settings, memory, beat)
+    else:
+        metrics[AHEAD] = 1.0
+    # With a delay what was loaded is known here alone; what came is what the next round begins from.
+    start = wire.digests(public, down_codec(task.strategy)) if delayed else trained.start
+    blobs, report = trained.blobs, trained.report
     new_state = SiteState(
-        task.round, position + steps * batch, task.train.rounds, engine.state(), encoder_state, public
+        task.round, trained.position, task.train.rounds, trained.engine, trained.encoder, public
     )
+    if delayed:
+        new_state.sent = delay.sent(task, blobs)
     # The last chance to break off: from here on there is a state of this round.
     beat(WORK)
     save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
@@ -279,6 +247,92 @@ def train_round(
         inputs,
     )
     return blobs, reply
+
+
+def _state_of(task: Task, folder: Path, memory: Memory) -> SiteState:
+    """The state that the task's round goes on from."""
+    first = task.counted_round * task.train.local_steps * task.train.batch_size
+    return memory.take_state(folder, task.counted_round) or load_state(folder, task.counted_round, first)
+
+
+def _train(
+    task: Task,
+    shard: dict[str, Tensor],
+    state: SiteState,
+    stream: TokenStream,
+    settings: NodeSettings,
+    memory: Memory,
+    beat: Beat,
+) -> Trained:
+    """The local steps of a round.
+
+    Args:
+        shard: what it begins from; emptied.
+        state: what it goes on from; its moments are changed in place, and are not in it afterwards.
+    """
+    batch, steps = task.train.batch_size, task.train.local_steps
+
+    def batches() -> Iterator[Tensor]:
+        for step in range(steps):
+            beat(WORK)
+            yield stream.batch(state.position + step * batch, batch)
+        beat(WORK)
+
+    engine = memory.engine(task, resolve_device(*device_of(task, settings)))
+    engine.load(task, shard, state.engine)
+    shard.clear()
+    # The engine holds the moments now.
+    state.engine = EngineState()
+    start = b"" if task.strategy.delay else wire.digests(engine.loaded(), down_codec(task.strategy))
+    report = engine.train(batches())
+    # Encoded before the state is saved: what the encoder could not send is part of it.
+    blobs, encoder = wire.encode_update(engine.update(), up_codec(task.strategy), state.encoder)
+    state.encoder = {}
+    return Trained(task, state, start, report, blobs, engine.state(), encoder, state.position + steps * batch)
+
+
+# ----- strategy.delay=1: a round is begun before its message is there
+
+
+def may_begin_next(task_text: str, settings: NodeSettings) -> bool:
+    """Whether the round after this one may be begun."""
+    task = own_task(task_text, settings)
+    return bool(task.strategy.delay) and task.round < task.train.rounds
+
+
+def begin_next(task_text: str, settings: NodeSettings, memory: Memory, beat: Beat) -> None:
+    """Take the local steps of the round after this one, whose message is not there yet. `train_round` finds them.
+
+    They are what the message will ask for if nothing changes: this round's reply counts, and the site holds what it
+    held. Else they are dropped, and the state on the disk is what counts.
+
+    Args:
+        task_text: of the round that was just done.
+
+    Raises:
+        FomoeError, FloatingPointError: as `train_round`; and what `beat` raises.
+    """
+    task = own_task(task_text, settings)
+    following, folder = _following(task), state_folder(task, settings)
+    stream = site_stream(task, settings, memory)
+    if (state := memory.take_state(folder, task.round)) is None:
+        return
+    shard, known = delay.start(following, state.public, state.public, state.sent, state.round)
+    if not known:
+        # Some of it will begin from what the message brings.
+        memory.keep_state(folder, state)
+        return
+    memory.begun, done = (following, None), None
+    try:
+        done = _train(following, shard, state, stream, settings, memory, beat)
+    finally:
+        memory.begun = None if done is None else (following, done)
+
+
+def _following(task: Task) -> Task:
+    """The task of the next round, if nothing changes."""
+    nominal = round(task.train.local_steps * task.lr_stride)
+    return replace(task, round=task.round + 1, counted_round=task.round, first_step=task.first_step + nominal)
 
 
 def evaluate_shard(

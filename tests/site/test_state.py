@@ -16,10 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fomoe_flwr.engine import EngineState, Moments
-from fomoe_flwr.site_state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
+from fomoe_flwr.site.delay import Sent
+from fomoe_flwr.site.state import RUNS, SiteState, discard_later, forget_old_runs, load_state, save_state
 
 
 def state(round_: int, value: float | None = None, last_round: int = 0) -> SiteState:
@@ -42,6 +43,23 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (moment.step, moment.reset_at) == (7, 2)
     assert torch.equal(moment.exp_avg, torch.full((2, 3), 3.0))
     assert torch.equal(loaded.encoder["a.weight"], torch.full((3,), 3.0))
+
+
+def test_what_a_delayed_start_needs_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """Parts are of any type, and shares of any size; without a delay there is nothing of them in the file."""
+    parts = {"a:values": torch.tensor([1, 255], dtype=torch.uint8), "a:scale": torch.tensor([0.1]).bfloat16()}
+    sent = Sent(parts, {"up": "int8", "density": 1 / 64, "value_bits": 2}, {"a": 1.33 / 3})
+    kept = SiteState(1, public={"a": torch.tensor([1 / 3])}, sent=sent)
+    save_state(tmp_path, kept, counted_round=0, checkpoint_every=1, keep=3)
+    loaded = load_state(tmp_path, counted_round=1, position=0)
+    assert (loaded.sent.codec, loaded.sent.shares) == (sent.codec, sent.shares)
+    assert loaded.sent.parts.keys() == parts.keys()
+    assert all(tensor.equal(parts[name]) for name, tensor in loaded.sent.parts.items())
+    assert loaded.public["a"].equal(kept.public["a"])
+    save_state(tmp_path, state(2), counted_round=1, checkpoint_every=1, keep=3)
+    names = load_file(tmp_path / "round_00002.safetensors").keys()
+    assert {name.partition("/")[0] for name in names} == {"exp_avg", "exp_avg_sq", "encoder"}
+    assert load_state(tmp_path, counted_round=2, position=0).sent == Sent()
 
 
 def test_before_the_first_round_that_counts_there_is_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import clients.site
+import fomoe_flwr.site.work
 from fomoe_flwr.data import TokenCorpus, TokenStream
 from fomoe_flwr.errors import ConfigError, RunError
 from strategies.local_grid import LocalGrid
@@ -30,7 +30,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         shares[corpus.domains[0]] = float(tokens / all_tokens)
         return TokenStream(corpus, documents, seq_len, seed)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(clients.site, "TokenStream", spy)
+    monkeypatch.setattr(fomoe_flwr.site.work, "TokenStream", spy)
     return shares
 
 

@@ -1,6 +1,6 @@
 """What a site keeps between rounds, on its own disk: its place in the data, the engine's state (AdamW's moments by
-name, what its routers go by besides their weights), what its encoder has not sent yet, and what it was sent last, where
-the next message brings differences to it.
+name, what its routers go by besides their weights), what its encoder has not sent yet, what it was sent last, where the
+next message brings differences to it or the next round begins from it, and in that case what it sent itself.
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
@@ -31,6 +31,7 @@ from fomoe_flwr.codecs import CodecState
 from fomoe_flwr.engine import EngineState, Moments
 from fomoe_flwr.errors import CheckpointError, WireError
 from fomoe_flwr.files import write_atomically
+from fomoe_flwr.site.delay import Sent
 
 log = logging.getLogger("fomoe.site")
 
@@ -48,7 +49,10 @@ class SiteState:
     last_round: int = 0  # the last round of its run as it was planned then
     engine: EngineState = field(default_factory=EngineState)
     encoder: CodecState = field(default_factory=dict)
-    public: dict[str, Tensor] = field(default_factory=dict)  # bf16, where strategy.down is lossy
+    public: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # as it came, where strategy.down is lossy or delay=1
+    sent: Sent = field(default_factory=Sent)
     lost: bool = False  # what the site had kept of this round was missing or damaged, so it begins without
 
 
@@ -122,13 +126,19 @@ def _read(path: Path, counted_round: int) -> SiteState:
             name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
             for name, (step, reset_at) in facts["steps"].items()
         }
-        encoder, public = (
+        encoder, public, parts = (
             {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-            for kind in ("encoder/", "public/")
+            for kind in ("encoder/", "public/", "sent/")
         )
         engine = EngineState(moments, **facts.get("routers", {}))
         return SiteState(
-            counted_round, int(facts["position"]), int(facts["last_round"]), engine, encoder, public
+            counted_round,
+            int(facts["position"]),
+            int(facts["last_round"]),
+            engine,
+            encoder,
+            public,
+            Sent(parts, **facts.get("sent", {})),
         )
 
 
@@ -142,7 +152,7 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
     """
     tensors = {
         f"{kind}/{name}": tensor.contiguous()
-        for kind, named in (("encoder", state.encoder), ("public", state.public))
+        for kind, named in (("encoder", state.encoder), ("public", state.public), ("sent", state.sent.parts))
         for name, tensor in named.items()
     }
     moments = state.engine.moments
@@ -156,6 +166,7 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
             "steps": steps,
             "last_round": state.last_round,
             "routers": {"bias": state.engine.bias, "load": state.engine.load},
+            "sent": {"codec": state.sent.codec, "shares": state.sent.shares},
         }
     )
     metadata = {"state": facts, "digest": wire.digest_of_all(facts, tensors)}

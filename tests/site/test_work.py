@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.identity import state_folder
-from clients.site import Memory, open_corpus, own_inputs
 from fomoe_flwr import wire
 from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
 from fomoe_flwr.codecs import LOSSY, CodecState, Lossily, Parts, decode, up_codec
@@ -21,12 +19,15 @@ from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.inputs import Inputs, short
 from fomoe_flwr.server.run import inputs_of_run
-from fomoe_flwr.site_state import load_state
+from fomoe_flwr.site.identity import state_folder
+from fomoe_flwr.site.memory import Memory
+from fomoe_flwr.site.state import load_state
+from fomoe_flwr.site.work import open_corpus, own_inputs
 from strategies.local_grid import LocalGrid
 from tests.clients.helpers import site_task
-from tests.clients.test_memory import settings, work
 from tests.conftest import Compose
 from tests.data.test_tokenizer import train_bpe
+from tests.site.test_memory import settings, work
 from tests.strategies.helpers import run
 
 
@@ -58,7 +59,9 @@ def test_what_was_not_sent_comes_back_from_the_round_that_counts(
     config = small(f"strategy.up={up}", "strategy.feedback=0.5").config
     codec = up_codec(config.strategy)
     assert isinstance(codec, Lossily)
-    monkeypatch.setattr("clients.site.up_codec", lambda strategy: Recorder(codec.lossy, codec.feedback))
+    monkeypatch.setattr(
+        "fomoe_flwr.site.work.up_codec", lambda strategy: Recorder(codec.lossy, codec.feedback)
+    )
     memory, errors = Memory(), {0: {}}
     for round_, counted in ((1, 0), (2, 1), (3, 1), (4, 3)):
         if not warm:

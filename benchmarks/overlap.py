@@ -1,0 +1,91 @@
+"""Whether sites wait, with and without a delay: `python -m benchmarks.overlap`.
+
+Real processes of two sites, whose links to the object store are slow, with strategy.delay=0 and 1 one after the other.
+Utilisation is the time in local steps over wall time, from the second round on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.harness import write_result
+from benchmarks.rounds import object_store
+from benchmarks.slow_link import Link, slow_links
+from tests.e2e.deployment import SITE_MARK, Deployment
+from tests.store.servers import BUCKET, environment
+
+SITES = ("a", "b")
+COMMON = (
+    "strategy.overlap=1", "strategy.routing=partitioned", "train.eval_batches=0", "checkpoint.every=0",
+    "wandb.mode=disabled", "train.threads=1",
+)  # fmt: skip
+
+
+def rounds(folder: Path, mbps: float, latency_s: float, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of metrics of a run over such links."""
+    links = {name: Link(mbps, latency_s) for name in SITES}
+
+    def link_of(process: psutil.Process) -> Link | None:
+        return links.get(process.environ().get(SITE_MARK, "").rpartition("-")[2])
+
+    with ExitStack() as stack:
+        port = int(stack.enter_context(object_store(folder / "s3"))["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        slow = stack.enter_context(slow_links(port, link_of))
+        deployment = stack.enter_context(Deployment(folder, SITES, environment=environment(slow)))
+        run = deployment.submit([*COMMON, *overrides, f"store=s3://{BUCKET}"], folder / "run")
+        assert run.wait(1800) == 0, deployment.logs()
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert not any(line["failures"] for line in lines)
+    return lines
+
+
+def utilisation(lines: list[dict[str, Any]]) -> float:
+    """Of the sites in the mean, from the second round on."""
+    trained = [statistics.mean(site["seconds"] for site in line["sites"]) for line in lines[2:]]
+    return sum(trained) / sum(line["seconds"]["round"] for line in lines[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, nargs=2, default=[80, 60], help="local ones, by link")
+    parser.add_argument("--latency-ms", type=float, default=50.0)
+    chosen = parser.parse_args()
+    rows = []
+    for mbps, steps in zip((20.0, 100.0), chosen.steps, strict=True):
+        for delay in (0, 1):
+            with tempfile.TemporaryDirectory(prefix="fomoe-overlap-") as folder:
+                size = (
+                    f"train.rounds={chosen.rounds}",
+                    f"train.local_steps={steps}",
+                    f"strategy.delay={delay}",
+                )
+                lines = rounds(Path(folder), mbps, chosen.latency_ms / 1000, size)
+            seconds = statistics.median(line["seconds"]["round"] for line in lines[2:])
+            train = statistics.median(line["seconds"]["train"] for line in lines[2:])
+            rows.append(
+                f"| {mbps:g} | {delay} | {steps} | {seconds:.1f} | {train:.1f} | {100 * utilisation(lines):.1f} % |"
+            )
+            print(rows[-1], flush=True)
+    write_result(
+        "overlap",
+        "Two sites behind slow links, with and without a delay",
+        f"A link carries so many Mbit/s each way, {chosen.latency_ms:g} ms later; `tiny`, each expert at one site, "
+        f"bf16 both ways through an object store, {chosen.rounds} rounds. Medians from the second round on.\n\n"
+        "| Mbit/s | delay | local steps | seconds a round | of them local steps | utilisation |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(rows),
+        "real links, more than two sites in real processes, GPUs.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What a site's process remembers from message to message, so that it need not be read, opened or built again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fomoe_flwr.codecs import CodecState
+from fomoe_flwr.data import TokenStream
+from fomoe_flwr.engine import Engine, EngineState, Report
+from fomoe_flwr.messages import Task
+from fomoe_flwr.site.state import SiteState
+
+log = logging.getLogger("fomoe.site")
+
+# Of a Task: does not change what the local steps come to.
+NO_MATTER = ("inputs", "asked", "holders", "checkpoint_every", "keep")
+
+
+@dataclass
+class Trained:
+    """The local steps of a round, done, and nothing of them saved."""
+
+    task: Task
+    state: SiteState  # what they went on from, without moments and what its encoder had not sent
+    start: bytes  # digests of what they began from; empty with strategy.delay=1
+    report: Report
+    blobs: dict[str, bytes]
+    engine: EngineState
+    encoder: CodecState
+    position: int  # in the site's data
+
+
+@dataclass
+class Memory:
+    """What need not be read, opened or built again when the next message of the same run comes.
+
+    A round gives the same bits with an empty memory. Moments and parameters are changed in place, so everything is
+    forgotten when a round fails.
+    """
+
+    run: str = ""
+    _folder: Path | None = None
+    _state: SiteState | None = None  # that of the newest file in the folder
+    _engine: Engine | None = None
+    _engine_is_for: Any = None
+    _stream: TokenStream | None = None
+    _stream_is_for: Any = None
+    # The task of a round that was begun before its message came, and what it came to; None: it is in work.
+    begun: tuple[Task, Trained | None] | None = None
+
+    def empty(self) -> None:
+        """Forget everything."""
+        self.run, self._folder, self._state = "", None, None
+        self._engine = self._engine_is_for = self._stream = self._stream_is_for = self.begun = None
+
+    @contextmanager
+    def serving(self, run: str) -> Iterator[None]:
+        """Around the work of one message: forgets what is of another run, and everything if the work fails."""
+        if run != self.run:
+            self.empty()
+        self.run = run
+        try:
+            yield
+        except BaseException:
+            self.empty()
+            raise
+
+    def take_state(self, folder: Path, round_: int) -> SiteState | None:
+        """The state after this round, if it is the one in memory. It is handed out, not shared."""
+        state, self._state = self._state, None
+        return state if state is not None and (self._folder, state.round) == (folder, round_) else None
+
+    def has_begun(self, task: Task) -> bool:
+        """Whether this is the round that was begun before its message came: its numbers are then those of this task."""
+        if self.begun is None:
+            return False
+        begun = self.begun[0]
+        # What the site looks at itself, or needs when the round is over, does not matter to the steps.
+        return begun == replace(task, **{key: getattr(begun, key) for key in NO_MATTER})
+
+    def take_begun(self, task: Task) -> Trained | None:
+        """What was begun of this round. Of another one it is dropped."""
+        trained = self.begun[1] if self.begun is not None and self.has_begun(task) else None
+        self.begun = None
+        return trained
+
+    def keep_state(self, folder: Path, state: SiteState) -> None:
+        """The state as it was just written to the folder."""
+        self._folder, self._state = folder, state
+
+    def engine(self, task: Task, device: str) -> Engine:
+        """The site's engine; built anew only for another shape or device, for torch.compile's work takes long."""
+        wanted = (task.model, task.strategy.routing, task.residents, device)
+        if self._engine is None or self._engine_is_for != wanted:
+            # The old one first: two at a time may be more than the device holds.
+            self._engine = None
+            log.info("site %s builds its model", task.name)
+            self._engine = Engine(task.model, task.residents, task.strategy.routing, device)
+            self._engine_is_for = wanted
+        return self._engine
+
+    def stream(self, wanted: object, open_stream: Callable[[], TokenStream]) -> TokenStream:
+        """The site's data; opened anew for other data."""
+        if self._stream is None or self._stream_is_for != wanted:
+            self._stream, self._stream_is_for = open_stream(), wanted
+        return self._stream
