@@ -97,4 +97,4 @@ def test_a_deployment_by_an_s3_server(tmp_path: Path, corpus_dir: Path, cache_di
 
     # And nothing is left, at the store and at the sites.
     assert [path for path in (tmp_path / "s3").rglob("*") if path.is_file()] == []
-    assert list((tmp_path / "deployment/sites").rglob("incoming")) == []
+    assert list((tmp_path / "deployment/sites").rglob("incoming*")) == []
