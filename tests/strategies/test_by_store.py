@@ -240,6 +240,18 @@ SPOILT = {
 }
 
 
+@pytest.mark.parametrize("url", ["folder"], indirect=True)
+def test_sites_that_begin_before_their_message_have_the_same_bits(
+    small: Compose, tmp_path: Path, url: str
+) -> None:
+    overrides = ("strategy.delay=1", *BF16)
+    done = run(by_store(small, tmp_path, url, *overrides))
+    flower = by_flower(small, tmp_path, *overrides)
+    assert_same_but_for_links(done, flower, objects=10)
+    assert_same_model(done, flower)
+    assert states(done) == states(flower)
+
+
 @EACH
 def test_a_reply_whose_object_cannot_be_had_is_lost_and_nothing_else(
     small: Compose, tmp_path: Path, url: str, codecs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
