@@ -178,13 +178,13 @@ def test_a_worker_that_is_killed_while_bundles_come_costs_only_what_was_under_wa
         # A connection for each bundle: these come, and the next one hangs.
         line.faults[:] = [("none", 0)] * there + [("hang", 0)] * 1000
         settings = settings_of(tmp_path / "state")
-        incoming = tmp_path / "state/run/site-1/incoming"
+        folder = tmp_path / "state/run/site-1"
         killed: list[int] = []
         first: list[int] = []
 
         def kill() -> None:
             deadline = time.monotonic() + 120
-            while not all((incoming / name).exists() for name in names[:there]):
+            while not all(list(folder.glob(f"incoming*/{name}")) for name in names[:there]):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             time.sleep(0.2)
@@ -205,7 +205,7 @@ def test_a_worker_that_is_killed_while_bundles_come_costs_only_what_was_under_wa
         reply = sent.announced(SITE, found.stored)
         blobs = sent.fetch(SITE, reply, tmp_path / "inbox", 60)
         assert bundle_digests(blobs) == Reply.from_json(found.header).bundle_digests
-        assert not incoming.exists()
+        assert [path.name for path in folder.iterdir()] == ["round_00001.safetensors"]
         # Without Flower, a worker and a store in between.
         alone = settings_of(tmp_path / "alone", partition=SITE)
         expected, _ = perform("train", task.to_json(), bundles, alone, Memory(), lambda _: None)

@@ -129,7 +129,7 @@ def states(run_dir: Path) -> dict[Path, bytes]:
 
 def assert_nothing_left(url: str, run_dir: Path) -> None:
     assert store_of(url, run_dir).names() == {}
-    assert not list(run_dir.glob("sites/*/incoming"))
+    assert not list(run_dir.glob("sites/*/incoming*"))
     assert not (run_dir / "inbox").exists()
 
 
