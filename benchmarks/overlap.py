@@ -26,7 +26,7 @@ from tests.store.servers import BUCKET, environment
 SITES = ("a", "b")
 COMMON = (
     "strategy.overlap=1", "strategy.routing=partitioned", "train.eval_batches=0", "checkpoint.every=0",
-    "wandb.mode=disabled", "train.threads=1",
+    "wandb.mode=disabled", "train.threads=1", "train.seq_len=64",
 )  # fmt: skip
 
 
@@ -56,8 +56,8 @@ def utilisation(lines: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, nargs=2, default=[80, 60], help="local ones, by link")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, nargs=2, default=[60, 30], help="local ones, by link")
     parser.add_argument("--latency-ms", type=float, default=50.0)
     chosen = parser.parse_args()
     rows = []
