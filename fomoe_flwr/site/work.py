@@ -41,7 +41,7 @@ from fomoe_flwr.site import delay
 from fomoe_flwr.site.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
 from fomoe_flwr.site.memory import Memory, Trained
 from fomoe_flwr.site.state import SiteState, discard_later, forget_old_runs, load_state, save_state
-from fomoe_flwr.store.at_site import INCOMING, fetch_shard, forget, send_reply
+from fomoe_flwr.store.at_site import fetch_shard, forget, send_reply
 from fomoe_flwr.store.links import Patience
 from fomoe_flwr.store.messages import StoredShard
 
@@ -93,7 +93,7 @@ def send(
     written = ""
     if blobs:
         written = send_reply(blobs, shard, folder, shared, patience, lambda: beat(TRANSFER)).to_json()
-    forget(folder)
+    forget(shard, folder)
     return written
 
 
@@ -131,12 +131,12 @@ def answer(
 def _by_store(
     task_text: str, shard: StoredShard, settings: NodeSettings, seconds: float
 ) -> tuple[Path, Path | None, Patience]:
-    """Where what is fetched lies, the folder of a `file://` store, and how long to wait."""
+    """The site's folder, that of a `file://` store, and how long to wait."""
     task = own_task(task_text, settings)
     # Of a simulated site the server's own. A real one reads and writes where its operator said, and nowhere else.
     store_dir = settings.store_dir if settings.partition is None else shard.folder
     return (
-        state_folder(task, settings) / INCOMING,
+        state_folder(task, settings),
         None if store_dir is None else expanded(store_dir),
         # Another seed for each site, so that they do not come back all at once.
         # A reply that comes late may be refused in peace.

@@ -8,18 +8,18 @@ import logging
 import mmap
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
 from fomoe_flwr.bundle_file import write_blobs
 from fomoe_flwr.errors import StoreError
-from fomoe_flwr.store.links import Patience, Progress, blocks
+from fomoe_flwr.store.links import Patience, Progress, blocks, name_of
 from fomoe_flwr.store.messages import StoredObject, StoredReply, StoredShard, in_objects
 from fomoe_flwr.store.transfer import fetch_file, send
 from fomoe_flwr.units import duration, in_bits, in_bytes
 
-INCOMING = "incoming"  # in the site's state folder: bundles of the message in work, by their SHA-256
+INCOMING = "incoming-"  # in the site's state folder, one for each message: its bundles, by their SHA-256
 TELL_EVERY_S = 10.0  # of a long transfer
 QUICK_S = 1.0  # a transfer that takes no longer is not told
 
@@ -35,12 +35,12 @@ def fetch_shard(
 ) -> dict[str, bytes]:
     """The bundles of a message, by key, mapped: they are read from the disk when they are used.
 
-    What has come stays in `folder` until the next message, so a worker that takes over from a dead one fetches only
-    what is missing.
+    What has come stays there until the message is answered or the next one comes, so a worker that takes over from a
+    dead one fetches only what is missing.
 
     Args:
-        folder: for the bundles of this run and site alone, as `run/site/incoming`. What else lies in it is removed,
-            and so are those of other runs beside it.
+        folder: this site's for this run, `…/run/site`. What is there of other messages is removed, and so is what is
+            there of other runs: of one that was given up it would stay for ever, and it is as large as the model.
         shared: the folder of a `file://` store, as it is called here.
         patience: its seconds are for all bundles together.
         beat: is called while bytes come; what it raises ends the transfer.
@@ -48,16 +48,13 @@ def fetch_shard(
     Raises:
         StoreError: one of them could not be fetched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget_other_runs(folder)
-    wanted = {bundle.sha256 for bundle in shard.bundles.values()}
-    for path in folder.iterdir():
-        if path.name.partition(".part-")[0] not in wanted:
-            path.unlink()
+    own = _incoming(shard, folder)
+    own.mkdir(parents=True, exist_ok=True)
+    _forget_others(own, {bundle.sha256 for bundle in shard.bundles.values()})
     total, began = sum(bundle.nbytes for bundle in shard.bundles.values()), time.monotonic()
     blobs, before = {}, 0
     for key, bundle in shard.bundles.items():
-        target = folder / bundle.sha256
+        target = own / bundle.sha256
         if not (target.exists() and target.stat().st_size == bundle.nbytes):
             rest = _rest(patience, began)
             progress = told("fetched", total, beat, before)
@@ -97,7 +94,7 @@ def send_reply(
     objects: list[StoredObject] = []
     began = time.monotonic()
     for keys, link in zip(groups, shard.replies, strict=False):
-        file, sizes = write_blobs(((key, blobs.pop(key)) for key in keys), folder)
+        file, sizes = write_blobs(((key, blobs.pop(key)) for key in keys), _incoming(shard, folder))
         with file:
             # The map goes with the last view of it.
             whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -112,16 +109,32 @@ def send_reply(
     return reply
 
 
-def forget(folder: Path) -> None:
-    """The message is answered; nobody asks for its bundles again."""
-    shutil.rmtree(folder, ignore_errors=True)
+def forget(shard: StoredShard, folder: Path) -> None:
+    """The message is answered; nobody asks for its bundles again.
+
+    Those of the next one may be on their way already.
+    """
+    shutil.rmtree(_incoming(shard, folder), ignore_errors=True)
 
 
-def _forget_other_runs(folder: Path) -> None:
-    """A run that was given up in the middle of a message left its bundles behind, which are as large as the model."""
-    for other in folder.parents[2].glob(f"*/{glob.escape(folder.parent.name)}/{folder.name}"):
-        if other != folder:
-            forget(other)
+def _incoming(shard: StoredShard, folder: Path) -> Path:
+    """A folder for what comes with this message: each has other links to answer by."""
+    return folder / (INCOMING + hashlib.sha256(name_of(shard.replies[0]).encode()).hexdigest()[:16])
+
+
+def _forget_others(own: Path, wanted: Collection[str]) -> None:
+    """Remove what came with other messages of this site, but for bundles that have come again: the round before may
+    have been discarded.
+    """
+    folder = own.parent
+    for other in folder.parents[1].glob(f"*/{glob.escape(folder.name)}/{INCOMING}*"):
+        if other == own:
+            continue
+        for name in wanted:
+            with suppress(FileNotFoundError):
+                (other / name).rename(own / name)
+        shutil.rmtree(other, ignore_errors=True)
+        if other.parent != folder:
             for parent in other.parents[:2]:
                 # One that has a state in it stays.
                 with suppress(OSError):

@@ -78,6 +78,8 @@ class StoredShard:
             # They become names of files.
             if not all(_DIGEST.fullmatch(bundle.sha256) for bundle in bundles.values()):
                 raise ValueError("no SHA-256")
+            if not values["replies"]:
+                raise ValueError("no link to answer by")
             return cls(bundles, **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise WireError(f"{STORED}: server and site differ in version ({type(error).__name__})") from None

@@ -253,14 +253,20 @@ class _Bucket:
         self.errors: tuple[type[Exception], ...] = (BaseError, OSError, ValueError)
         self._obstore: Any = obstore
         seconds = timedelta(seconds=patience.stall)
+        options: dict[str, Any] = {
+            # Without encryption only where the environment has an endpoint of that kind.
+            "client_options": {"timeout": seconds, "connect_timeout": seconds, "allow_http": True},
+            # Tries are counted by us, for all requests alike.
+            "retry_config": {"max_retries": 0},
+        }
+        if run_url.startswith("az://"):
+            if not urlsplit(url).path.strip("/"):
+                raise ConfigError(f"store={url}: names no container; needs az://account/container/…")
+            # obstore has the container first, and looks for the account elsewhere.
+            options["account_name"], _, rest = run_url.removeprefix("az://").partition("/")
+            run_url = f"az://{rest}"
         try:
-            self._store: Any = from_url(
-                run_url,
-                # Without encryption only where the environment has an endpoint of that kind.
-                client_options={"timeout": seconds, "connect_timeout": seconds, "allow_http": True},
-                # Tries are counted by us, for all requests alike.
-                retry_config={"max_retries": 0},
-            )
+            self._store: Any = from_url(run_url, **options)
         except self.errors as error:
             raise ConfigError(f"store={url}: {_shown(error)}") from None
 

@@ -178,13 +178,13 @@ def test_a_worker_that_is_killed_while_bundles_come_costs_only_what_was_under_wa
         # A connection for each bundle: these come, and the next one hangs.
         line.faults[:] = [("none", 0)] * there + [("hang", 0)] * 1000
         settings = settings_of(tmp_path / "state")
-        incoming = tmp_path / "state/run/site-1/incoming"
+        folder = tmp_path / "state/run/site-1"
         killed: list[int] = []
         first: list[int] = []
 
         def kill() -> None:
             deadline = time.monotonic() + 120
-            while not all((incoming / name).exists() for name in names[:there]):
+            while not all(list(folder.glob(f"incoming*/{name}")) for name in names[:there]):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             time.sleep(0.2)
@@ -205,8 +205,29 @@ def test_a_worker_that_is_killed_while_bundles_come_costs_only_what_was_under_wa
         reply = sent.announced(SITE, found.stored)
         blobs = sent.fetch(SITE, reply, tmp_path / "inbox", 60)
         assert bundle_digests(blobs) == Reply.from_json(found.header).bundle_digests
-        assert not incoming.exists()
+        assert [path.name for path in folder.iterdir()] == ["round_00001.safetensors"]
         # Without Flower, a worker and a store in between.
         alone = settings_of(tmp_path / "alone", partition=SITE)
         expected, _ = perform("train", task.to_json(), bundles, alone, Memory(), lambda _: None)
         assert bundle_digests(blobs) == bundle_digests(expected)
+
+
+def test_a_worker_that_begins_the_next_round_by_a_store(
+    small: Compose, tmp_path: Path, place: Path, store: Store
+) -> None:
+    """A thread of its own fetches, another one sends, and the site works ahead; the numbers are those without."""
+    config = small("strategy.delay=1", "train.rounds=4").config
+    settings = settings_of(tmp_path / "state", store_dir=str(store.shared))
+    alone = settings_of(tmp_path / "alone", partition=SITE)
+    for round_ in (1, 2, 3):
+        task = site_task(config, round_)
+        sent, stored = sent_by(store, config, task)
+        found = hand_over("train", task.to_json(), stored, [], settings, 300.0)
+        blobs = sent.fetch(SITE, sent.announced(SITE, found.stored), tmp_path / "inbox", 60)
+        expected, _ = perform(
+            "train", task.to_json(), bundles_of(config, task), alone, Memory(), lambda _: None
+        )
+        assert bundle_digests(blobs) == bundle_digests(expected)
+        assert list((tmp_path / "state/run/site-1").glob("incoming*")) == []
+    assert len(workers(place)) == 1
+    assert "begun" not in (tmp_path / "state/site-1.worker.log").read_text()

@@ -84,13 +84,22 @@ class Marker:
         }
 
     def start(
-        self, name: str, command: Sequence[str | Path], folder: Path | None = None, site: str = ""
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        folder: Path | None = None,
+        site: str = "",
+        more: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start it in a session of its own; its output is added to `NAME.log`."""
+        """Start it in a session of its own; its output is added to `NAME.log`.
+
+        Args:
+            more: of its environment.
+        """
         with self.log_file(name).open("ab") as log:
             return subprocess.Popen(
                 command, cwd=folder or self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=self.environment | {SITE_MARK: f"{self.mark}-{site}"}, start_new_session=True,
+                env=self.environment | {SITE_MARK: f"{self.mark}-{site}"} | dict(more or {}), start_new_session=True,
             )  # fmt: skip
 
     def log_file(self, name: str) -> Path:
@@ -148,6 +157,7 @@ class Deployment(Marker):
         self.site_options, self.superlink_options = list(site_options), list(superlink_options)
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
+        self.server_environment: Mapping[str, str] = {}  # what the SuperLink alone has
         self.running: dict[str, subprocess.Popen[bytes]] = {}  # "superlink", and each site by its name
         self.federation = folder / "federation.yaml"
         names = "".join(f"  - {{name: {name}}}\n" for name in self.sites)
@@ -202,7 +212,7 @@ class Deployment(Marker):
         command = [*first, *trust, "--host", "127.0.0.1", "--port", str(self.port), *self.superlink_options]
         # Where it starts again, the line of the one before is in the log already.
         before = self.log("superlink").count("Uvicorn running")
-        self.running["superlink"] = self.start("superlink", command, folder)
+        self.running["superlink"] = self.start("superlink", command, folder, more=self.server_environment)
         until(
             lambda: self.log("superlink").count("Uvicorn running") > before,
             60,

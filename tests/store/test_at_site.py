@@ -28,13 +28,17 @@ MOST = 10**6
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "run" / "site" / INCOMING
+    return tmp_path / "state" / "run" / "site"
 
 
 def shards(store: Store, *bundles: dict[str, bytes], seconds: float = 60.0) -> dict[int, StoredShard]:
     """A message to each of some sites."""
     by_site = dict(enumerate(bundles))
     return StoredMessages(store).put(by_site, dict.fromkeys(by_site, MOST), 1, seconds)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def read(blobs: dict[str, bytes]) -> dict[str, bytes]:
@@ -56,12 +60,12 @@ def test_a_shard_comes_and_a_reply_goes(store: Store, folder: Path) -> None:
     reply = send_reply(dict(update), shard, folder, store.shared, QUICK, lambda: seen.append(0))
     assert len(seen) > beats
     assert [list(item.sizes.items()) for item in reply.objects] == [[("dense", PAGE + 1), ("expert", 5)]]
-    assert len(list(folder.iterdir())) == 2
-    forget(folder)
-    assert not folder.exists()
+    assert sorted(path.name for path in files(folder)) == sorted({sha256(blob) for blob in bundles.values()})
+    forget(shard, folder)
+    assert list(folder.iterdir()) == []
     # They stay as long as they are used.
     assert read(blobs) == bundles
-    forget(folder)
+    forget(shard, folder)
 
 
 def test_the_reply_lies_on_the_disk_while_it_is_sent(store: Store, folder: Path) -> None:
@@ -89,45 +93,76 @@ def test_a_large_reply_is_cut_into_objects(
     in_one_line(caught.value, "the reply needs 3 objects, the server has links for 2")
 
 
-def test_what_is_there_of_this_message_does_not_come_again_and_what_else_is_there_goes(
-    store: Store, folder: Path
-) -> None:
+def test_what_came_before_does_not_come_again_and_all_else_of_it_goes(store: Store, folder: Path) -> None:
+    """As when the round before was discarded."""
     first = {"dense": some_bytes(PIECE), "expert": some_bytes(PIECE, 1)}
-    fetch_shard(shards(store, first)[0], folder, store.shared, QUICK)
-    left = folder / f"{sha256(b'old')}.part-{sha256(b'old')[:16]}"
-    left.write_bytes(b"half of it")
+    before = shards(store, first)[0]
+    blobs = fetch_shard(before, folder, store.shared, QUICK)
+    half = files(folder)[0].with_name(f"{sha256(b'half')}.part-{sha256(b'half')[:16]}")
+    half.write_bytes(b"half of it")
     second = {"dense": first["dense"], "expert": some_bytes(PIECE, 2)}
     shard = shards(store, second)[0]
     store.delete([sha256(first["dense"])])
     assert read(fetch_shard(shard, folder, store.shared, QUICK)) == second
-    assert {path.name for path in folder.iterdir()} == {sha256(blob) for blob in second.values()}
+    assert {path.name for path in files(folder)} == {sha256(blob) for blob in second.values()}
+    # The first message may still be in work, and answered: the second has its bundles all the same.
+    assert read(blobs) == first
+    if store.shared is None:
+        send_reply({"dense": b"late"}, before, folder, store.shared, QUICK)
+    forget(before, folder)
+    assert {path.name for path in files(folder)} == {sha256(blob) for blob in second.values()}
+    forget(shard, folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_next_message_may_come_while_one_is_answered(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a site that is late, or begins before its message is there."""
+    sent = StoredMessages(store)
+    first = sent.put({0: {"dense": some_bytes(5 * PIECE)}}, {0: MOST}, 1, 60)[0]
+    fetch_shard(first, folder, store.shared, QUICK)
+    bundles = {"dense": some_bytes(5 * PIECE, 1), "expert": some_bytes(PIECE)}
+    second = sent.put({0: bundles}, {0: MOST}, 2, 60)[0]
+    answered: list[bool] = []
+
+    def beat() -> None:
+        if not answered:
+            answered.append(True)
+            forget(first, folder)
+
+    assert read(fetch_shard(second, folder, store.shared, QUICK, beat)) == bundles
+    assert answered
+    reply = send_reply({"dense": b"reply"}, second, folder, store.shared, QUICK)
+    assert read(sent.fetch(0, reply, folder, 60)) == {"dense": b"reply"}
 
 
 def test_another_size_under_its_name_is_fetched_anew(store: Store, folder: Path) -> None:
     bundles = {"dense": some_bytes(PIECE)}
     shard = shards(store, bundles)[0]
-    folder.mkdir(parents=True)
-    (folder / sha256(bundles["dense"])).write_bytes(b"short")
+    fetch_shard(shard, folder, store.shared, QUICK)
+    files(folder)[0].write_bytes(b"short")
     assert read(fetch_shard(shard, folder, store.shared, QUICK)) == bundles
 
 
 def test_a_run_that_was_given_up_leaves_no_model_behind(store: Store, folder: Path) -> None:
-    state = folder.parents[2]
+    state = folder.parents[1]
     for run, site, name in (
-        ("given-up", "site", "incoming/bundle"),
-        ("given-up-later", "site", "incoming/bundle"),
+        ("given-up", "site", f"{INCOMING}1/bundle"),
+        ("given-up-later", "site", f"{INCOMING}1/bundle"),
         ("given-up-later", "site", "round_00001.safetensors"),
-        ("given-up-later", "other site", "incoming/bundle"),
+        ("given-up-later", "other site", f"{INCOMING}1/bundle"),
     ):
         path = state / run / site / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     fetch_shard(shards(store, {"dense": some_bytes(10)})[0], folder, store.shared, QUICK)
-    left = {str(path.relative_to(state)) for path in state.rglob("*") if path.is_file()}
+    left = {str(path.relative_to(state)) for path in files(state)}
+    (bundle,) = files(folder)
     assert left == {
-        "given-up-later/other site/incoming/bundle",
+        f"given-up-later/other site/{INCOMING}1/bundle",
         "given-up-later/site/round_00001.safetensors",
-        f"run/site/incoming/{sha256(some_bytes(10))}",
+        str(bundle.relative_to(state)),
     }
     assert not (state / "given-up").exists()
 
@@ -172,7 +207,7 @@ def test_a_damaged_or_missing_bundle_is_one_line(store: Store, folder: Path) -> 
         (StoredBundle(bundle.link, bundle.sha256, bundle.nbytes + 1), f"{bundle.nbytes + 1} were announced"),
     ):
         with pytest.raises(StoreError) as caught:
-            fetch_shard(StoredShard({"dense": wrong}, []), folder, store.shared, QUICK)
+            fetch_shard(StoredShard({"dense": wrong}, shard.replies), folder, store.shared, QUICK)
         in_one_line(caught.value, sha256(blob), words)
     store.delete([sha256(blob)])
     with pytest.raises(StoreError) as caught:
@@ -316,5 +351,5 @@ def test_wrong_bytes_are_not_kept(bucket: Store, folder: Path) -> None:
     shard = shards(bucket, {"dense": some_bytes(PIECE)})[0]
     wrong = StoredBundle(shard.bundles["dense"].link, sha256(b"x"), PIECE)
     with pytest.raises(WrongBytesError):
-        fetch_shard(StoredShard({"dense": wrong}, []), folder, None, QUICK)
-    assert list(folder.iterdir()) == []
+        fetch_shard(StoredShard({"dense": wrong}, shard.replies), folder, None, QUICK)
+    assert files(folder) == []

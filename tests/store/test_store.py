@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import ipaddress
 import itertools
+import json
 import logging
 import os
 import random
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -153,7 +155,7 @@ def test_names_that_are_none(store: Store) -> None:
         ("bucket", "store=bucket: needs"),
         ("file://folder/x", "absolute path"),
         ("file:///", "absolute path"),
-        ("az://account", "store=az://account"),
+        ("az://account", "store=az://account: names no container"),
     ],
 )
 def test_urls_that_are_none(url: str, words: str) -> None:
@@ -216,6 +218,43 @@ def test_a_full_disk_is_known_before_anything_travels(
 
 
 # Links
+
+
+def test_where_links_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With credentials that are none, as nobody is asked when a link is made."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    account = {
+        "type": "service_account",
+        "private_key": key.decode(),
+        "private_key_id": "1",
+        "client_email": "a@b.c",
+    }
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+    # That of another account does not count.
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "other")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", base64.b64encode(b"key").decode())
+    for url, place, signature in (
+        (
+            "s3://bucket/some/where",
+            "https://s3.us-east-1.amazonaws.com/bucket/some/where",
+            "X-Amz-Signature=",
+        ),
+        ("gs://bucket/some/where", "https://storage.googleapis.com/bucket/some/where", "X-Goog-Signature="),
+        ("az://account/container/x", "https://account.blob.core.windows.net/container/x", "sig="),
+        ("az://account/container", "https://account.blob.core.windows.net/container", "sig="),
+    ):
+        name, link = Store(url, "run", QUICK).reply_link(1, "0", 60)
+        assert links.name_of(link) == f"{place}/run/{name}"
+        assert signature in link
+        begin, end = links._times(dict(parse_qsl(urlsplit(link).query)))
+        assert 60 <= (end - begin).total_seconds() <= 61
 
 
 def altered(link: str, old: str, new: str) -> str:

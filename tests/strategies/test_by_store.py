@@ -129,7 +129,7 @@ def states(run_dir: Path) -> dict[Path, bytes]:
 
 def assert_nothing_left(url: str, run_dir: Path) -> None:
     assert store_of(url, run_dir).names() == {}
-    assert not list(run_dir.glob("sites/*/incoming"))
+    assert not list(run_dir.glob("sites/*/incoming*"))
     assert not (run_dir / "inbox").exists()
 
 
@@ -238,6 +238,18 @@ SPOILT = {
     "says a huge size": ("are expected", "damaged"),
     "says little bundles": ("are expected", "damaged"),
 }
+
+
+@pytest.mark.parametrize("url", ["folder"], indirect=True)
+def test_sites_that_begin_before_their_message_have_the_same_bits(
+    small: Compose, tmp_path: Path, url: str
+) -> None:
+    overrides = ("strategy.delay=1", *BF16)
+    done = run(by_store(small, tmp_path, url, *overrides))
+    flower = by_flower(small, tmp_path, *overrides)
+    assert_same_but_for_links(done, flower, objects=10)
+    assert_same_model(done, flower)
+    assert states(done) == states(flower)
 
 
 @EACH
