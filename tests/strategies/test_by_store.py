@@ -400,7 +400,6 @@ def test_a_run_may_go_from_messages_to_a_store_and_back(
 @pytest.mark.parametrize(
     ("url", "phase"),
     [
-        ("folder", "before push"),
         ("folder", "first reply"),
         ("folder", "after commit"),
         ("bucket", "last reply"),
