@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from fomoe_flwr.bundle_file import mapped_blobs
 from fomoe_flwr.errors import StoreError
+from fomoe_flwr.store.links import Clock
 from fomoe_flwr.store.messages import StoredBundle, StoredReply, StoredShard, most_objects
 from fomoe_flwr.store.objects import Store
 from fomoe_flwr.units import in_bytes
@@ -67,8 +69,22 @@ class StoredMessages:
         """
         unique = list(dict.fromkeys(blob for own in bundles.values() for blob in own.values()))
         began = time.monotonic()
+        stopped = threading.Event()
+
+        def store(blob: bytes) -> str:
+            return self._store.put(blob, clock=Clock(self._store.patience, stopped))
+
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="put") as pool:
-            digests = dict(zip(unique, pool.map(self._store.put, unique), strict=True))
+            try:
+                stored = {blob: pool.submit(store, blob) for blob in unique}
+                for future in as_completed(stored.values()):
+                    future.result()
+            except BaseException:
+                # Leaving waits for the threads; neither Ctrl-C nor a refusal must wait for a store that is down.
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        digests = {blob: future.result() for blob, future in stored.items()}
         nbytes = sum(len(blob) for blob in unique)
         log.debug("stored %s in %.2f s", in_bytes(nbytes), time.monotonic() - began)
         # Before there are links to write by; see there.

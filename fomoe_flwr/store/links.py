@@ -67,14 +67,18 @@ class TimeOver(Again):
 
 
 class Clock:
-    """The time that is left for one operation, for all its threads."""
+    """The time that is left for one operation, for all its threads.
 
-    def __init__(self, patience: Patience) -> None:
+    Args:
+        stopped: ends it when it is set; may be that of several operations.
+    """
+
+    def __init__(self, patience: Patience, stopped: threading.Event | None = None) -> None:
         self.patience = patience
         self.told = False
         """Whether the log says already that something is tried again."""
         self._start = time.monotonic()
-        self._stopped = threading.Event()
+        self._stopped = stopped or threading.Event()
 
     def spent(self) -> float:
         return time.monotonic() - self._start

@@ -71,7 +71,7 @@ class Store:
                 f"{run}: the name of a run in a store has letters, digits, '.', '_' and '-' only"
             )
         self._url = f"{url.rstrip('/')}/{run}"
-        self._patience = patience
+        self.patience = patience
         self.shared: Path | None = None
         """Of a `file://` store its folder, below which links lie."""
         self._backend: _Backend
@@ -84,29 +84,32 @@ class Store:
     def within(self, seconds: float) -> Store:
         """The same, with no more time for each operation."""
         other = copy(self)
-        other._patience = replace(self._patience, seconds=min(seconds, self._patience.seconds))
+        other.patience = replace(self.patience, seconds=min(seconds, self.patience.seconds))
         return other
 
-    def put(self, source: Source, progress: Progress | None = None) -> str:
+    def put(self, source: Source, progress: Progress | None = None, clock: Clock | None = None) -> str:
         """Store bytes under their SHA-256, and return that. An object of this size that is there is not sent again.
 
+        Args:
+            clock: by which it can be stopped; by default one of its own.
+
         Raises:
-            StoreError: it could not be stored.
+            StoreError: it could not be stored, or is stopped.
             OSError: the source cannot be read.
         """
         sha256 = hashlib.sha256()
         for block in blocks(source):
             sha256.update(block)
         key = sha256.hexdigest()
-        clock = Clock(self._patience)
+        clock = clock or Clock(self.patience)
         if self._asked(key, lambda: self._backend.size(key), clock) != size_of(source):
             link = self._own_link("PUT", key, clock)
-            send(link, source, self.shared, clock.rest(), progress)
+            send(link, source, self.shared, clock=clock, progress=progress)
         return key
 
     def get(self, name: str, digest: str, nbytes: int, progress: Progress | None = None) -> bytearray:
         """An object in memory, verified. See `transfer.fetch`."""
-        clock = Clock(self._patience)
+        clock = Clock(self.patience)
         link = self._own_link("GET", name, clock)
         return fetch(link, digest, nbytes, self.shared, clock.rest(), progress)
 
@@ -114,13 +117,13 @@ class Store:
         self, name: str, digest: str, nbytes: int, target: Path, progress: Progress | None = None
     ) -> None:
         """An object as a file, verified; goes on where an earlier call was cut. See `transfer.fetch_file`."""
-        clock = Clock(self._patience)
+        clock = Clock(self.patience)
         link = self._own_link("GET", name, clock)
         fetch_file(link, digest, nbytes, target, self.shared, clock.rest(), progress)
 
     def bundle_link(self, key: str, seconds: float) -> str:
         """A link with which whoever has it can read this object for so long."""
-        return self._link("GET", key, seconds, Clock(self._patience))
+        return self._link("GET", key, seconds, Clock(self.patience))
 
     def reply_link(self, round_number: int, site: str, seconds: float) -> tuple[str, str]:
         """A name for a site's reply, and a link with which it can write that object, and nothing else, for so long.
@@ -136,22 +139,22 @@ class Store:
                 f"{site}: the name of a site in a store has letters, digits, '.', '_' and '-' only"
             )
         name = f"replies/{round_number:06d}/{site}-{secrets.token_hex(8)}"
-        return name, self._link("PUT", name, seconds, Clock(self._patience))
+        return name, self._link("PUT", name, seconds, Clock(self.patience))
 
     def names(self) -> dict[str, int]:
         """All objects of this run, with their sizes."""
-        return self._asked("", self._backend.sizes, Clock(self._patience))
+        return self._asked("", self._backend.sizes, Clock(self.patience))
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects. One that is not there is deleted already."""
-        self._delete(names, Clock(self._patience))
+        self._delete(names, Clock(self.patience))
 
     def sweep(self, keep: Collection[str]) -> int:
         """Delete all objects of this run but some; returns how many bytes that gave back.
 
         Not while a reply is waited for: in a folder, the link to write it would be no good any more.
         """
-        clock = Clock(self._patience)
+        clock = Clock(self.patience)
         there = self._asked("", self._backend.sizes, clock)
         # While a site writes an object in a folder, that has its name with something behind it.
         old = {name: size for name, size in there.items() if name.partition(".partial-")[0] not in keep}
@@ -163,7 +166,7 @@ class Store:
             self._asked("", lambda some=some: self._backend.delete(some), clock)  # type: ignore[misc]
 
     def _own_link(self, method: Method, name: str, clock: Clock) -> str:
-        return self._link(method, name, self._patience.seconds + 60, clock)
+        return self._link(method, name, self.patience.seconds + 60, clock)
 
     def _link(self, method: Method, name: str, seconds: float, clock: Clock) -> str:
         return self._asked(name, lambda: self._backend.link(method, name, min(seconds, LONGEST_LINK)), clock)

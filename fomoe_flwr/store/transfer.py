@@ -108,19 +108,21 @@ def send(
     shared: Path | None = None,
     patience: Patience = PATIENCE,
     progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Write an object. After a cut all of it is sent again, and `progress` begins anew.
 
     Args:
         link: to write the object.
         shared: see `opened`.
+        clock: of an operation that this is part of, in place of the patience.
 
     Raises:
         StoreError: the link is not good for it, the store has no space, or the time is over. One line, without the
             signature.
         OSError: the source cannot be read.
     """
-    clock = Clock(patience)
+    clock = clock or Clock(patience)
     with opened(link, shared, clock) as target:
         tries = Tries(target.name, clock)
         while True:

@@ -75,7 +75,7 @@ def options(*more: str, tmp: Path = Path("/tmp")) -> Options:
 def test_node_config_is_what_flower_reads(tmp_path: Path) -> None:
     given = options(
         "--device", "cuda:1", "--cache-dir", f'{tmp_path}/it\'s a "cache"\\', "--data-path", "tests",
-        "--stall-s", "600", tmp=tmp_path,
+        "--store-dir", "docs", "--stall-s", "600", tmp=tmp_path,
     )  # fmt: skip
     assert parse_config_args([node_config(given)]) == {
         "site": "a",
@@ -83,6 +83,7 @@ def test_node_config_is_what_flower_reads(tmp_path: Path) -> None:
         "state-dir": str(tmp_path),
         "cache-dir": f'{tmp_path}/it\'s a "cache"\\',
         "data-path": str(Path.cwd() / "tests"),
+        "store-dir": str(Path.cwd() / "docs"),
         "stall-s": 600.0,
     }
     assert set(parse_config_args([node_config(options())])) == {"site", "state-dir"}
@@ -134,6 +135,7 @@ def test_the_state_directory_is_that_of_the_clients(monkeypatch: pytest.MonkeyPa
         ("--superlink h:1 --name a --stopped-s nan", "--stopped-s: nan "),
         ("--superlink h:1 --name a --port x", "--port: x "),
         ("--superlink h:1 --name a --data-path /none", "--data-path: /none "),
+        ("--superlink h:1 --name a --store-dir /none", "--store-dir: /none "),
         ("--superlink h:1 --name a --device mps", "--device: mps "),
         ("--superlink h:1 --name a --device cuda:-1", "--device: cuda:-1 "),
         ("--superlink h:1 --name a --colour red", "--colour red"),

@@ -34,6 +34,8 @@ def test_a_node_may_keep_its_data_and_cache_elsewhere(task: Task) -> None:
     data = data_of(task, settings)
     assert (data.path, data.cache_dir) == ("/mnt/text", "/mnt/cache")
     assert data_of(task, node_settings({})) == task.data
+    assert node_settings({"store-dir": "/mnt/moe"}).store_dir == "/mnt/moe"
+    assert node_settings({}).store_dir is None
 
 
 def test_state_lives_with_the_run_in_a_simulation_and_with_the_site_in_a_deployment(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -247,13 +251,39 @@ def test_a_store_that_is_down_is_one_line_and_is_not_waited_for_longer_than_it_m
         line.go_down()
     assert "cannot delete old objects: s3://bucket/some/where/run: given up after 0." in caplog.text
     assert "Signature" not in caplog.text
-    assert time.monotonic() - began < 10
+    # Not the hour that the store is given.
+    assert time.monotonic() - began < 60
     line.faults.clear()
     # Of a round that could not delete, the next one does.
     assert set(patient.names()) == {sha256(b"common")}
     put(sent, {0: {"dense": b"other"}})
     assert set(patient.names()) == {sha256(b"other")}
     patient.sweep(())
+
+
+@pytest.mark.parametrize("why", ["Ctrl-C", "one is refused"])
+def test_a_store_that_is_down_does_not_keep_a_run_from_ending(
+    bucket: Store, line: Line, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    patient = Store(bucket._url.rpartition("/")[0], "run", Patience(seconds=3600, stall=0.1, first_wait=0.01))
+    bundles = {site: {"dense": some_bytes(10, site)} for site in range(8)}
+    line.go_down()
+    if why == "Ctrl-C":
+        timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
+        timer.start()
+    else:
+        real = Store.put
+
+        def refusing_one(self: Store, source: bytes, **options: Any) -> str:
+            if source == bundles[2]["dense"]:
+                raise StoreError("no permission")
+            return real(self, source, **options)
+
+        monkeypatch.setattr(Store, "put", refusing_one)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt if why == "Ctrl-C" else StoreError):
+        put(StoredMessages(patient), bundles)
+    assert time.monotonic() - began < 60
 
 
 def test_a_reply_that_came_late_still_has_some_time(store: Store, tmp_path: Path, inbox: Path) -> None:

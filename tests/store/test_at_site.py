@@ -7,13 +7,14 @@ import http.client
 import mmap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
 from fomoe_flwr.bundle_file import PAGE
 from fomoe_flwr.errors import StoreError, WorkerError
-from fomoe_flwr.store import messages
+from fomoe_flwr.store import at_site, messages
 from fomoe_flwr.store.at_server import StoredMessages
 from fomoe_flwr.store.at_site import INCOMING, fetch_shard, forget, send_reply
 from fomoe_flwr.store.links import Patience
@@ -215,19 +216,20 @@ def test_a_damaged_or_missing_bundle_is_one_line(store: Store, folder: Path) -> 
     in_one_line(caught.value, sha256(blob), "no such object")
 
 
-def test_the_time_is_for_all_bundles_and_the_reply(
-    bucket: Store, folder: Path, line: Line, monkeypatch: pytest.MonkeyPatch
+def test_the_time_is_for_all_bundles_together(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = shards(bucket, {"a": some_bytes(10), "b": some_bytes(20)})[0]
+    shard = shards(store, {"a": some_bytes(10), "b": some_bytes(20)})[0]
     now = [0.0]
-    monkeypatch.setattr("fomoe_flwr.store.at_site.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(at_site, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def beat() -> None:
         now[0] += 100
 
-    with pytest.raises(StoreError) as caught:
-        fetch_shard(shard, folder, None, Patience(seconds=99), beat)
-    assert "time is over" in str(caught.value) or "given up" in str(caught.value)
+    with pytest.raises(StoreError, match="the round's time is over"):
+        fetch_shard(shard, folder, store.shared, Patience(seconds=99), beat)
+    # What has come stays.
+    assert [path.name for path in files(folder)] == [shard.bundles["a"].sha256]
 
 
 def test_a_disk_without_room_for_the_reply(store: Store) -> None:

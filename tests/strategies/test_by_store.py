@@ -133,7 +133,7 @@ def assert_nothing_left(url: str, run_dir: Path) -> None:
     assert not (run_dir / "inbox").exists()
 
 
-@pytest.mark.parametrize("codecs", [BF16, FEW_BITS], ids=["bf16", "few bits"])
+@EACH
 def test_a_run_has_the_same_bits(small: Compose, tmp_path: Path, url: str, codecs: tuple[str, ...]) -> None:
     flower = by_flower(small, tmp_path, *codecs)
     done = run(by_store(small, tmp_path, url, *codecs))
@@ -385,7 +385,7 @@ def test_a_store_that_goes_down_ends_the_run_in_one_line_and_it_is_resumed(
 # ----- resuming
 
 
-@EACH
+@pytest.mark.parametrize(("url", "codecs"), [("folder", FEW_BITS)], indirect=["url"])
 def test_a_run_may_go_from_messages_to_a_store_and_back(
     small: Compose, tmp_path: Path, url: str, codecs: tuple[str, ...]
 ) -> None:
@@ -400,7 +400,6 @@ def test_a_run_may_go_from_messages_to_a_store_and_back(
 @pytest.mark.parametrize(
     ("url", "phase"),
     [
-        ("folder", "before push"),
         ("folder", "first reply"),
         ("folder", "after commit"),
         ("bucket", "last reply"),
