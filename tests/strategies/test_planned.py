@@ -109,11 +109,13 @@ def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_pat
     assert [site["memory_bytes"] for site in line["sites"]] == [site.memory_bytes for site in plan.sites]
 
 
-@pytest.mark.parametrize(("down", "up"), [("int8", "bf16"), ("topk", "int4")])
+@pytest.mark.parametrize(("down", "up"), [("int8", "bf16"), ("int4", "int4"), ("topk", "topk")])
 def test_differences_cost_what_was_planned_once_the_sites_hold_what_they_are_of(
     small: Compose, tmp_path: Path, down: str, up: str
 ) -> None:
     keys = (f"strategy.up={up}", "train.rounds=2", "train.eval_batches=0", "strategy.routing=partitioned")
+    if down == "topk":
+        keys += ("strategy.outer=average",)
     folder = finished(small, tmp_path, *keys, f"strategy.down={down}")
     plan, lines = load_plan(folder), metrics(folder)[1:]
     assert plan is not None
