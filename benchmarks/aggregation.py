@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import CASTS
 from fomoe_flwr.codecs.cast import DIGEST_BYTES
 from fomoe_flwr.config import RunConfig

@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.harness import write_result
 from clients.app import app
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
+from fomoe_flwr.bundles import as_array, blobs_of
 from fomoe_flwr.codecs import Part
 from fomoe_flwr.compose import compose
 from fomoe_flwr.messages import Reply

@@ -23,7 +23,6 @@ class Link:
 
     def __init__(self, mbps: float, latency_s: float) -> None:
         self.latency_s, self.rate = latency_s, mbps * 1e6 / 8
-        self.carried = {"up": 0, "down": 0}
         self._free_at = {"up": 0.0, "down": 0.0}
         self._lock = threading.Lock()
 
@@ -32,7 +31,6 @@ class Link:
         with self._lock:
             start = max(self._free_at[direction], time.monotonic())
             self._free_at[direction] = done = start + nbytes / self.rate
-            self.carried[direction] += nbytes
         time.sleep(max(done - time.monotonic(), 0.0))
 
 

@@ -2,10 +2,11 @@
 
     python -m clients.worker --site NAME --folder FOLDER
 
-`clients.relay` starts it when it is needed and hands it messages over the socket in FOLDER. Three threads: the main one
+`clients.relay` starts it when it is needed and hands it messages over the socket in FOLDER. The main thread
 does the work of one message after the other; one accepts connections; one looks twice a second whether the SuperNode is
-still there, and tells the clients that wait whether the main thread goes on. Signs of life come from the training loop
-and not from another thread, so that a loop that hangs is noticed.
+still there, and tells the clients that wait whether the main thread goes on. Others fetch bundles from an object store
+and send replies. Signs of life come from the training loop and not from another thread, so that a loop that hangs is
+noticed.
 
 It ends when its SuperNode is gone, when it has been idle, when a message comes from another version of the code,
 after an error that it does not know, and on SIGTERM. Nothing is lost then: what a site must keep is on its disk.
@@ -206,14 +207,13 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def beat_for(channel: Channel, queue: RequestQueue, stall_s: float) -> Beat:
+def beat_for(channel: Channel, stall_s: float) -> Beat:
     """Signs of life to the client that waits for this work. They raise Abandoned if it is gone or does not read."""
     began = time.monotonic()
     sent, sent_phase, unread_since = 0.0, "", 0.0
 
     def beat(phase: str) -> None:
         nonlocal sent, sent_phase, unread_since
-        queue.beat(phase)
         if channel.is_closed():
             raise Abandoned
         now = time.monotonic()
@@ -240,7 +240,12 @@ def serve(request: Request, memory: Memory, queue: RequestQueue, sender: ThreadP
     """
     header = request.header
     settings = NodeSettings(**header["settings"])
-    beat, began = beat_for(request.channel, queue, settings.stall_s), time.monotonic()
+    tell, began = beat_for(request.channel, settings.stall_s), time.monotonic()
+
+    def beat(phase: str) -> None:
+        queue.beat(phase)
+        tell(phase)
+
     try:
         # Relative paths mean what they mean to the ClientApp.
         with suppress(OSError):
@@ -250,7 +255,8 @@ def serve(request: Request, memory: Memory, queue: RequestQueue, sender: ThreadP
         if header["kind"] != "train" or not may_begin_next(header["task"], settings):
             answer(request, blobs, reply.to_json(), settings, beat)
             return True
-        sender.submit(answer, request, blobs, reply.to_json(), settings, beat)
+        # What that thread does is no sign of life of this one.
+        sender.submit(answer, request, blobs, reply.to_json(), settings, tell)
         # The bundles are the other thread's.
         del blobs
         return go_on(header, settings, memory, queue)

@@ -1,7 +1,11 @@
-"""Bundles in one file, each from a multiple of PAGE on, so that each can be mapped by itself and read where it lies."""
+"""Bundles as bytes: their digests, and several in one file, each from a multiple of PAGE on.
+
+So each can be mapped by itself, and read where it lies.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -60,3 +64,8 @@ def mapped_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
 def read_blobs(file: IO[bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
     """The bundles as bytes of their own."""
     return {key: blob[:] for key, blob in mapped_blobs(file, sizes).items()}
+
+
+def bundle_digests(blobs: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each bundle by key."""
+    return {key: hashlib.sha256(blob).hexdigest() for key, blob in blobs.items()}

@@ -6,8 +6,6 @@ PyTorch for that would cost it more than its work.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -56,8 +54,3 @@ def blobs_of(record: ArrayRecord) -> dict[str, bytes]:
         if array.stype != BUNDLE:
             raise WireError(f"array {key!r} has stype {array.stype!r}, expected {BUNDLE!r}")
     return {key: array.data for key, array in record.items()}
-
-
-def bundle_digests(blobs: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of each bundle by key."""
-    return {key: hashlib.sha256(blob).hexdigest() for key, blob in blobs.items()}

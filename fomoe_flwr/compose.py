@@ -154,7 +154,7 @@ def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()
         config.model.standins = 0
     strategy = config.strategy
     if strategy.down == "topk" and strategy.down_density is None:
-        strategy.down_density = min(strategy.density * config.overlap, 1.0)
+        strategy.down_density = min(strategy.density * len(config.federation.sites), 1.0)
     check_combinations(config)
     if not saved:  # earlier versions took keys that they did not use
         check_outer(config.strategy)

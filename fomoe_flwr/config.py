@@ -189,7 +189,7 @@ class StrategyConfig:
     # counts, as above; what they lose is in the next difference. Whole, in bf16, where the site has not got that.
     down: str = choice("bf16", "bf16", "fp32", "int8", "int4", "topk")
     density: float = above(1 / 64, 0.0)  # with up=topk
-    # With down=topk; null: density times overlap, so that all is sent that the holders of an expert sent together.
+    # With down=topk; null: density times the number of sites, so that all is sent that they sent together.
     down_density: float | None = above(None, 0.0)
     value_bits: int = at_least(2, 2, 8)  # with up=topk or down=topk
     feedback: float | None = at_least(None, 0.0)  # with up=int8, int4, topk or sign

@@ -32,8 +32,9 @@ from fomoe_flwr.errors import RunError, StoreError, WireError
 from fomoe_flwr.inputs import UNKNOWN, Inputs
 from fomoe_flwr.messages import Reply
 from fomoe_flwr.plan.record import Plan
+from fomoe_flwr.server.deadline import Deadline
 from fomoe_flwr.server.replies import Refused, refusing
-from fomoe_flwr.server.rounds import Deadline, Round, RoundObserver, Server, missing
+from fomoe_flwr.server.rounds import Round, RoundObserver, Server, missing
 from fomoe_flwr.store.at_server import StoredMessages
 from fomoe_flwr.store.messages import STORED
 from fomoe_flwr.store.objects import Store

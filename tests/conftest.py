@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from fomoe_flwr.compose import Composed, compose
+from tests.store.servers import Line, s3_store
 
 # The same examples every time, and no deadline: the machine may be busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -109,3 +110,12 @@ def small(tmp_path: Path, corpus_dir: Path, cache_dir: Path) -> Compose:
         return compose([item for item in defaults if item.partition("=")[0] not in chosen] + list(overrides))
 
     return compose_small
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Line]]:
+    """A real S3 server, and the line that leads to it."""
+    pytest.importorskip("obstore")
+    pytest.importorskip("nanio")
+    with s3_store(tmp_path_factory.mktemp("s3")) as found:
+        yield found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,12 @@ def test_the_method_does_not_import_the_flower_app() -> None:
 def test_the_method_knows_flower_in_two_rooms() -> None:
     found = importers("fomoe_flwr", ("flwr",))
     assert [file for file in found if not any(file.is_relative_to(room) for room in KNOW_FLOWER)] == []
+
+
+def test_what_a_site_does_needs_no_flower() -> None:
+    modules = "fomoe_flwr.site.work, fomoe_flwr.store.at_site, fomoe_flwr.server.rounds"
+    code = f"import sys, {modules}; assert 'flwr' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_site_does_not_import_the_server() -> None:

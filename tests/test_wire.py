@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of, bundle_digests, header_in
+from fomoe_flwr.bundle_file import bundle_digests
+from fomoe_flwr.bundles import BUNDLE, as_array, blobs_of, header_in
 from fomoe_flwr.codecs import CASTS, Part
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.spec import expert_name

@@ -25,7 +25,6 @@ NO_MATTER = ("inputs", "asked", "holders", "checkpoint_every", "keep")
 class Trained:
     """The local steps of a round, done, and nothing of them saved."""
 
-    task: Task
     state: SiteState  # what they went on from, without moments and what its encoder had not sent
     start: bytes  # digests of what they began from; empty with strategy.delay=1
     report: Report
@@ -85,9 +84,9 @@ class Memory:
 
     def take_begun(self, task: Task) -> Trained | None:
         """What was begun of this round. Of another one it is dropped."""
-        trained = self.begun[1] if self.begun is not None and self.has_begun(task) else None
+        begun, fits = self.begun, self.has_begun(task)
         self.begun = None
-        return trained
+        return begun[1] if begun is not None and fits else None
 
     def keep_state(self, folder: Path, state: SiteState) -> None:
         """The state as it was just written to the folder."""

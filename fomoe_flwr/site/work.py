@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
@@ -138,8 +138,8 @@ def _by_store(
     return (
         state_folder(task, settings),
         None if store_dir is None else expanded(store_dir),
-        # Another seed for each site, so that they do not come back all at once.
-        # A reply that comes late may be refused in peace.
+        # Another seed for each site, so that they do not come back all at once; and a second at the least, for a reply
+        # that comes late may be refused in peace.
         Patience(max(seconds, 1.0), seed=zlib.crc32(task.name.encode())),
     )
 
@@ -214,15 +214,13 @@ def train_round(
     state = trained.state if trained else _state_of(task, folder, memory)
     shard = _shard(task, parts, state)
     parts.clear()
-    delayed, metrics = bool(task.strategy.delay), {STATE_LOST: 1.0} if state.lost else {}
+    delayed, known = bool(task.strategy.delay), True
+    metrics = {STATE_LOST: 1.0} if state.lost else {}
     public = dict(shard) if delayed or down_differences(task.strategy) is not None else {}
     if trained is None:
         if delayed:
             shard, known = delay.start(task, public, state.public, state.sent, state.round)
-            metrics[AHEAD] = float(known)
         trained = _train(task, shard, state, stream, settings, memory, beat)
-    else:
-        metrics[AHEAD] = 1.0
     # With a delay what was loaded is known here alone; what came is what the next round begins from.
     start = wire.digests(public, down_codec(task.strategy)) if delayed else trained.start
     blobs, report = trained.blobs, trained.report
@@ -231,6 +229,7 @@ def train_round(
     )
     if delayed:
         new_state.sent = delay.sent(task, blobs)
+        metrics[AHEAD] = float(known)
     # The last chance to break off: from here on there is a state of this round.
     beat(WORK)
     save_state(folder, new_state, task.counted_round, task.checkpoint_every, task.keep)
@@ -288,7 +287,7 @@ def _train(
     # Encoded before the state is saved: what the encoder could not send is part of it.
     blobs, encoder = wire.encode_update(engine.update(), up_codec(task.strategy), state.encoder)
     state.encoder = {}
-    return Trained(task, state, start, report, blobs, engine.state(), encoder, state.position + steps * batch)
+    return Trained(state, start, report, blobs, engine.state(), encoder, state.position + steps * batch)
 
 
 # ----- strategy.delay=1: a round is begun before its message is there
@@ -322,11 +321,12 @@ def begin_next(task_text: str, settings: NodeSettings, memory: Memory, beat: Bea
         # Some of it will begin from what the message brings.
         memory.keep_state(folder, state)
         return
-    memory.begun, done = (following, None), None
+    memory.begun = following, None
     try:
-        done = _train(following, shard, state, stream, settings, memory, beat)
-    finally:
-        memory.begun = None if done is None else (following, done)
+        memory.begun = following, _train(following, shard, state, stream, settings, memory, beat)
+    except BaseException:
+        memory.begun = None
+        raise
 
 
 def _following(task: Task) -> Task:

@@ -87,7 +87,7 @@ class StoredMessages:
         digests = {blob: future.result() for blob, future in stored.items()}
         nbytes = sum(len(blob) for blob in unique)
         log.debug("stored %s in %.2f s", in_bytes(nbytes), time.monotonic() - began)
-        # Before there are links to write by; see there.
+        # Before there are links to write by: in a folder these make the folders that an empty one is removed with.
         self._sweep(digests.values())
         good = seconds + MARGIN_S
         links = {digest: self._store.bundle_link(digest, good) for digest in set(digests.values())}

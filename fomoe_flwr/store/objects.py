@@ -36,7 +36,7 @@ from fomoe_flwr.store.links import (
     refusal,
     size_of,
 )
-from fomoe_flwr.store.transfer import fetch, fetch_file, send
+from fomoe_flwr.store.transfer import fetch_file, send
 from fomoe_flwr.untrusted import one_line
 
 LONGEST_LINK = 7 * 24 * 3600.0  # seconds; S3 and Google sign for no longer
@@ -106,12 +106,6 @@ class Store:
             link = self._own_link("PUT", key, clock)
             send(link, source, self.shared, clock=clock, progress=progress)
         return key
-
-    def get(self, name: str, digest: str, nbytes: int, progress: Progress | None = None) -> bytearray:
-        """An object in memory, verified. See `transfer.fetch`."""
-        clock = Clock(self.patience)
-        link = self._own_link("GET", name, clock)
-        return fetch(link, digest, nbytes, self.shared, clock.rest(), progress)
 
     def get_file(
         self, name: str, digest: str, nbytes: int, target: Path, progress: Progress | None = None

@@ -42,29 +42,6 @@ class WrongBytesError(StoreError):
     """An object that is not what was announced."""
 
 
-def fetch(
-    link: str,
-    digest: str,
-    nbytes: int,
-    shared: Path | None = None,
-    patience: Patience = PATIENCE,
-    progress: Progress | None = None,
-) -> bytearray:
-    """An object in memory, verified.
-
-    Args:
-        link: this and all others: see `fetch_file`.
-        nbytes: its size. It is taken from memory at once, so a stranger's figure must have been bounded.
-
-    Raises:
-        StoreError: see `fetch_file`.
-    """
-    place = _Memory(nbytes)
-    with opened(link, shared, Clock(patience)) as source:
-        _fetch_verified(source, digest, place, progress)
-    return place.content
-
-
 def fetch_file(
     link: str,
     digest: str,
@@ -132,35 +109,13 @@ def send(
                 tries.wait(error)
 
 
-class _Memory:
-    """Where an object goes, and which pieces of it are complete."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        # Of an empty object one: whether it is there must be asked.
-        self.done = bytearray(max(1, -(-nbytes // PIECE)))
-        self.content = bytearray(nbytes)
-
-    def bounds(self, index: int) -> tuple[int, int]:
-        return index * PIECE, min((index + 1) * PIECE, self.nbytes)
-
-    def mark(self, index: int, done: bool) -> None:
-        self.done[index] = done
-
-    def read(self, begin: int, end: int) -> memoryview | bytes:
-        return memoryview(self.content)[begin:end]
-
-    def write(self, at: int, block: bytes) -> None:
-        memoryview(self.content)[at : at + len(block)] = block
-
-
-class _PartFile(_Memory):
-    """The same in a file. Behind the object's bytes it has one for each piece: whether that is complete."""
+class _PartFile:
+    """An object's bytes in a file, and behind them one byte for each piece: whether that is complete."""
 
     def __init__(self, file: int, nbytes: int) -> None:
-        super().__init__(0)
         self.nbytes = nbytes
         self._file = file
+        # Of an empty object one: whether it is there must be asked.
         pieces = max(1, -(-nbytes // PIECE))
         if os.fstat(file).st_size != nbytes + pieces:
             os.ftruncate(file, 0)
@@ -170,11 +125,14 @@ class _PartFile(_Memory):
             os.ftruncate(file, nbytes + pieces)
         self.done = bytearray(os.pread(file, pieces, nbytes))
 
+    def bounds(self, index: int) -> tuple[int, int]:
+        return index * PIECE, min((index + 1) * PIECE, self.nbytes)
+
     def mark(self, index: int, done: bool) -> None:
-        super().mark(index, done)
+        self.done[index] = done
         self.write(self.nbytes + index, bytes([done]))
 
-    def read(self, begin: int, end: int) -> memoryview | bytes:
+    def read(self, begin: int, end: int) -> bytes:
         return os.pread(self._file, end - begin, begin)
 
     def write(self, at: int, block: bytes) -> None:
@@ -209,7 +167,7 @@ def _part_file(part: Path, name: str) -> Iterator[int]:
 
 
 def _fetch_verified(
-    source: FileObject | HttpObject, digest: str, place: _Memory, progress: Progress | None
+    source: FileObject | HttpObject, digest: str, place: _PartFile, progress: Progress | None
 ) -> None:
     """Fetch what is not there, and compare all of it with the digest; once more if that differs.
 
@@ -226,7 +184,7 @@ def _fetch_verified(
         )
 
 
-def _fetched(source: FileObject | HttpObject, place: _Memory, progress: Progress | None) -> str:
+def _fetched(source: FileObject | HttpObject, place: _PartFile, progress: Progress | None) -> str:
     """Fetch the pieces that are not complete; returns the digest of all."""
     clock = source.clock
     pieces = range(len(place.done))

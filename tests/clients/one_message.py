@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from clients.relay import hand_over
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.errors import FomoeError
 from fomoe_flwr.site.identity import NodeSettings
 

@@ -18,7 +18,7 @@ import pytest
 
 from clients.relay import hand_over
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import down_codec
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import StoreError

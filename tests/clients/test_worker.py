@@ -30,8 +30,7 @@ import pytest
 
 from clients import relay, worker
 from clients.worker import Abandoned, RequestQueue, beat_for, deliver
-from fomoe_flwr.bundle_file import mapped_blobs, read_blobs, write_blobs
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests, mapped_blobs, read_blobs, write_blobs
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.deploy import channel
 from fomoe_flwr.deploy.channel import Channel
@@ -431,7 +430,7 @@ def test_long_lines_and_files_arrive_together(ends: tuple[Channel, Channel], tmp
 def test_a_client_that_is_gone_or_does_not_read_ends_the_work(ends: tuple[Channel, Channel]) -> None:
     """One that was stopped keeps its connection: beats and answers must not wait for it for ever."""
     ours, theirs = ends
-    beat = beat_for(ours, RequestQueue(), stall_s=0.2)
+    beat = beat_for(ours, stall_s=0.2)
     beat("data")
     beat("work")
     # Too early for another line.
@@ -448,7 +447,7 @@ def test_a_client_that_is_gone_or_does_not_read_ends_the_work(ends: tuple[Channe
     assert time.monotonic() - began < 2
     theirs.close()
     with pytest.raises(Abandoned):
-        beat_for(ours, RequestQueue(), stall_s=60)("work")
+        beat_for(ours, stall_s=60)("work")
 
 
 @pytest.mark.parametrize("module", ["clients.app", "clients.relay", "fomoe_flwr.cli"])

@@ -10,7 +10,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
+from fomoe_flwr.bundles import as_array, blobs_of
 from fomoe_flwr.codecs import Part
 from fomoe_flwr.messages import Reply, Task
 from fomoe_flwr.model.spec import expert_name

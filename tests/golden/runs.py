@@ -19,7 +19,7 @@ from tests.strategies.helpers import metrics, run
 
 TRACES = Path(__file__).parent / "traces"
 ROUNDS = 3
-DIGITS = 4  # significant, in the traces: processors differ in the last bits, and training multiplies them
+DIGITS = 4  # significant, in the traces
 
 SMALL = (
     "model=tiny", "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=8",

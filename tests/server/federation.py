@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import down_codec, up_codec
 from fomoe_flwr.config import (
     FederationConfig,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import CASTS, Part
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.inputs import Inputs

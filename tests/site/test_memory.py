@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.bundles import bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.engine import local
 from fomoe_flwr.messages import Reply

@@ -11,17 +11,9 @@ import pytest
 from fomoe_flwr.store import links, transfer
 from fomoe_flwr.store.objects import Store
 from tests.store.helpers import BLOCK, PIECE, QUICK
-from tests.store.servers import Line, s3_store
+from tests.store.servers import Line
 
 _runs = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Line]]:
-    pytest.importorskip("obstore")
-    pytest.importorskip("nanio")
-    with s3_store(tmp_path_factory.mktemp("s3")) as found:
-        yield found
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fomoe_flwr.store.links import Patience
 from fomoe_flwr.store.messages import StoredBundle, StoredShard
 from fomoe_flwr.store.objects import Store
 from fomoe_flwr.store.transfer import WrongBytesError
-from tests.store.helpers import PIECE, QUICK, in_one_line, sha256, some_bytes
+from tests.store.helpers import PIECE, QUICK, content_of, in_one_line, sha256, some_bytes
 from tests.store.servers import Line
 
 MOST = 10**6
@@ -295,7 +295,7 @@ def test_a_site_can_read_its_bundles_and_write_its_reply_and_nothing_else(bucket
         assert all(content not in text for content in (b"theirs", own[1]))
     assert bucket.names() == names
     for name, content in before.items():
-        assert bucket.get(name, sha256(content), len(content)) == content
+        assert content_of(bucket, name, sha256(content), len(content)) == content
 
 
 def test_links_are_good_until_a_little_after_the_deadline(bucket: Store) -> None:

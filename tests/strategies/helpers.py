@@ -19,7 +19,8 @@ from torch import Tensor
 
 from clients.app import app as real_client_app
 from fomoe_flwr import wire
-from fomoe_flwr.bundles import as_array, blobs_of, bundle_digests
+from fomoe_flwr.bundle_file import bundle_digests
+from fomoe_flwr.bundles import as_array, blobs_of
 from fomoe_flwr.codecs import Part, down_codec
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.messages import Reply, Task

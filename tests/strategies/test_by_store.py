@@ -27,8 +27,8 @@ from tests.conftest import SMALL_TRAIN, Compose
 from tests.faults.injector import Faults
 from tests.faults.server_death import run_until_killed
 from tests.faults.test_replies import ROUNDS, SETTINGS, assert_same_model, without
-from tests.store.helpers import QUICK, in_one_line
-from tests.store.servers import Line, s3_store
+from tests.store.helpers import QUICK, content_of, in_one_line
+from tests.store.servers import Line
 from tests.strategies.helpers import composed_anew, copy_of, finished, metrics, run, without_times
 
 NO_EVALUATION = "train.eval_batches=0"
@@ -37,14 +37,6 @@ EACH = pytest.mark.parametrize(
     ("url", "codecs"), [("folder", FEW_BITS), ("bucket", BF16)], indirect=["url"], ids=["folder", "bucket"]
 )
 LINK_BYTES = 1000  # of a link and what is said about its object
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Line]]:
-    pytest.importorskip("obstore")
-    pytest.importorskip("nanio")
-    with s3_store(tmp_path_factory.mktemp("s3")) as found:
-        yield found
 
 
 @pytest.fixture
@@ -215,7 +207,7 @@ def spoil_replies(monkeypatch: pytest.MonkeyPatch, url: str, places: Mapping[tup
             else:
                 (shared / link.removeprefix("file:")).unlink()
         elif what in ("altered", "longer"):
-            content = store.get(found[2], item.sha256, item.nbytes)
+            content = bytearray(content_of(store, found[2], item.sha256, item.nbytes))
             content[len(content) // 2] ^= 1
             send(link, content + bytes(what == "longer"), shared, QUICK)
         elif what == "says another size":
