@@ -42,9 +42,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *HALF, *AVERAGE, "strategy.up=topk", "strategy.down=int4", "strategy.density=0.0625",
     ),
     "half, topk 1/16 both ways": both_ways("topk", "strategy.density=0.0625"),
-    "half, topk 1/32 both ways": both_ways("topk", "strategy.density=0.03125"),
     "half, topk 1/64 both ways": both_ways("topk"),
     "half, topk 1/64 both ways, no feedback": both_ways("topk", "strategy.feedback=0"),
+    "half, bf16, average, delay 1": both_ways("bf16", "strategy.delay=1"),
 }  # fmt: skip
 
 
@@ -75,6 +75,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10, help="local ones")
     parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument(
+        "--with", dest="more", nargs="*", default=[], help="overrides of all runs: a larger model"
+    )
+    parser.add_argument("--name", help="of the result, if not the model's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="folder in which what is done is kept")
     chosen = parser.parse_args()
@@ -82,11 +86,14 @@ def main() -> None:
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     size = (f"model={chosen.model}", f"train.rounds={chosen.rounds}", f"train.local_steps={chosen.steps}")
-    size += (f"train.seq_len={chosen.seq_len}", f"train.eval_every={chosen.rounds}")
-    found = {
-        name: [figures(work, f"{chosen.model} {name}", seed, *size, *how) for seed in chosen.seeds]
+    size += (f"train.seq_len={chosen.seq_len}", f"train.eval_every={chosen.rounds}", *chosen.more)
+    # Seed by seed, so that what is stopped early has all variants of some.
+    runs = [
+        (name, figures(work, f"{chosen.model} {name}", seed, *size, *how))
+        for seed in chosen.seeds
         for name, how in VARIANTS.items()
-    }
+    ]
+    found = {name: [figures for of, figures in runs if of == name] for name in VARIANTS}
     diloco, average = (found[name] for name in list(VARIANTS)[:2])
     rows = []
     for name, runs in found.items():

@@ -39,12 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--delay", type=int, default=0, help="strategy.delay")
     chosen = parser.parse_args()
     blows = every_blow() + random_blows(chosen.seed, chosen.kills)
     with tempfile.TemporaryDirectory(prefix="fomoe-recovery-") as name:
         folder = Path(name)
         write_corpus(folder / "corpus")
-        chaos = Chaos(folder, ["data=text", f"data.path={folder}/corpus", f"data.cache_dir={folder}/cache"])
+        data = ["data=text", f"data.path={folder}/corpus", f"data.cache_dir={folder}/cache"]
+        chaos = Chaos(folder, [*data, f"strategy.delay={chosen.delay}"])
         seconds = chaos.play(blows)
         assert_is_the_run_without_the_lost_replies(chaos, folder / "reference")
         lines, lost = metrics(chaos.run_dir)[1:], lost_replies(chaos.run_dir)
@@ -57,12 +59,13 @@ def main() -> None:
         for kind, taken in sorted(by_kind.items())
     ]
     write_result(
-        "recovery",
+        "recovery" + "_delay" * chosen.delay,
         f"{len(blows)} blows to a federation of three sites, and how long until all sites are in a round again",
         "From the signal to the end of the first whole round after the one that was hit, in seconds; an undisturbed "
         "round takes 5 to 8 s. A site is watched by `fomoe site` "
         f"(--stall-s {STALL_S}, --stopped-s {STOPPED_S}; the defaults are longer), a round's deadline is 15 to 20 s, "
-        "the run is submitted again with resume= as soon as `fomoe submit` has said that it failed.\n\n"
+        "the run is submitted again with resume= as soon as `fomoe submit` has said that it failed. "
+        f"strategy.delay={chosen.delay}.\n\n"
         "| process | signal | times | median | range |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"The run ended with exit code 0 after {len(lines)} rounds, {discarded} of them discarded; {len(lost)} of "
         f"{len(lines) * len(SITES)} replies were lost. Model and outer optimizer equal, bit for bit, those of a run in "
