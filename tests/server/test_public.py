@@ -122,8 +122,8 @@ class Federation:
         """Open a round for the sites that are not away."""
         sites = self.server.begin(number, [s for s in SITES if events[s] != "away"], 60.0)
         if self.whole:
-            assert self.server.state.public is not None
-            self.server.state.public.holders = {}
+            assert self.server.state.held is not None
+            self.server.state.held.holders = {}
         out = self.server.outgoing(sites, training=True)
         for site, sent in out.items():
             parts = grouped(wire.from_blobs(sent.bundles.values()))

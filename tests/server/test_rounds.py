@@ -194,7 +194,7 @@ def test_a_good_reply_is_in_the_model_and_a_bad_one_leaves_no_trace(
     torch.testing.assert_close(server.state.tensors[norm], before[norm] - 1)
     assert server.state.counted == {"site-0": 1, "site-2": 1}
     assert server.state.last_losses == {"site-0": 0.5, "site-2": 0.5}
-    assert len(server.state.norms) == 2
+    assert len(server.state.sizes[""].norms) == 2
 
 
 def test_a_round_below_its_quorum_is_discarded_whole(config: RunConfig, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_round_below_its_quorum_is_discarded_whole(config: RunConfig, tmp_path
         assert not play(server, number, constant(1.0), answering=[0], needed=2)
         assert (server.state.discarded, server.state.round) == (number, number)
     assert all(value.equal(before[name]) for name, value in server.state.tensors.items())
-    assert (server.state.counted, list(server.state.norms)) == ({}, [])
+    assert (server.state.counted, list(server.state.sizes[""].norms)) == ({}, [])
     assert play(server, 3, constant(1.0))
     assert server.state.discarded == 0
 
