@@ -3,7 +3,7 @@
 
 With strategy.fragments=P the tensors are dealt into P fragments, and round r synchronises fragment (r-1) mod P alone:
 so a round has about a P-th of the bytes. A fragment has every P-th layer, its dense part and its experts together. What
-belongs to no layer goes where least is.
+belongs to no layer goes where the dense part is smallest.
 
 With strategy.sole_every=T an expert that only one site holds is synchronised in every T-th turn of its fragment: until
 another site gets it nobody else can use what it has learnt (ours).
@@ -82,17 +82,19 @@ def _layer_of(name: str) -> int | None:
 
 
 def _of_no_layer(model: ModelConfig, strategy: StrategyConfig) -> dict[str, int]:
-    """The fragment of each tensor that belongs to no layer (embedding, head, last norm), the largest first."""
+    """The fragment of each tensor that belongs to no layer (embedding, head, last norm), the largest first.
+
+    By dense parts, for how many of the experts a site holds is another matter at each.
+    """
     sizes, rest = [0] * strategy.fragments, dict[str, int]()
     for param in table(model, strategy.routing):
-        each = param.numel * (model.num_experts if param.per_expert else 1)
         if "{layer}" in param.name:
-            for layer in expert_layers(model):
-                sizes[layer % strategy.fragments] += each
+            for layer in () if param.per_expert else expert_layers(model):
+                sizes[layer % strategy.fragments] += param.numel
         elif (own := _layer_of(param.name)) is not None:
-            sizes[own % strategy.fragments] += each
+            sizes[own % strategy.fragments] += param.numel
         else:
-            rest[param.name] = each
+            rest[param.name] = param.numel
     found = {}
     for name in sorted(rest, key=lambda name: (-rest[name], name)):
         found[name] = sizes.index(min(sizes))
