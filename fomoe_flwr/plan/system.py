@@ -161,15 +161,15 @@ def peak_bytes(config: RunConfig, residents: Sequence[int]) -> float:
     """
     down = down_differences(config.strategy) or down_codec(config.strategy)
     fragments, up = config.strategy.fragments, up_codec(config.strategy)
-    # With the experts of one holder, if they have their own turns.
-    first = (config.strategy.sole_every - 1) * fragments + 1
-    rounds = range(first, first + fragments)
+    # The turns in which the experts of one holder are due, the round before them and the one after them.
+    last = 2 * config.strategy.sole_every * fragments
+    rounds = range(last - fragments, last + 2)
     received, sent = (
         [sum(_due_bytes(config, codec, held, round_) for held in residents) for round_ in rounds]
         for codec in (down, up)
     )
     # What was due in a round comes down in the next.
-    return max(received[index - 1] + sent[index] for index in range(fragments))
+    return max(before + now for before, now in zip(received, sent[1:], strict=False))
 
 
 def _mean_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts) -> Amounts:
