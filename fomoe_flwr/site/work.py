@@ -221,8 +221,8 @@ def _names(task: Task) -> Collection[str]:
     return parameters(task.model, task.residents, task.strategy.routing).keys()
 
 
-def _resting(task: Task) -> frozenset[str]:
-    """Those of them that are not due in this round."""
+def resting_of(task: Task) -> frozenset[str]:
+    """The parameters that the site holds and that are not due in this round."""
     if not takes_turns(task.strategy):
         return frozenset()
     layers, sole, moving = expert_layers(task.model), set(), set()
@@ -343,7 +343,7 @@ def _train(
     if not task.strategy.delay:
         loaded = {name: tensor for name, tensor in engine.loaded().items() if name in came}
         start = wire.digests(loaded, down_codec(task.strategy))
-    resting = _resting(task)
+    resting = resting_of(task)
     # What came takes the place of what the site had made of a tensor since it was last synchronised.
     pending = {name: tensor for name, tensor in state.pending.items() if name not in came}
     encoder = {name: tensor for name, tensor in state.encoder.items() if name in resting}
