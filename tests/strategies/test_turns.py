@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.checkpoint import checkpoint_path, read_checkpoint
+from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
 from fomoe_flwr.codecs import of_part
 from fomoe_flwr.compose import Composed
 from fomoe_flwr.config import RunConfig
@@ -25,9 +25,10 @@ from fomoe_flwr.model.spec import expert_of, parameter_shapes
 from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.site import work as site_module
+from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
 from tests.faults.injector import Faults, grid_with
-from tests.strategies.helpers import metrics, run
+from tests.strategies.helpers import copy_of, metrics, run
 
 SITES = [f"site-{index}" for index in range(4)]
 # Three layers: two in fragment 0; in fragment 1 one, and all that belongs to no layer.
@@ -216,3 +217,66 @@ def assert_models(composed: Composed, models: dict[int, dict[str, Tensor]]) -> N
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, msg=f"round {round_}: {name}")
+
+
+def test_a_site_that_has_lost_its_disk_says_so_once_and_is_sent_everything(
+    small: Compose, diary: Diary
+) -> None:
+    """What came in round 3 lacks the half that it was to go on with."""
+
+    class Wiping(LocalGrid):
+        def push_messages(self, messages: Any) -> Any:
+            messages = list(messages)
+            if any(message.metadata.group_id == "3" for message in messages):
+                for file in composed.run_dir.glob("sites/site-1/*"):
+                    file.unlink()
+            return super().push_messages(messages)
+
+    composed = small(*TURNS, *EXACT, "train.rounds=5")
+    lines = metrics(run(composed, grid_type=Wiping))
+    assert [list(line["failures"]) for line in lines[1:]] == [[], [], ["site-1"], [], []]
+    failure = lines[3]["failures"]["site-1"]
+    assert (
+        "cannot go on from what it was sent in round 2, which is lost here; the next message will be whole"
+        in failure
+    )
+    assert diary.came["site-1", 4] == diary.came["site-1", 1] > diary.came["site-1", 5]
+    states = {site["site"]: "state_lost" in site for site in lines[4]["sites"]}
+    assert states == {site: site == "site-1" for site in SITES}
+
+
+def test_experts_of_one_site_travel_seldom(small: Compose, diary: Diary) -> None:
+    """In rounds 3 and 6 up and in the rounds after them down; the last round has everything."""
+    composed = small(*TURNS, "strategy.fragments=1", "strategy.sole_every=3", "strategy.overlap=1")
+    lines = metrics(run(composed))
+    with_experts = [line["round"] for line in lines if line["bytes_by_class"]["expert"]]
+    assert with_experts == [1, 3, 4, 6, 7, 8]
+    sent = {round_ for (_, round_), names in diary.sent.items() if any(map(expert_of, names))}
+    assert sent == {3, 6, 8}
+    # The rounds since each was updated last.
+    assert [line["experts"]["rounds_since_update_max"] for line in lines[1:]] == [1, 2, 0, 1, 2, 0, 1, 0]
+
+
+def test_a_run_that_goes_on_may_take_other_turns(small: Compose, diary: Diary) -> None:
+    """The next message brings what was due then; all of it, where it would be a difference to what no site has."""
+    folder = run(small(*TURNS, *EXACT))
+    whole = diary.came["site-0", 1]
+    due_then = diary.came["site-0", 4]
+    assert due_then < whole
+    for given, expected in (
+        ("strategy.fragments=3", due_then),
+        ("strategy.delay=1", due_then),
+        ("strategy.down=int8", whole),
+        ("strategy.fragments=1", whole),
+    ):
+        copy = copy_of(folder)
+        run(compose_run([f"resume={checkpoint_path(copy, 3)}", f"hydra.run.dir={copy}", given]))
+        assert diary.came["site-0", 4] == expected
+        assert all(not line["failures"] for line in metrics(copy))
+
+
+def test_a_run_may_begin_to_take_turns(small: Compose, diary: Diary) -> None:
+    folder = run(small(*TURNS, *EXACT, "strategy.fragments=1", "train.rounds=2"))
+    run(compose_run([f"resume={folder}", "train.rounds=5", "strategy.fragments=2"]))
+    whole = diary.came["site-0", 1]
+    assert [diary.came["site-0", round_] == whole for round_ in range(1, 6)] == [True] * 3 + [False] * 2
