@@ -582,7 +582,10 @@ class Server:
             state.public.commit()
         if state.held is not None:
             state.held.commit(
-                {reply.site: current.placement.residents(site) for site, reply in current.replies.items()},
+                {
+                    reply.site: current.placement.residents(site)
+                    for site, reply in sorted(current.replies.items())
+                },
                 current.resting,
             )
         model = self.config.model
