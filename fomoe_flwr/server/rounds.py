@@ -340,6 +340,7 @@ class Server:
         else:
             bundles, digests = shared_bundles(tensors, residents, layers, sites, self._down)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        due = {name: expert_of(name) for name in tensors if name not in current.resting}
         holders_LE = current.placement.holds_LEM[:, :, list(sites)].sum(axis=2)
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
@@ -378,20 +379,12 @@ class Server:
                 load_shape=(config.model.num_layers, config.model.num_experts),
                 step_scale=config.train.local_steps / steps,
                 inputs=inputs,
-                asked=self._due(residents[site]) if training and state.held is not None else None,
+                asked=_held(due, residents[site], layers)
+                if training and takes_turns(config.strategy)
+                else None,
             )
             out[site] = Outgoing(task.to_json(), bundles[site])
         return out
-
-    def _due(self, residents: Residents) -> frozenset[str]:
-        """The tensors of a site with these residents that are due."""
-        layers = expert_layers(self.config.model)
-        experts = {None, *((layers[row], expert) for row, own in enumerate(residents) for expert in own)}
-        return frozenset(
-            name
-            for name in self.state.tensors
-            if name not in self.round.resting and expert_of(name) in experts
-        )
 
     def _inputs_of(self, site: int) -> Inputs:
         """What a site must find. A server that reads no text goes by what most sites with a part of it said."""
@@ -654,6 +647,19 @@ class Server:
         load_LE = np.sum(list(current.loads.values()), axis=0)
         state.global_load = averaged(state.global_load, load_LE)
         self.policy.heard({reply.site: current.loads[site] for site, reply in current.replies.items()})
+
+
+def _held(
+    experts: Mapping[str, tuple[int, int] | None], residents: Residents, layers: Sequence[int]
+) -> frozenset[str]:
+    """Those of the tensors that a site with these residents holds.
+
+    Args:
+        experts: `expert_of` each tensor.
+        layers: numbers of the layers with experts.
+    """
+    own = {None, *((layers[row], expert) for row, held in enumerate(residents) for expert in held)}
+    return frozenset(name for name, expert in experts.items() if expert in own)
 
 
 def _of_each(residents: Residents, values_LE: NDArray[np.int64] | None) -> list[list[int]]:
