@@ -31,7 +31,7 @@ from tests.faults.injector import Faults, grid_with
 from tests.strategies.helpers import copy_of, metrics, run
 
 SITES = [f"site-{index}" for index in range(4)]
-# Three layers: two in fragment 0; in fragment 1 one, and all that belongs to no layer.
+# Three layers: two in fragment 0, and with them both norms of no layer; in fragment 1 one, and the embedding.
 TURNS = (
     "federation.num_sites=4",
     "model.num_layers=3",
@@ -101,7 +101,9 @@ def is_due(config: RunConfig, name: str, round_: int, placements: dict[int, Plac
     holders = None if expert is None else placements[round_].holders(*expert)
     if expert is not None and holders != placements[round_ + 1].holders(*expert):
         return True
-    if (1 if layer is None else layer) % parts != (round_ - 1) % parts:
+    if layer is None:
+        layer = 1 if "embed_tokens" in name else 0
+    if layer % parts != (round_ - 1) % parts:
         return False
     turn = 1 + (round_ - 1) // parts
     return holders is None or len(holders) > 1 or turn % every == 0
