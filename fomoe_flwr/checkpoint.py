@@ -69,6 +69,11 @@ class SavedConfig(TypedDict):
     seed: int
 
 
+class _Sizes(TypedDict):
+    norms: list[dict[str, float]]
+    usual: dict[str, Amount]
+
+
 class Memory(TypedDict, total=False):
     """What `Server.memory` gives; earlier versions kept less."""
 
@@ -83,6 +88,8 @@ class Memory(TypedDict, total=False):
     load: list[list[Amount]] | None
     discarded: int
     public: dict[str, list[list[int]]]
+    resting: list[str]
+    turns: dict[str, _Sizes]
     placement: list[list[list[int]]]
 
 

@@ -26,6 +26,7 @@ from fomoe_flwr.config import (
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import check_overlap
 from fomoe_flwr.schedule import lr_schedule
+from fomoe_flwr.turns import count_layers
 from fomoe_flwr.untrusted import one_line
 
 STORES = ("file", "s3", "gs", "az")
@@ -134,6 +135,11 @@ def check_combinations(config: RunConfig) -> None:
         check_store(config.store)
     if model.hf:
         _check_stock(config, model.hf)
+    if strategy.fragments > 1 and strategy.fragments > (layers := count_layers(model, strategy.routing)):
+        raise ConfigError(
+            f"strategy.fragments={strategy.fragments}: at most the number of layers, {layers}, of which each fragment "
+            "has at least one"
+        )
     for key in ("fraction_train", "fraction_evaluate", "quorum", "expert_quorum"):
         if getattr(strategy, key) > 1:
             raise ConfigError(f"strategy.{key}={getattr(strategy, key)}: a share, at most 1")
@@ -286,6 +292,19 @@ def check_outer(strategy: StrategyConfig) -> None:
             f"strategy.delay=1: not with strategy.outer={outer}, where what a site's own update does to the model does "
             "not follow from the update alone; allowed are nesterov, average"
         )
+    for key in ("fragments", "sole_every"):
+        if getattr(strategy, key) == 1:
+            continue
+        if inner == "gradient":
+            raise ConfigError(
+                f"strategy.{key}={getattr(strategy, key)}: not with strategy.inner=gradient, where a site takes no "
+                "step of its own with a tensor that rests; allowed is adamw"
+            )
+        if outer not in ("nesterov", "average"):
+            raise ConfigError(
+                f"strategy.{key}={getattr(strategy, key)}: not with strategy.outer={outer}, whose moments are of all "
+                "tensors in each round; allowed are nesterov, average"
+            )
     if strategy.down == "topk" and strategy.up != "topk":
         raise ConfigError(
             f"strategy.down=topk: not with strategy.up={strategy.up}, by which every number changes in each round, and "

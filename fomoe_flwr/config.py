@@ -196,6 +196,11 @@ class StrategyConfig:
     # 1: a site begins a round from what it was sent for the round before and its own last update, so that it need not
     # wait for the others'; 0: from what it is sent for the round.
     delay: int = at_least(0, 0, 1)
+    # P: tensors are dealt into so many fragments, by layers, and a round synchronises one of them; the others go on at
+    # their sites until it is their turn. So a round has about a P-th of the bytes. 1: all tensors in every round.
+    fragments: int = at_least(1, 1, MOST_LAYERS)
+    # T: an expert that only one site holds is synchronised in every T-th turn of its fragment, and before it moves.
+    sole_every: int = at_least(1, 1, MOST)
     inner: str = choice("adamw", "adamw", "gradient")  # gradient: send the mean gradient of the K batches
     keep_moments: bool = True  # the inner optimizer's moments survive the round
     # The outer step. nesterov: DiLoCo; local_adamw: means of parameters and AdamW's moments, three times the bytes;

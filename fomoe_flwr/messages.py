@@ -105,6 +105,10 @@ class Task:
     # `residents`, one list a layer.
     asked: int = 0
     holders: list[list[int]] = field(default_factory=list)
+    # Where parts of the model take turns (turns.py), one list a layer: those of `residents` that no other site holds,
+    # and for each of `residents` the last round in which its holders are these, as far as is known; 0: no end is known.
+    sole: list[list[int]] = field(default_factory=list)
+    until: list[list[int]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -167,6 +171,9 @@ def make_task(
     model: ModelConfig | None = None,
     asked: int = 0,
     holders: list[list[int]] | None = None,
+    sole: list[list[int]] | None = None,
+    until: list[list[int]] | None = None,
+    last_round: int | None = None,
 ) -> Task:
     """The part of the configuration that a site needs in a round.
 
@@ -177,6 +184,8 @@ def make_task(
         global_load: of the federation, if it is known.
         model: with values for this site alone, if not the configuration's.
         asked, holders: as in `Task`; a site is told them with strategy.delay=1 alone.
+        sole, until: as in `Task`.
+        last_round: of the run, where it is not train.rounds.
     """
     nominal, own = config.train.local_steps, config.federation.sites[site]
     return Task(
@@ -192,7 +201,10 @@ def make_task(
         lr_stride=nominal / local_steps,
         model=model or config.model,
         train=dataclasses.replace(
-            config.train, local_steps=local_steps, batch_size=own.batch_size or config.train.batch_size
+            config.train,
+            rounds=config.train.rounds if last_round is None else last_round,
+            local_steps=local_steps,
+            batch_size=own.batch_size or config.train.batch_size,
         ),
         strategy=config.strategy,
         data=config.data,
@@ -203,6 +215,8 @@ def make_task(
         global_load=global_load if config.model.balance == "global" else None,
         asked=asked if config.strategy.delay else 0,
         holders=holders or [] if config.strategy.delay else [],
+        sole=sole or [],
+        until=until or [],
     )
 
 

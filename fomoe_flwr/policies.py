@@ -60,6 +60,26 @@ class Policy:
             placement = adopt(placement, alive)
         return Assignment(placement, steps_M)
 
+    def holders_until(self, round_: int, placement: Placement) -> NDArray[np.int64]:
+        """The last round in which each expert's holders are those of this round's placement, as far as is known; 0: no
+        end is known (layers x experts).
+        """
+        strategy = self._config.strategy
+        until_LE = np.zeros(placement.holds_LEM.shape[:2], dtype=np.int64)
+
+        def differ(round_: int) -> NDArray[np.bool_]:
+            others_LE: NDArray[np.bool_] = np.any(
+                self.intended(round_).placement.holds_LEM != placement.holds_LEM, axis=2
+            )
+            return others_LE
+
+        if strategy.placement == "random":
+            last = (draw_for_round("random", strategy.reshuffle_every, round_) + 1) * strategy.reshuffle_every
+            until_LE[differ(last + 1)] = last
+        # An expert that another site holds for one that is away goes back when that site does.
+        until_LE[differ(round_)] = round_
+        return until_LE
+
     @property
     def surveys(self) -> bool:
         """Whether the sites shall say before round 1 what their text asks for (`surveyed`)."""

@@ -171,6 +171,7 @@ class FoMoE(Strategy):
                 raise RunError("no model: give initial_arrays or call load()")
             self.load(named_from_flower(initial_arrays))
         self._deadline = Deadline(self.config.strategy, timeout)
+        self.server.last_round = num_rounds
         log.info("Starting %s strategy:", type(self).__name__)
         self.summary()
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()

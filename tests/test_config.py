@@ -195,6 +195,8 @@ ALONE = [
     ("strategy.value_bits", 4, ["strategy.up=topk"]),
     ("strategy.feedback", 0.5, ["strategy.up=int4"]),
     ("strategy.delay", 1, []),
+    ("strategy.fragments", 2, []),
+    ("strategy.sole_every", 2, []),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
@@ -691,6 +693,26 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["model.balance=global", "strategy.delay=1"],
             "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before",
+        ),
+        (
+            ["strategy.fragments=5"],
+            "strategy.fragments=5: at most the number of layers, 4, of which each fragment has at least one",
+        ),
+        (["strategy.fragments=0"], "strategy.fragments=0: must be at least 1"),
+        (["strategy.sole_every=0"], "strategy.sole_every=0: must be at least 1"),
+        (
+            ["strategy=ddp", "strategy.fragments=2"],
+            "strategy.fragments=2: not with strategy.inner=gradient, where a site takes no step of its own with a "
+            "tensor that rests; allowed is adamw",
+        ),
+        (
+            ["strategy=local_adamw", "strategy.sole_every=3"],
+            "strategy.sole_every=3: not with strategy.outer=local_adamw, whose moments are of all tensors in each "
+            "round; allowed are nesterov, average",
+        ),
+        (
+            ["strategy.outer=adamw", "strategy.fragments=2"],
+            "strategy.fragments=2: not with strategy.outer=adamw, whose moments are of all tensors in each round",
         ),
         (["strategy.down=sign"], "strategy.down=sign: allowed are bf16, fp32, int8, int4, topk"),
         (

@@ -165,6 +165,9 @@ def test_a_task_is_the_sites_own_part_of_the_configuration() -> None:
     assert (task_of(config, 0, **told).asked, task_of(config, 0, **told).holders) == (0, [])
     config.strategy.delay = 1
     assert (task_of(config, 0, **told).asked, task_of(config, 0, **told).holders) == (3, [[2, 1]])
+    assert (task_of(config, 0).sole, task_of(config, 0).until) == ([], [])
+    turns = task_of(config, 0, sole=[[0]], until=[[6, 0]], last_round=20)
+    assert (turns.sole, turns.until, turns.train.rounds) == ([[0]], [[6, 0]], 20)
 
 
 # -- the deal ------------------------------------------------------------------------------------------------

@@ -53,6 +53,36 @@ def residents_of(placement: Placement) -> list[list[list[int]]]:
     return [placement.residents(site) for site in range(placement.num_sites)]
 
 
+# -- until when ----------------------------------------------------------------------------------------------
+
+
+def test_a_drawn_placement_is_known_to_end(small: Compose) -> None:
+    """All its experts that others hold then; what a site holds for another one may go back at once."""
+    policy = policy_of(small(*FOUR, "strategy.placement=random", "strategy.reshuffle_every=3"))
+    for round_ in range(1, 8):
+        last = -(-round_ // 3) * 3
+        now, then = (policy.intended(number).placement for number in (round_, last + 1))
+        until_LE = policy.holders_until(round_, now)
+        assert set(np.unique(until_LE)) <= {0, last}
+        for layer, expert in np.ndindex(until_LE.shape):
+            moves = now.holders(layer, expert) != then.holders(layer, expert)
+            assert until_LE[layer, expert] == (last if moves else 0)
+    alive = [0]
+    adopted = policy.for_round(4, alive).placement
+    uncovered_LE = np.zeros_like(until_LE)
+    for layer, expert in uncovered(policy.intended(4).placement, alive):
+        uncovered_LE[layer, expert] = 4
+    assert uncovered_LE.any()
+    assert (policy.holders_until(4, adopted)[uncovered_LE > 0] == 4).all()
+    assert (policy.holders_until(4, adopted)[uncovered_LE == 0] != 4).all()
+
+
+@pytest.mark.parametrize("overrides", [FOUR, AFFINE, HETERO], ids=["fixed", "affine", "planned"])
+def test_of_other_placements_no_end_is_known(small: Compose, overrides: tuple[str, ...]) -> None:
+    policy = policy_of(small(*overrides))
+    assert not policy.holders_until(3, policy.intended(3).placement).any()
+
+
 # -- drawn ---------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,6 +74,7 @@ class Engine:
         load_shard(self.module, self._sent)
         self.module.begin_round(state.bias, difference(task.global_load, state.load))
         self._own_load, self._update, self._optimizer = state.load, dict[str, Tensor](), None
+        self._kept: dict[str, Tensor] = {}
         if task.strategy.inner == "gradient":
             self.new_tensors = 0
             return
@@ -93,8 +94,11 @@ class Engine:
         travelling = self._moments_by_name() if self._task.moments_travel else {}
         return read_shard(self.module) | travelling
 
-    def train(self, batches: Iterable[Tensor]) -> Report:
+    def train(self, batches: Iterable[Tensor], keep: Collection[str] = ()) -> Report:
         """One local step for each batch tokens_BT; with inner=gradient the mean gradient over them and no step.
+
+        Args:
+            keep: the tensors whose values at the end are kept (`kept`).
 
         Raises:
             FloatingPointError: the loss is not finite; what was learnt is worthless and must not be sent.
@@ -116,6 +120,12 @@ class Engine:
         if self._optimizer is None:
             self._update = self._mean_gradients(losses.steps)
         else:
+            # Before their place is taken.
+            self._kept = {
+                name: value.to("cpu", copy=True)
+                for name, value in read_shard(self.module).items()
+                if name in keep
+            }
             self._update = self._pseudo_gradient()
         self._sent = {}  # with it goes the message whose memory it is
         return self._report(losses, tokens)
@@ -126,6 +136,11 @@ class Engine:
         In the model's own memory: it must be encoded before the next `load`.
         """
         return self._update | (self._moments_by_name() if self._task.moments_travel else {})
+
+    def kept(self) -> dict[str, Tensor]:
+        """Values at the end of the round, by name: fp32, in memory of their own."""
+        kept, self._kept = self._kept, {}
+        return kept
 
     def state(self) -> EngineState:
         """What the next `load` at this site wants back."""

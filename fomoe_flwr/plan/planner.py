@@ -45,6 +45,7 @@ from fomoe_flwr.plan.system import (
     token_cost,
     up_bytes,
 )
+from fomoe_flwr.turns import takes_turns
 from fomoe_flwr.units import time_span
 
 
@@ -452,5 +453,7 @@ def _request(config: RunConfig) -> dict[str, Any]:
     if strategy.delay:
         # Not otherwise: a run of an earlier version goes on by its plan.
         request["delay"] = strategy.delay
+    if takes_turns(strategy):
+        request["turns"] = [strategy.fragments, strategy.sole_every]
     loaded: dict[str, Any] = json.loads(json.dumps(request))
     return loaded

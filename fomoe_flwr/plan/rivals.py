@@ -164,7 +164,8 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     replica = with_strategy(whole, overlap=None, placement="fixed", inner="adamw", outer="nesterov")
     # What gradients and moments would not bear.
     down = "bf16" if config.strategy.down in LOSSY else config.strategy.down
-    ddp = with_strategy(replica, inner="gradient", outer="adamw", down=down, delay=0)
+    plain = with_strategy(replica, down=down, delay=0, fragments=1, sole_every=1)
+    ddp = with_strategy(plain, inner="gradient", outer="adamw")
     # FoMoE comes with this run's own outer step, if this run is FoMoE.
     planned, overlap = config.strategy.placement in PLANNED, fomoe_overlap(config)
     fomoe = config if planned or config.overlap < len(config.federation.sites) else replica
@@ -175,7 +176,7 @@ def _candidates(config: RunConfig) -> list[_Candidate]:
     return [
         _Candidate(DDP, with_train(ddp, local_steps=1), exchanges=config.train.local_steps),
         _Candidate(DILOCO, replica),
-        _Candidate(LOCAL_ADAMW, with_strategy(replica, outer="local_adamw", down=down, delay=0)),
+        _Candidate(LOCAL_ADAMW, with_strategy(plain, outer="local_adamw")),
         _Candidate(f"{FOMOE_EQUAL}, partitioned{suffix}", with_strategy(equal, routing="partitioned")),
         _Candidate(f"{FOMOE_EQUAL}, {skipping}{suffix}", with_strategy(equal, routing=skipping)),
         _Candidate(f"{FOMOE_PLANNED}, {shared_out.strategy.routing}{suffix}", shared_out),

@@ -18,7 +18,8 @@ from fomoe_flwr.console import print_whole
 from fomoe_flwr.model.spec import parameter_counts, routing_in_words
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import Row, skipping_mode, some
-from fomoe_flwr.plan.system import PlanSite, bytes_a_parameter, hides_communication
+from fomoe_flwr.plan.system import PlanSite, bytes_a_parameter, hides_communication, peak_bytes
+from fomoe_flwr.turns import takes_turns
 from fomoe_flwr.units import NONE, count, finite, in_bits, in_bytes, percent, time_span
 
 MOST_ROWS = 20  # of the table of sites
@@ -66,13 +67,22 @@ def facts_table(outlook: Outlook) -> Table:
         f"{_sites(len(plan.sites))}, {routing_in_words(config.model, strategy.routing)} routing, "
         f"{strategy.placement} placement, "
         f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down"
-        + (", a delay of one round" if strategy.delay else ""),
+        + (", a delay of one round" if strategy.delay else "")
+        + (f", {strategy.fragments} parts in turn" if strategy.fragments > 1 else "")
+        + (f", experts of one site every {strategy.sole_every} turns" if strategy.sole_every > 1 else ""),
     )
     table.add_row(
         "a round",
         f"{time_span(plan.round_s)}, {count(plan.tokens)} tokens, {count(plan.tokens_per_second)} tokens/s, "
         f"of which useful {count(plan.useful_tokens_per_second)}; sites train {percent(plan.utilisation)} of the time",
     )
+    if takes_turns(strategy):
+        peak = _peak_bytes(outlook)
+        table.add_row(
+            "its bytes",
+            f"{in_bytes(site_bytes)} down and up, all sites, in the mean; at most {in_bytes(peak)}. Round 1 brings "
+            "and the last round sends everything",
+        )
     if config.plan.measured is None:
         table.add_row(
             "times",
@@ -85,6 +95,12 @@ def facts_table(outlook: Outlook) -> Table:
         f"{in_bytes(rounds * site_bytes)} down and up, all sites",
     )
     return table
+
+
+def _peak_bytes(outlook: Outlook) -> float:
+    """Of all sites, in the round with the most of them."""
+    held = [site.experts_per_layer for site in outlook.plan.sites if site.experts_per_layer]
+    return peak_bytes(outlook.config, held)
 
 
 # ----- sites
@@ -294,6 +310,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
             "tokens_per_second": plan.tokens_per_second,
             "useful_tokens_per_second": plan.useful_tokens_per_second,
             "utilisation": plan.utilisation,
+            "peak_bytes": _peak_bytes(outlook),
         },
         "assumptions": assumptions(outlook),
         "advice": outlook.advice,

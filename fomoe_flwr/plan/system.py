@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -23,8 +23,19 @@ from fomoe_flwr.codecs.public import Differences
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError, FomoeError
 from fomoe_flwr.files import expanded
-from fomoe_flwr.model.spec import expert_parameters, parameter_counts, table, token_flops
+from fomoe_flwr.model.spec import (
+    expert_layers,
+    expert_of,
+    expert_parameters,
+    parameter_counts,
+    parameter_shapes,
+    place_of,
+    table,
+    token_flops,
+)
+from fomoe_flwr.placement import Placement, full_residents
 from fomoe_flwr.reading import reason
+from fomoe_flwr.turns import resting, takes_turns
 
 if TYPE_CHECKING:
     from fomoe_flwr.report.load import Run
@@ -118,8 +129,12 @@ def state_bytes(config: RunConfig, residents: Amounts) -> Amounts:
 
 
 def bytes_a_parameter(config: RunConfig) -> float:
-    """plan.bytes_per_parameter; with strategy.delay=1 a round begins from fp32 and not from a shard in bf16."""
-    return config.plan.bytes_per_parameter + 2 * config.strategy.delay
+    """plan.bytes_per_parameter; with strategy.delay=1 a round begins from fp32 and not from a shard in bf16. So does a
+    tensor that rests, whose update since it was synchronised is kept in fp32 beside it: at the most of all tensors.
+    """
+    return config.plan.bytes_per_parameter + (
+        6 if takes_turns(config.strategy) else 2 * config.strategy.delay
+    )
 
 
 def down_bytes(config: RunConfig, residents: Amounts) -> Amounts:
@@ -128,27 +143,117 @@ def down_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     A redrawn placement costs nothing more: an expert that is new to a site comes with the rest of its shard. LocalAdamW
     sends both Adam moments, too. With a lossy strategy.down it is what a site is sent whose last reply counts; in round
     1, after an absence, and for an expert that is new to a site tensors come whole, in bf16, which is not counted here.
+
+    Where parts of the model take turns it is the mean of a round; an expert is taken to have one holder if
+    strategy.overlap=1. `round_bytes` is of one round, to the byte.
     """
-    return _sent_bytes(config, down_differences(config.strategy) or down_codec(config.strategy), residents)
+    return _mean_bytes(config, down_differences(config.strategy) or down_codec(config.strategy), residents)
 
 
 def up_bytes(config: RunConfig, residents: Amounts) -> Amounts:
     """From such a site to the server. Unlike a ring of sites, a server also receives experts of a single holder."""
-    return _sent_bytes(config, up_codec(config.strategy), residents)
+    return _mean_bytes(config, up_codec(config.strategy), residents)
 
 
-def _sent_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts) -> Amounts:
+def peak_bytes(config: RunConfig, residents: Sequence[int]) -> float:
+    """Down to sites with so many residents a layer and up again, in the round with the most of them. The first, which
+    brings everything, the last, in which everything goes up, and those around a new placement are not counted.
+    """
+    down = down_differences(config.strategy) or down_codec(config.strategy)
+    fragments, up = config.strategy.fragments, up_codec(config.strategy)
+    # The turns in which the experts of one holder are due, the round before them and the one after them.
+    last = 2 * config.strategy.sole_every * fragments
+    rounds = range(last - fragments, last + 2)
+    received, sent = (
+        [sum(_due_bytes(config, codec, held, round_) for held in residents) for round_ in rounds]
+        for codec in (down, up)
+    )
+    # What was due in a round comes down in the next.
+    return max(before + now for before, now in zip(received, sent[1:], strict=False))
+
+
+def _mean_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts) -> Amounts:
+    """Of the tensors that are due in a round, in the mean."""
+    strategy = config.strategy
+    if not takes_turns(strategy):
+        return _due_bytes(config, codec, residents, 1)
+    fragments, every = strategy.fragments, strategy.sole_every
+    total = 0 * residents
+    for first in range(1, fragments + 1):
+        # In one of so many turns with experts of one holder, in the others without.
+        total = total + _due_bytes(config, codec, residents, first + (every - 1) * fragments)
+        if every > 1:
+            total = total + (every - 1) * _due_bytes(config, codec, residents, first)
+    return total / (fragments * every)
+
+
+def _due_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts, round_: int) -> Amounts:
+    """Of the tensors that are due in a round, which is not the last."""
     model, strategy = config.model, config.strategy
     copies = 3 if strategy.outer == "local_adamw" else 1
-    split = Split(0, 0)
-    for param in table(model, strategy.routing):
-        each = copies * nbytes(codec, [param.shape])
-        if param.per_expert:
-            split = split._replace(per_expert=split.per_expert + each)
-        else:
-            layers = model.num_layers if "{layer}" in param.name else 1
-            split = split._replace(dense=split.dense + layers * each)
-    return split.held(model.num_layers * residents)
+    # Of each layer one expert, which is as large as the others.
+    shapes = parameter_shapes(model, [[0]] * model.num_layers, strategy.routing)
+    sole = {(layer, 0) for layer in expert_layers(model)} if config.overlap == 1 else ()
+    rest = resting(shapes, model, strategy, round_, round_ + 1, sole)
+    due = [name for name in shapes if name not in rest]
+    dense = copies * nbytes(codec, (shapes[name] for name in due if expert_of(name) is None))
+    per_expert = copies * nbytes(
+        codec, (param.shape for param in table(model, strategy.routing) if param.per_expert)
+    )
+    layers = len({expert for name in due if (expert := expert_of(name)) is not None})
+    return Split(dense, per_expert).held(layers * residents)
+
+
+def round_bytes(
+    config: RunConfig, round_: int, placement_of: Callable[[int], Placement]
+) -> list[tuple[int, int]]:
+    """Down to each site and up again in a round, if all take part in it and in the one before: to the byte.
+
+    Args:
+        placement_of: of this round, the one before and the one after it, and of that before.
+    """
+    model, strategy = config.model, config.strategy
+    whole, up = down_codec(strategy), up_codec(strategy)
+    down = down_differences(strategy) or whole
+    everything = full_residents(model.num_layers, model.num_experts)
+    shapes = parameter_shapes(model, everything, strategy.routing)
+    layers = expert_layers(model)
+    holds_LEM = placement_of(round_).holds_LEM
+
+    def due_in(number: int) -> tuple[list[str], NDArray[np.bool_]]:
+        """Dense names, and experts by row and column."""
+        own_LEM = placement_of(number).holds_LEM
+        sole_LE = own_LEM.sum(axis=2) == 1
+        moving_LE = (own_LEM != placement_of(number + 1).holds_LEM).any(axis=2)
+        sole, moving = (
+            {(layers[row], expert) for row, expert in np.argwhere(which_LE).tolist()}
+            for which_LE in (sole_LE, moving_LE)
+        )
+        rest = resting(shapes, model, strategy, number, config.train.rounds, sole, moving)
+        due = [name for name in shapes if name not in rest]
+        due_LE = np.zeros_like(sole_LE)
+        for name in due:
+            if (place := place_of(model, name)) is not None:
+                due_LE[place] = True
+        return [name for name in due if expert_of(name) is None], due_LE
+
+    def of(codec: Codec | Differences, names: Iterable[str]) -> int:
+        return nbytes(codec, (shapes[name] for name in names))
+
+    one = [param.shape for param in table(model, strategy.routing) if param.per_expert]
+    sent, sent_LE = due_in(round_)
+    held_LEM, came_LE = np.zeros_like(holds_LEM), np.ones_like(sent_LE)
+    came = of(whole, (name for name in shapes if expert_of(name) is None))
+    if round_ > 1:
+        names, came_LE = due_in(round_ - 1)
+        came, held_LEM = of(down, names), placement_of(round_ - 1).holds_LEM
+    found = []
+    for site in range(holds_LEM.shape[2]):
+        holds_LE, held_LE = holds_LEM[:, :, site], held_LEM[:, :, site]
+        new, moved = int((holds_LE & ~held_LE).sum()), int((holds_LE & held_LE & came_LE).sum())
+        received = came + new * nbytes(whole, one) + moved * nbytes(down, one)
+        found.append((received, of(up, sent) + int((holds_LE & sent_LE).sum()) * nbytes(up, one)))
+    return found
 
 
 def transfer_s(num_bytes: Amounts, bytes_per_s: float, latency_s: float) -> Amounts:

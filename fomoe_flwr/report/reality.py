@@ -10,9 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fomoe_flwr.plan.record import SitePlan
-from fomoe_flwr.plan.system import compute_source, down_bytes, up_bytes
+from fomoe_flwr.plan.system import compute_source, down_bytes, round_bytes, up_bytes
 from fomoe_flwr.report.load import Round, Run, SiteRound
 from fomoe_flwr.report.tables import narrow_table
+from fomoe_flwr.turns import takes_turns
 from fomoe_flwr.units import NONE, duration, in_bytes, percent
 
 MAX_ROWS = 16
@@ -80,6 +81,8 @@ def compare(run: Run) -> Reality | None:
 def _payload(run: Run, round_: int) -> float:
     """Bytes of the tensors of a round, by formula, of what the sites held in it."""
     config, residents = run.config, [held for held in run.residents(round_) if held]
+    if takes_turns(config.strategy) and (placement := run.placement(round_ - 1)) is not None:
+        return sum(map(sum, round_bytes(config, round_, lambda number: run.placement(number) or placement)))
     return sum(down_bytes(config, held) + up_bytes(config, held) for held in residents)
 
 

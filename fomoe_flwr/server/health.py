@@ -218,6 +218,14 @@ class SiteRouters(NamedTuple):
             weight_ED[rows[name]] -= update.float()
         return weight_ED
 
+    def rests(self, layer: int) -> bool:
+        """Whether this round's updates say nothing of a layer's router."""
+        number = expert_layers(self.config.model)[layer]
+        if self.config.strategy.routing != "partitioned":
+            return gate_name(number) in self.current.resting
+        experts = range(self.config.model.num_experts)
+        return all(expert_name(number, expert, "gate") in self.current.resting for expert in experts)
+
     def shared_experts(self, layer: int, one: int, other: int) -> list[int]:
         """The experts to which both sites' routers can send a token."""
         holds_EM = self.current.placement.holds_LEM[layer]
@@ -250,7 +258,7 @@ def _compared(
     sites: SiteRouters, probe: Probe, layer: int, weight_ED: Tensor | None, pairs: Sequence[tuple[int, int]]
 ) -> tuple[float, float]:
     """Of one layer. In partitioned mode over the experts that both sites hold, where there are more than k."""
-    if not pairs:
+    if not pairs or sites.rests(layer):
         return math.nan, math.nan
     if weight_ED is None:
         return 1.0, 0.0

@@ -8,7 +8,7 @@ PyTorch leaves such a tensor and its momentum as they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -213,13 +213,13 @@ def _momentum(strategy: StrategyConfig) -> float:
     return OUTER_MOMENTUM if strategy.outer_momentum is None else strategy.outer_momentum
 
 
-def restore_orthogonality(state: Mapping[str, Tensor], num_layers: int) -> None:
-    """Make the rows of each layer's router orthonormal again, in place: the mean of such rotations is none.
+def restore_orthogonality(state: Mapping[str, Tensor], layers: Iterable[int]) -> None:
+    """Make the rows of these layers' routers orthonormal again, in place: the mean of such rotations is none.
 
     By one thread, so that the bits do not depend on how many there are.
     """
     with cpu_threads(1):
-        for layer in range(num_layers):
+        for layer in layers:
             gate_ED = state[gate_name(layer)]
             gate_ED.copy_(orthonormal_rows(gate_ED))
 
@@ -285,6 +285,8 @@ def commit(
     contributions: Contributions,
     updated: set[tuple[int, int]],
     usual: dict[str, float],
+    resting: Collection[str] = (),
+    sole_LE: NDArray[np.bool_] | None = None,
 ) -> Factors:
     """The mean of each name over its holders, and the outer step; a piece of the model at a time.
 
@@ -294,12 +296,18 @@ def commit(
     Args:
         updated: the experts that take part; the others keep their values and their momentum.
         usual: sizes of the rounds before (`robust.clip`); brought up to date.
+        resting: tensors that are not due.
+        sole_LE: the experts that rest longer than others, so that their updates are of more steps.
 
     Returns:
         By what the tensors that were far larger than their fellows were multiplied.
     """
     state, train = outer.state, config.train
-    names = [name for name in state if (place := place_of(config.model, name)) is None or place in updated]
+    names = [
+        name
+        for name in state
+        if name not in resting and ((place := place_of(config.model, name)) is None or place in updated)
+    ]
     sizes = {name: state[name].numel() * state[name].itemsize for name in names}
     # Gradients are clipped, for which the whole of them is needed at once.
     limit = math.inf if outer.takes_gradients else CHUNK_BYTES
@@ -320,6 +328,10 @@ def commit(
         # LocalAdamW's moments are states and not sums of steps.
         return scales(place_of(config.model, name)).get(site, 1.0) if scaled and not is_moment(name) else 1.0
 
+    def rests_longer(name: str) -> bool:
+        place = place_of(config.model, name)
+        return sole_LE is not None and place is not None and bool(sole_LE[place])
+
     taking_part = {
         site: {
             name: norm
@@ -336,6 +348,7 @@ def commit(
         usual,
         config.strategy.clip,
         config.strategy.inner == "gradient",
+        rests_longer,
     )
 
     def factor(site: int, name: str) -> float:
@@ -369,7 +382,8 @@ def commit(
         stepped = [name for name in names if not is_moment(name)]
         keep_moments_possible(state, in_pieces(stepped, lambda name: 3 * sizes[name]), train)
     if config.model.router == "orthogonal":
-        restore_orthogonality(state, config.model.num_layers)
+        due = (layer for layer in range(config.model.num_layers) if gate_name(layer) not in resting)
+        restore_orthogonality(state, due)
     return factors
 
 

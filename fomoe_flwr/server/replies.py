@@ -19,7 +19,7 @@ import mmap
 import shutil
 import statistics
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +90,7 @@ class Expected:
         step_scale: by which its update's norm is multiplied before it is held against the others': a site that takes
             more local steps goes farther.
         inputs: tokenizer, text and the rest that the site's must equal.
+        asked: the tensors that it may answer with; None: those it was sent.
     """
 
     run: str
@@ -103,17 +104,23 @@ class Expected:
     load_shape: tuple[int, int]
     step_scale: float = 1.0
     inputs: Inputs = UNKNOWN
+    asked: Collection[str] | None = None
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tensors that it may answer with."""
+        return self.digests.keys() if self.asked is None else self.asked
 
     @property
     def longest_header(self) -> int:
         """Characters of the reply's JSON and bytes of a bundle's header, at most: an honest one has a third of it."""
         parts = len(self.codec.layout((1, 1)))
-        return 2**16 + 512 * parts * len(self.digests) + 32 * math.prod(self.load_shape)
+        return 2**16 + 512 * parts * max(len(self.digests), len(self.names)) + 32 * math.prod(self.load_shape)
 
     @property
     def longest_reply(self) -> int:
         """Bytes of its bundles in one file, at most."""
-        tensors = nbytes(self.codec, (self.shapes[name] for name in self.digests))
+        tensors = nbytes(self.codec, (self.shapes[name] for name in self.names))
         # Dense and experts apart, and large ones cut.
         bundles = 2 + -(-tensors // wire.MAX_BUNDLE_BYTES) * 2
         return tensors + bundles * (self.longest_header + PAGE)
@@ -225,8 +232,8 @@ def check_blobs(blobs: Mapping[str, wire.Blob], reply: Reply, expected: Expected
     """
     if reply.bundle_digests.keys() != blobs.keys():
         raise Refused("digest", "its bundles are not those whose SHA-256 it names")
-    if len(blobs) > len(expected.digests):
-        raise Refused("damaged", f"{len(blobs)} bundles for {len(expected.digests)} tensors")
+    if len(blobs) > len(expected.names):
+        raise Refused("damaged", f"{len(blobs)} bundles for {len(expected.names)} tensors")
     sums = _Sums()
     seen: set[str] = set()
     for key, blob in blobs.items():
@@ -281,8 +288,8 @@ def _layout_of(name: str, suffix: str, part: Tensor, expected: Expected) -> Layo
     """The parts of a tensor, of which this is one."""
     if name not in expected.shapes:
         raise Refused("unknown_name", f"{name}: no tensor of this model")
-    if name not in expected.digests:
-        raise Refused("not_held", f"{name}: was not sent to this site")
+    if name not in expected.names:
+        raise Refused("not_held", f"{name}: this site was not asked for it")
     layout = expected.codec.layout(expected.shapes[name])
     if suffix not in layout:
         agreed = ", ".join(part_name(name, other) for other in layout)

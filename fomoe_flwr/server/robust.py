@@ -27,7 +27,13 @@ Sizes = Mapping[int, Mapping[str, float]]  # by site and name
 Factors = dict[int, dict[str, float]]  # by site and name; what is not there is 1
 
 
-def clip(sizes: Sizes, usual: dict[str, float], bound: float, gradients: bool = False) -> Factors:
+def clip(
+    sizes: Sizes,
+    usual: dict[str, float],
+    bound: float,
+    gradients: bool = False,
+    apart: Callable[[str], bool] = lambda name: False,
+) -> Factors:
     """By what tensors that are more than `bound` times as large as their fellows are multiplied: down to the median.
 
     The median is that of the holders. Where there are fewer than three, one of them could be the median: then what is
@@ -41,19 +47,20 @@ def clip(sizes: Sizes, usual: dict[str, float], bound: float, gradients: bool = 
             first moments, which are made of them: theirs is the square, and that of second moments, which are made of
             their squares, the fourth power. 0: nothing is scaled.
         gradients: updates are gradients, too.
+        apart: whether a tensor is an expert's that is compared with its like alone.
     """
     factors: Factors = {}
     if not bound:
         return factors
     levels = _levels(sizes)
     known: dict[str, dict[int, float]] = {}
-    families: dict[str, list[float]] = {}
+    families: dict[tuple[str, bool], list[float]] = {}
     for site in sorted(sizes):
         for name, size in sizes[site].items():
             # A tensor that nothing was learnt about (an expert without tokens) says nothing of the others.
             if size > 0 and 0 < (level := levels[_kind(name)]) < math.inf:
                 known.setdefault(name, {})[site] = size / level
-                families.setdefault(_family(name), []).append(size / level)
+                families.setdefault((_family(name), apart(name)), []).append(size / level)
     medians = {family: statistics.median(members) for family, members in families.items()}
     for name, holders in known.items():
         values = list(holders.values())
@@ -64,8 +71,9 @@ def clip(sizes: Sizes, usual: dict[str, float], bound: float, gradients: bool = 
             fellows = list(values) if len(values) > 1 else []
             if name in usual:
                 fellows.append(usual[name])
-            if len(families[_family(name)]) > len(values):
-                fellows.append(medians[_family(name)])
+            family = _family(name), apart(name)
+            if len(families[family]) > len(values):
+                fellows.append(medians[family])
             if not fellows:
                 usual[name] = values[0]
                 continue

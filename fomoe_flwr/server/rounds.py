@@ -29,11 +29,14 @@ from fomoe_flwr.mapped import fill, in_pieces, mapped_tensors
 from fomoe_flwr.messages import STATE_LOST, Reply, deals, has_own_text, make_task
 from fomoe_flwr.model.spec import (
     MOMENTS,
+    Residents,
     expert_layers,
+    expert_of,
     is_moment,
     is_standin,
     moment_name,
     parameter_shapes,
+    place_of,
 )
 from fomoe_flwr.model.standins import take_over
 from fomoe_flwr.placement import Placement, from_residents, full_residents
@@ -60,8 +63,9 @@ from fomoe_flwr.server.replies import (
     outliers,
     refusing,
 )
-from fomoe_flwr.server.shards import Public, public_bundles, shared_bundles
-from fomoe_flwr.server.state import ExpertLedger, ServerState
+from fomoe_flwr.server.shards import Held, Public, bundles_by_holder, shared_bundles
+from fomoe_flwr.server.state import ExpertLedger, ServerState, Sizes
+from fomoe_flwr.turns import resting, takes_turns, turn_name
 from fomoe_flwr.untrusted import one_line
 
 log = logging.getLogger("fomoe")
@@ -79,6 +83,11 @@ class Round:
     began: float = field(default_factory=time.perf_counter)
     asked_at: float = 0.0
     deadline_s: float = 0.0
+    # Where parts of the model take turns: the tensors that are not due, who is held by one site alone, and until when
+    # holders are what they are (`Policy.holders_until`).
+    resting: frozenset[str] = frozenset()
+    sole_LE: NDArray[np.bool_] | None = None
+    until_LE: NDArray[np.int64] | None = None
     asked: list[int] = field(default_factory=list)  # in folding order
     down: wire.Traffic = field(default_factory=wire.Traffic)
     up: wire.Traffic = field(default_factory=wire.Traffic)
@@ -159,6 +168,7 @@ class Server:
         self.site_names = [site.name for site in sites]
         self.policy = POLICIES[config.strategy.placement](config, plan)
         self.round = Round(0, *self.policy.intended(0), self.site_names)
+        self.last_round = config.train.rounds  # in which all tensors are due
         self._up, self._down = up_codec(config.strategy), down_codec(config.strategy)
         self._differences = down_differences(config.strategy)
         self.inbox, self._header_bytes = Inbox(inbox, self._up), header_bytes
@@ -223,11 +233,13 @@ class Server:
         optimizer = OuterOptimizer(state, config.strategy, config.model, config.train, room)
         optimizer.load_state_tensors(outer or {})
         experts = ExpertLedger(expert_layers(config.model), config.model.num_experts)
-        self._state = ServerState(state, optimizer, experts, rounds_done, self._public(state, public))
+        differs = self._differences is not None
+        held = Held() if differs or takes_turns(config.strategy) else None
+        self._state = ServerState(state, optimizer, experts, rounds_done, held, self._public(state, public))
         if memory is not None:
+            if differs and not public:
+                memory = {**memory, "public": {}}
             self._state.remember(memory)
-            if self._state.public is not None and public:
-                self._state.public.holders = dict(memory.get("public", {}))
             if memory["plan"] is not None:
                 self.policy.remember(memory["plan"], memory["placement"])
             placement = from_residents(memory["placement"], config.model.num_experts)
@@ -283,8 +295,25 @@ class Server:
         placement, steps_M = self.policy.for_round(number, alive)
         # The round's clock starts when there are sites to ask.
         self.round = Round(number, placement, steps_M, self.site_names, deadline_s=deadline_s)
+        self._take_turns()
         self._saved = self.inbox.begin(number)
         return [site for site in alive if steps_M[site]]
+
+    def _take_turns(self) -> None:
+        """Which tensors rest in this round, and what sites must know to say the same."""
+        current, strategy = self.round, self.config.strategy
+        if not takes_turns(strategy):
+            return
+        layers = expert_layers(self.config.model)
+        current.sole_LE = current.placement.holds_LEM.sum(axis=2) == 1
+        current.until_LE = self.policy.holders_until(current.number, current.placement)
+        sole, moving = (
+            {(layers[row], expert) for row, expert in np.argwhere(which_LE).tolist()}
+            for which_LE in (current.sole_LE, current.until_LE == current.number)
+        )
+        current.resting = resting(
+            self.state.tensors, self.config.model, strategy, current.number, self.last_round, sole, moving
+        )
 
     def outgoing(self, sites: Sequence[int], training: bool) -> dict[int, Outgoing]:
         """Task and shard of these sites; their answers are expected from here on.
@@ -303,13 +332,15 @@ class Server:
             )
         residents = [current.placement.residents(site) for site in range(len(self.site_names))]
         layers = expert_layers(self.config.model)
-        if training and state.public is not None:
-            bundles, digests = public_bundles(
-                tensors, residents, layers, {site: self.site_names[site] for site in sites}, state.public
+        if training and state.held is not None:
+            names = {site: self.site_names[site] for site in sites}
+            bundles, digests = bundles_by_holder(
+                tensors, residents, layers, names, state.held, self._down, state.public
             )
         else:
             bundles, digests = shared_bundles(tensors, residents, layers, sites, self._down)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        due = {name: expert_of(name) for name in tensors if name not in current.resting}
         holders_LE = current.placement.holds_LEM[:, :, list(sites)].sum(axis=2)
         self._expected, self._answered, out = {}, set(), {}
         for site in sites:
@@ -331,6 +362,9 @@ class Server:
                 model=self.policy.model(site),
                 asked=len(sites),
                 holders=[holders_LE[layer, own].tolist() for layer, own in enumerate(residents[site])],
+                sole=_those_of(residents[site], current.sole_LE),
+                until=_of_each(residents[site], current.until_LE),
+                last_round=self.last_round,
             )
             self._expected[site] = Expected(
                 run=self.run,
@@ -345,6 +379,9 @@ class Server:
                 load_shape=(config.model.num_layers, config.model.num_experts),
                 step_scale=config.train.local_steps / steps,
                 inputs=inputs,
+                asked=_held(due, residents[site], layers)
+                if training and takes_turns(config.strategy)
+                else None,
             )
             out[site] = Outgoing(task.to_json(), bundles[site])
         return out
@@ -483,6 +520,7 @@ class Server:
                 holds_LEM[..., 0].size,
             )
             if self.state.public is not None:
+                # Nobody holds it yet.
                 self.state.public.begin(self.state.tensors)
         self._fitted.clear()
 
@@ -504,7 +542,7 @@ class Server:
 
     def _decide(self, needed: int, expert_share: float, observer: RoundObserver) -> bool:
         current, state = self.round, self.state
-        found = outliers(current.norms, list(state.norms), self.config.strategy.norm_bound)
+        found = outliers(current.norms, list(self._sizes().norms), self.config.strategy.norm_bound)
         for site, reason in found.items():
             current.fail(site, reason, "norm")
             del current.replies[site], current.loads[site], current.norms[site], current.by_name[site]
@@ -514,24 +552,39 @@ class Server:
         started = time.perf_counter()
         if current.committed:
             self._commit(expert_share)
-        elif state.public is not None:
-            silent = self._expected.keys() - current.replies
-            state.public.discard(self.site_names[site] for site in silent)
+        else:
+            if state.public is not None:
+                state.public.stay()
+            if state.held is not None:
+                silent = self._expected.keys() - current.replies
+                state.held.discard(self.site_names[site] for site in silent)
         state.discarded = 0 if current.committed else state.discarded + 1
         state.round = current.number
         self.inbox.close()
         current.aggregate_s += time.perf_counter() - started
         return current.committed
 
+    def _sizes(self) -> Sizes:
+        """Of earlier rounds that had the turn of this one."""
+        return self.state.sizes[turn_name(self.config.strategy, self.round.number, self.last_round)]
+
     def _commit(self, expert_share: float) -> None:
         current, state = self.round, self.state
         if state.public is not None:
             # Before the outer step: it is what this round's replies started from.
-            state.public.commit(
-                {reply.site: current.placement.residents(site) for site, reply in current.replies.items()}
+            state.public.commit()
+        if state.held is not None:
+            state.held.commit(
+                {
+                    reply.site: current.placement.residents(site)
+                    for site, reply in sorted(current.replies.items())
+                },
+                current.resting,
             )
-        updated = updated_experts(current.placement, current.replies, expert_share)
-        current.held_back = state.experts.updated_LE.size - len(updated)
+        model = self.config.model
+        at_rest = {place for name in current.resting if (place := place_of(model, name)) is not None}
+        updated = updated_experts(current.placement, current.replies, expert_share) - at_rest
+        current.held_back = state.experts.updated_LE.size - len(at_rest) - len(updated)
         contributions = {
             site: Contribution(
                 reply.num_examples,
@@ -546,7 +599,15 @@ class Server:
         state.experts.starve(current.number, starved & updated, least)
         updated -= starved
         factors = commit(
-            current.number, state.outer, self.inbox, self.config, contributions, updated, state.usual
+            current.number,
+            state.outer,
+            self.inbox,
+            self.config,
+            contributions,
+            updated,
+            self._sizes().usual,
+            current.resting,
+            current.sole_LE if self.config.strategy.sole_every > 1 else None,
         )
         for site, own in sorted(factors.items()):
             name, factor = min(own.items(), key=lambda item: item[1])
@@ -580,12 +641,39 @@ class Server:
                 state.last_losses[reply.site] = reply.metrics["last_loss"]
             held_LE = current.placement.holds_LEM[:, :, site]
             state.experts.record(current.number, updated, current.loads[site] * held_LE)
-            state.norms.append(current.norms[site])
+            self._sizes().norms.append(current.norms[site])
         if common and not state.corpus:
             state.corpus = common.most_common(1)[0][0]
         load_LE = np.sum(list(current.loads.values()), axis=0)
         state.global_load = averaged(state.global_load, load_LE)
         self.policy.heard({reply.site: current.loads[site] for site, reply in current.replies.items()})
+
+
+def _held(
+    experts: Mapping[str, tuple[int, int] | None], residents: Residents, layers: Sequence[int]
+) -> frozenset[str]:
+    """Those of the tensors that a site with these residents holds.
+
+    Args:
+        experts: `expert_of` each tensor.
+        layers: numbers of the layers with experts.
+    """
+    own = {None, *((layers[row], expert) for row, held in enumerate(residents) for expert in held)}
+    return frozenset(name for name, expert in experts.items() if expert in own)
+
+
+def _of_each(residents: Residents, values_LE: NDArray[np.int64] | None) -> list[list[int]]:
+    """The value of each resident, one list a layer; no lists where there are no values."""
+    if values_LE is None:
+        return []
+    return [values_LE[row, list(own)].tolist() for row, own in enumerate(residents)]
+
+
+def _those_of(residents: Residents, which_LE: NDArray[np.bool_] | None) -> list[list[int]]:
+    """Those of the residents, one list a layer; no lists where nothing is said."""
+    if which_LE is None:
+        return []
+    return [[expert for expert in own if which_LE[row, expert]] for row, own in enumerate(residents)]
 
 
 def missing(current: Round) -> Collection[int]:

@@ -1,16 +1,18 @@
-"""What the sites are sent: which name goes to whom, in bundles that they share, and the public model (`Public`)."""
+"""What the sites are sent: which name goes to whom, in bundles that they share, what they have already (`Held`), and
+the public model (`Public`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.codecs import Part, Parts, errors_of, part_name
 from fomoe_flwr.codecs.cast import Cast
-from fomoe_flwr.codecs.public import WHOLE, Differences
+from fomoe_flwr.codecs.public import Differences
 from fomoe_flwr.mapped import fill, in_pieces
 from fomoe_flwr.model.spec import Residents, expert_of
 from fomoe_flwr.placement import holder_groups
@@ -77,11 +79,41 @@ def shared_bundles(
     return bundles, digests
 
 
-class Public:
-    """The public model: what the sites hold, bit for bit, and which of them holds it.
+@dataclass
+class Held:
+    """Which sites have which tensors: as messages brought them, or, where they rest, as the sites' own steps left them.
 
     A round that is discarded leaves it as it was, like the global model: sites go on from their state of the last
-    round that counts, and that holds the public tensors of that round.
+    round that counts.
+    """
+
+    # By the name of each site whose reply is part of that round: the experts that it held in it.
+    holders: dict[str, list[list[int]]] = field(default_factory=dict)
+    # Names that were not due in that round. Of the others the model is another one since.
+    resting: frozenset[str] = frozenset()
+
+    def commit(self, holders: Mapping[str, Residents], resting: frozenset[str]) -> None:
+        """The round counts; these sites attested its tensors."""
+        self.holders = {site: [list(experts) for experts in own] for site, own in holders.items()}
+        self.resting = resting
+
+    def discard(self, silent: Iterable[str]) -> None:
+        """The round does not count. What these sites have, which did not answer well, is not known any more."""
+        for site in silent:
+            self.holders.pop(site, None)
+
+    def by(self, site: str, layers: Sequence[int]) -> set[tuple[int, int] | None]:
+        """Of which experts a site has the tensors (`expert_of`), None being the dense part."""
+        if site not in self.holders:
+            return set()
+        return {
+            None,
+            *((layers[row], expert) for row, own in enumerate(self.holders[site]) for expert in own),
+        }
+
+
+class Public:
+    """The public model: what the sites were sent, bit for bit. A round that is discarded leaves it as it was.
 
     Args:
         tensors: bf16, after the last round that was committed.
@@ -91,15 +123,12 @@ class Public:
 
     def __init__(self, codec: Differences, tensors: dict[str, Tensor], spare: dict[str, Tensor]) -> None:
         self.tensors, self._spare = tensors, spare
-        # By the name of each site whose reply is part of that round: the experts that it holds these tensors of.
-        self.holders: dict[str, list[list[int]]] = {}
         self._codec = codec
         self._moved: set[str] = set()  # names that were sent in the round in progress
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Have it be this model; nobody holds it yet."""
+        """Have it be this model."""
         fill(self.tensors, state.items())
-        self.holders = {}
 
     def move(self, name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Go towards this tensor in a round: the parts that say how, and what its receivers hold then.
@@ -118,69 +147,73 @@ class Public:
         return self._spare[name] if name in self._moved else self.tensors[name]
 
     def stay(self) -> None:
-        """A round begins."""
+        """A round begins, or does not count."""
         self._moved = set()
 
-    def commit(self, holders: Mapping[str, Residents]) -> None:
-        """The round counts; these sites attested its tensors."""
+    def commit(self) -> None:
+        """The round counts."""
         for name in self._moved:
             self.tensors[name], self._spare[name] = self._spare[name], self.tensors[name]
         self._moved = set()
-        self.holders = {site: [list(experts) for experts in own] for site, own in holders.items()}
-
-    def discard(self, silent: Iterable[str]) -> None:
-        """The round does not count. What these sites hold, which did not answer well, is not known any more."""
-        self._moved = set()
-        for site in silent:
-            self.holders.pop(site, None)
-
-    def held_by(self, site: str, layers: Sequence[int]) -> set[tuple[int, int] | None]:
-        """Of which experts a site holds the public tensors (`expert_of`), None being the dense part."""
-        if site not in self.holders:
-            return set()
-        return {
-            None,
-            *((layers[row], expert) for row, own in enumerate(self.holders[site]) for expert in own),
-        }
 
 
-def public_bundles(
+def bundles_by_holder(
     tensors: Mapping[str, Tensor],
     residents_by_site: Sequence[Residents],
     layers: Sequence[int],
     sites: Mapping[int, str],
-    public: Public,
+    held: Held,
+    codec: Cast,
+    public: Public | None,
 ) -> tuple[Bundles, Digests]:
-    """The bundles of a round that moves the public model: to who holds it the difference, to others the tensor that
-    comes of it, in bf16. What comes of it does not depend on who holds what.
+    """The bundles of a round by what the sites have already: those who have a tensor get it only if it was due in the
+    last round that counts, for else the model's is still the one that they went on from; all others get it.
+
+    Where there is a public model, who has a tensor gets the difference by which it moves, and others the tensor that
+    comes of it. What comes of it does not depend on who has what.
 
     Args:
         sites: names.
+        codec: of tensors that are sent whole.
     """
     bundles: Bundles = {site: {} for site in sites}
     digests: Digests = {site: {} for site in sites}
-    held = {site: public.held_by(name, layers) for site, name in sites.items()}
-    public.stay()
+    has = {site: held.by(name, layers) for site, name in sites.items()}
+    if public is not None:
+        public.stay()
     for key, receivers, names in _groups(list(tensors), residents_by_site, layers, sites):
         # Behind a new placement the experts of a group may have had other holders each.
-        by_holders: dict[tuple[int, ...], list[str]] = {}
+        alike: dict[tuple[tuple[int, ...], bool], list[str]] = {}
         for name in names:
             expert = expert_of(name)
-            by_holders.setdefault(tuple(s for s in receivers if expert in held[s]), []).append(name)
-        for number, (holders, own) in enumerate(by_holders.items()):
+            holders = tuple(site for site in receivers if expert in has[site])
+            alike.setdefault((holders, name not in held.resting), []).append(name)
+        for number, ((holders, moved), own) in enumerate(alike.items()):
+            others = [site for site in receivers if site not in holders]
+            if not (others or moved):
+                continue
             whole: Parts = {}
             moves: Parts = {}
             known: dict[str, bytes] = {}
             for name in in_pieces(own, lambda name: tensors[name].nbytes):
-                parts, arrived = public.move(name, tensors[name])
-                moves |= {part_name(name, suffix): Part(part, part.dtype) for suffix, part in parts.items()}
-                known[name] = WHOLE.digest(arrived)
-                if len(holders) < len(receivers):
-                    whole[name] = Part(arrived, torch.bfloat16)
+                if public is None:
+                    arrived = tensors[name]
+                elif moved:
+                    parts, arrived = public.move(name, tensors[name])
+                    moves |= {
+                        part_name(name, suffix): Part(part, part.dtype) for suffix, part in parts.items()
+                    }
+                else:
+                    arrived = public.sent(name)
+                known[name] = codec.digest(arrived)
+                if others or public is None:
+                    whole |= codec.encode({name: arrived}, {})[0]
             subkey = f"{key}-{number}" if number else key
-            to_holders = wire.encode_bundles(f"{subkey}-moves", moves) if holders else {}
-            to_others = wire.encode_bundles(subkey, whole) if whole else {}
-            for site in receivers:
+            to_others = wire.encode_bundles(subkey, whole)
+            to_holders = to_others
+            if public is not None:
+                to_holders = wire.encode_bundles(f"{subkey}-moves", moves) if holders else {}
+            for site in receivers if moved else others:
                 bundles[site] |= to_holders if site in holders else to_others
                 digests[site] |= known
     return bundles, digests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +17,28 @@ from fomoe_flwr.model.spec import is_moment
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.server.outer import OuterOptimizer
 from fomoe_flwr.server.replies import Norms
-from fomoe_flwr.server.shards import Public
+from fomoe_flwr.server.shards import Held, Public
 
 log = logging.getLogger("fomoe")
 
 NORMS_KEPT = 32  # of earlier replies, to hold new ones against
 _NAMED = 8  # experts named in a log line
+
+
+@dataclass
+class Sizes:
+    """Of earlier replies, to hold new ones against."""
+
+    norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))
+    # Size of each tensor of a reply, as a share of the whole (`robust.clip`).
+    usual: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"norms": list(self.norms), "usual": self.usual}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sizes:
+        return cls(deque(values["norms"], NORMS_KEPT), dict(values.get("usual", {})))
 
 
 @dataclass
@@ -33,16 +49,16 @@ class ServerState:
     outer: OuterOptimizer
     experts: ExpertLedger
     round: int = 0  # the last one that is over
-    public: Public | None = None  # what the sites hold, where that is not the global model itself
+    held: Held | None = None  # who has what; None: every message brings everything
+    public: Public | None = None  # what the sites were sent, where that is not the global model itself
     # By site, the last round whose reply is in the model.
     counted: dict[str, int] = field(default_factory=dict)
     last_losses: dict[str, float] = field(default_factory=dict)  # of each site's last steps in that round
     corpus: str = ""  # digest of the common corpus, as most sites said it
     own_corpora: dict[str, str] = field(default_factory=dict)  # by site, of text of its own
     global_load: Shares | None = None  # of the routers of all sites together
-    norms: deque[Norms] = field(default_factory=lambda: deque(maxlen=NORMS_KEPT))
-    # Size of each tensor of a reply, as a share of the whole (`robust.clip`).
-    usual: dict[str, float] = field(default_factory=dict)
+    # By `turns.turn_name`: rounds that synchronise other tensors have other sizes.
+    sizes: defaultdict[str, Sizes] = field(default_factory=lambda: defaultdict(Sizes))
     keys: dict[str, str] = field(
         default_factory=dict
     )  # SHA-256 of each site's key, where keys are registered
@@ -54,18 +70,21 @@ class ServerState:
 
     def memory(self) -> dict[str, Any]:
         """What `remember` needs besides the tensors, as JSON values."""
+        turns = {turn: sizes.to_dict() for turn, sizes in sorted(self.sizes.items()) if turn}
+        resting = [] if self.held is None else sorted(self.held.resting)
         return {
             "counted": self.counted,
             "last_losses": self.last_losses,
             "corpus": self.corpus,
             "own_corpora": self.own_corpora,
-            "norms": list(self.norms),
-            "usual": self.usual,
+            **self.sizes[""].to_dict(),
             "keys": self.keys,
             "experts": self.experts.table(self.round),
             "load": self.global_load,
             "discarded": self.discarded,
-            "public": {} if self.public is None else self.public.holders,
+            "public": {} if self.held is None else self.held.holders,
+            **({"resting": resting} if resting else {}),
+            **({"turns": turns} if turns else {}),
         }
 
     def remember(self, memory: Mapping[str, Any]) -> None:
@@ -74,12 +93,15 @@ class ServerState:
         self.last_losses = dict(memory.get("last_losses", {}))
         self.corpus = str(memory.get("corpus", ""))
         self.own_corpora = dict(memory.get("own_corpora", {}))
-        self.norms.extend(memory["norms"])
-        self.usual = dict(memory.get("usual", {}))
+        turns = {"": memory, **memory.get("turns", {})}
+        self.sizes = defaultdict(Sizes, {turn: Sizes.from_dict(values) for turn, values in turns.items()})
         self.keys = dict(memory.get("keys", {}))
         self.experts.load(memory["experts"])
         self.global_load = memory.get("load")
         self.discarded = int(memory["discarded"])
+        if self.held is not None:
+            self.held.holders = dict(memory.get("public", {}))
+            self.held.resting = frozenset(memory.get("resting", ()))
 
 
 class ExpertLedger:

@@ -78,11 +78,11 @@ def start(
     did not have then: `A(r-1) - gain / H · D(r-1)`, H being the sites that share it. It begins as it comes now where
     the site has no such update: if the state that counts is not that of the round before (its reply was lost or
     refused, the round was discarded, the site was away or is new), or does not hold the tensor (the expert is new to
-    the site, the state was lost).
+    the site, the state was lost). What the message does not bring, because it was not its turn, is not looked at.
 
     Args:
         arrived: the tensors that the message brings.
-        before: those that the message brought with which the state that counts was made.
+        before: as the messages brought them, the last of which that with which the state that counts was made.
         own: the update of that round.
         round_: that round.
 
@@ -93,7 +93,8 @@ def start(
     codec = up_codec(dataclasses.replace(task.strategy, **own.codec))
     parts = grouped(own.parts)
     begun = dict(arrived)
-    known = [name for name in arrived if follows and name in own.shares]
+    # A run that has just begun to delay does not know what came before.
+    known = [name for name in arrived if follows and name in own.shares and name in before]
     for name in known:
         update = decoded(codec, name, parts[name], before[name].shape)
         # In two operations: as one it might be rounded once or twice, by where an element lies in memory.

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fomoe_flwr.codecs import CodecState
 from fomoe_flwr.data import TokenStream
 from fomoe_flwr.engine import Engine, EngineState, Report
@@ -25,13 +27,16 @@ NO_MATTER = ("inputs", "asked", "holders", "checkpoint_every", "keep")
 class Trained:
     """The local steps of a round, done, and nothing of them saved."""
 
-    state: SiteState  # what they went on from, without moments and what its encoder had not sent
+    state: SiteState  # what they went on from, without what they changed in place
     start: bytes  # digests of what they began from; empty with strategy.delay=1
     report: Report
     blobs: dict[str, bytes]
     engine: EngineState
     encoder: CodecState
     position: int  # in the site's data
+    # As in `SiteState`.
+    local: dict[str, Tensor]
+    pending: dict[str, Tensor]
 
 
 @dataclass

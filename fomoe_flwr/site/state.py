@@ -1,6 +1,7 @@
 """What a site keeps between rounds, on its own disk: its place in the data, the engine's state (AdamW's moments by
 name, what its routers go by besides their weights), what its encoder has not sent yet, what it was sent last, where the
-next message brings differences to it or the next round begins from it, and in that case what it sent itself.
+next message brings differences to it or the next round begins from it, and in that case what it sent itself. Where
+parts of the model take turns, of those that were not due their values and how far they have come since they last were.
 
 One file a round: `round_00003.safetensors` is the state after round 3. A file is either whole or not there.
 
@@ -53,6 +54,10 @@ class SiteState:
         default_factory=dict
     )  # as it came, where strategy.down is lossy or delay=1
     sent: Sent = field(default_factory=Sent)
+    # Of tensors that were not due, fp32: their values at the end of the round, from which they go on; and the sum of
+    # their updates since they were synchronised.
+    local: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, Tensor] = field(default_factory=dict)
     lost: bool = False  # what the site had kept of this round was missing or damaged, so it begins without
 
 
@@ -126,9 +131,9 @@ def _read(path: Path, counted_round: int) -> SiteState:
             name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
             for name, (step, reset_at) in facts["steps"].items()
         }
-        encoder, public, parts = (
+        encoder, public, parts, local, pending = (
             {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-            for kind in ("encoder/", "public/", "sent/")
+            for kind in ("encoder/", "public/", "sent/", "local/", "pending/")
         )
         engine = EngineState(moments, **facts.get("routers", {}))
         return SiteState(
@@ -139,6 +144,8 @@ def _read(path: Path, counted_round: int) -> SiteState:
             encoder,
             public,
             Sent(parts, **facts.get("sent", {})),
+            local,
+            pending,
         )
 
 
@@ -152,7 +159,13 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
     """
     tensors = {
         f"{kind}/{name}": tensor.contiguous()
-        for kind, named in (("encoder", state.encoder), ("public", state.public), ("sent", state.sent.parts))
+        for kind, named in (
+            ("encoder", state.encoder),
+            ("public", state.public),
+            ("sent", state.sent.parts),
+            ("local", state.local),
+            ("pending", state.pending),
+        )
         for name, tensor in named.items()
     }
     moments = state.engine.moments

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import AHEAD, OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.base import load_shard, read_shard
+from fomoe_flwr.model.spec import expert_layers, parameters
 from fomoe_flwr.site import delay
 from fomoe_flwr.site.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
 from fomoe_flwr.site.memory import Memory, Trained
@@ -44,6 +45,7 @@ from fomoe_flwr.site.state import SiteState, discard_later, forget_old_runs, loa
 from fomoe_flwr.store.at_site import fetch_shard, forget, send_reply
 from fomoe_flwr.store.links import Patience
 from fomoe_flwr.store.messages import StoredShard
+from fomoe_flwr.turns import resting, takes_turns
 
 log = logging.getLogger("fomoe.site")
 
@@ -173,7 +175,7 @@ def _whole(task: Task, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shard(task: Task, parts: dict[str, Tensor], state: SiteState) -> dict[str, Tensor]:
-    """The shard that a message to train brings, by what this site was sent in the round that it goes on from.
+    """The tensors that a message to train brings, by what this site was sent in the round that it goes on from.
 
     Raises:
         WireError: the parts are damaged, or differences to what is not here.
@@ -183,10 +185,53 @@ def _shard(task: Task, parts: dict[str, Tensor], state: SiteState) -> dict[str, 
     try:
         return received(differences, parts, state.public)
     except WireError as error:
-        raise WireError(
-            f"site {task.name}: cannot go on from what it was sent in round {task.counted_round}"
-            f"{', which is lost here' if state.lost else ''}; the next message will be whole ({error})"
-        ) from error
+        raise _cannot_go_on(task, state, str(error)) from error
+
+
+def _cannot_go_on(task: Task, state: SiteState, reason: str) -> WireError:
+    return WireError(
+        f"site {task.name}: cannot go on from what it was sent in round {task.counted_round}"
+        f"{', which is lost here' if state.lost else ''}; the next message will be whole ({reason})"
+    )
+
+
+def _start(task: Task, arrived: dict[str, Tensor], state: SiteState) -> tuple[dict[str, Tensor], bool]:
+    """What a round begins from, and whether all of it was known before the message came (strategy.delay=1).
+
+    What the message does not bring goes on from where it was at the end of the round that counts.
+
+    Raises:
+        WireError: that is not here.
+    """
+    start, known = dict(arrived), False
+    if task.strategy.delay:
+        start, known = delay.start(task, arrived, state.public, state.sent, state.round)
+    if not takes_turns(task.strategy):
+        return start, known
+    for name in _names(task):
+        if name not in arrived:
+            if name not in state.local:
+                raise _cannot_go_on(task, state, f"{name}: did not come, and is not here")
+            start[name] = state.local[name]
+    return start, known
+
+
+def _names(task: Task) -> Collection[str]:
+    """The parameters that the site holds."""
+    return parameters(task.model, task.residents, task.strategy.routing).keys()
+
+
+def resting_of(task: Task) -> frozenset[str]:
+    """The parameters that the site holds and that are not due in this round."""
+    if not takes_turns(task.strategy):
+        return frozenset()
+    layers, sole, moving = expert_layers(task.model), set(), set()
+    for row, experts in enumerate(task.residents):
+        sole |= {(layers[row], expert) for expert in task.sole[row]}
+        until = zip(experts, task.until[row], strict=True)
+        moving |= {(layers[row], expert) for expert, last in until if last == task.round}
+    last_round = task.train.rounds
+    return resting(_names(task), task.model, task.strategy, task.round, last_round, sole, moving)
 
 
 def train_round(
@@ -212,20 +257,32 @@ def train_round(
     discard_later(folder, task.counted_round)
     trained = memory.take_begun(task)
     state = trained.state if trained else _state_of(task, folder, memory)
-    shard = _shard(task, parts, state)
+    arrived = _shard(task, parts, state)
     parts.clear()
     delayed, known = bool(task.strategy.delay), True
     metrics = {STATE_LOST: 1.0} if state.lost else {}
-    public = dict(shard) if delayed or down_differences(task.strategy) is not None else {}
+    public: dict[str, Tensor] = {}
+    if delayed or down_differences(task.strategy) is not None:
+        names = _names(task)
+        public = {name: tensor for name, tensor in state.public.items() if name in names} | arrived
+    # With a delay what is loaded is known here alone; what came is what the next round begins from.
+    start = wire.digests(arrived, down_codec(task.strategy)) if delayed else b""
     if trained is None:
-        if delayed:
-            shard, known = delay.start(task, public, state.public, state.sent, state.round)
-        trained = _train(task, shard, state, stream, settings, memory, beat)
-    # With a delay what was loaded is known here alone; what came is what the next round begins from.
-    start = wire.digests(public, down_codec(task.strategy)) if delayed else trained.start
+        shard, known = _start(task, arrived, state)
+        came = set(arrived)
+        # Else the message would be in memory until the reply is made.
+        del arrived
+        trained = _train(task, shard, came, state, stream, settings, memory, beat)
     blobs, report = trained.blobs, trained.report
     new_state = SiteState(
-        task.round, trained.position, task.train.rounds, trained.engine, trained.encoder, public
+        task.round,
+        trained.position,
+        task.train.rounds,
+        trained.engine,
+        trained.encoder,
+        public,
+        local=trained.local,
+        pending=trained.pending,
     )
     if delayed:
         new_state.sent = delay.sent(task, blobs)
@@ -240,7 +297,7 @@ def train_round(
         task.name,
         report.tokens,
         {**report.metrics, "passes": stream.passes(new_state.position), **metrics},
-        start,
+        start or trained.start,
         report.load_LE,
         bundle_digests(blobs),
         inputs,
@@ -257,6 +314,7 @@ def _state_of(task: Task, folder: Path, memory: Memory) -> SiteState:
 def _train(
     task: Task,
     shard: dict[str, Tensor],
+    came: Collection[str],
     state: SiteState,
     stream: TokenStream,
     settings: NodeSettings,
@@ -267,7 +325,8 @@ def _train(
 
     Args:
         shard: what it begins from; emptied.
-        state: what it goes on from; its moments are changed in place, and are not in it afterwards.
+        came: what of it the message brought, or will bring.
+        state: what it goes on from; what is changed of it in place is not in it afterwards.
     """
     batch, steps = task.train.batch_size, task.train.local_steps
 
@@ -280,14 +339,30 @@ def _train(
     engine = memory.engine(task, resolve_device(*device_of(task, settings)))
     engine.load(task, shard, state.engine)
     shard.clear()
-    # The engine holds the moments now.
-    state.engine = EngineState()
-    start = b"" if task.strategy.delay else wire.digests(engine.loaded(), down_codec(task.strategy))
-    report = engine.train(batches())
+    start = b""
+    if not task.strategy.delay:
+        loaded = {name: tensor for name, tensor in engine.loaded().items() if name in came}
+        start = wire.digests(loaded, down_codec(task.strategy))
+    resting = resting_of(task)
+    # What came takes the place of what the site had made of a tensor since it was last synchronised.
+    pending = {name: tensor for name, tensor in state.pending.items() if name not in came}
+    encoder = {name: tensor for name, tensor in state.encoder.items() if name in resting}
+    report = engine.train(batches(), resting)
+    if engine.device == "cpu":
+        # On a GPU it is the allocator's peak.
+        report.metrics["memory_bytes"] += sum(tensor.nbytes for tensor in pending.values())
+    update = engine.update()
+    for name in update.keys() & pending.keys():
+        update[name].add_(pending.pop(name).to(update[name].device))
+    pending = {name: update.pop(name).to("cpu", copy=True) for name in sorted(resting)}
     # Encoded before the state is saved: what the encoder could not send is part of it.
-    blobs, encoder = wire.encode_update(engine.update(), up_codec(task.strategy), state.encoder)
-    state.encoder = {}
-    return Trained(state, start, report, blobs, engine.state(), encoder, state.position + steps * batch)
+    blobs, left = wire.encode_update(update, up_codec(task.strategy), state.encoder)
+    position = state.position + steps * batch
+    # The engine holds the moments now.
+    state.engine, state.encoder, state.local, state.pending = EngineState(), {}, {}, {}
+    return Trained(
+        state, start, report, blobs, engine.state(), encoder | left, position, engine.kept(), pending
+    )
 
 
 # ----- strategy.delay=1: a round is begun before its message is there
@@ -316,14 +391,17 @@ def begin_next(task_text: str, settings: NodeSettings, memory: Memory, beat: Bea
     stream = site_stream(task, settings, memory)
     if (state := memory.take_state(folder, task.round)) is None:
         return
-    shard, known = delay.start(following, state.public, state.public, state.sent, state.round)
-    if not known:
+    # What was due will come.
+    coming = {name: tensor for name, tensor in state.public.items() if name not in state.local}
+    shard, known = delay.start(following, coming, state.public, state.sent, state.round)
+    shard |= state.local
+    if not known or shard.keys() != _names(following):
         # Some of it will begin from what the message brings.
         memory.keep_state(folder, state)
         return
     memory.begun = following, None
     try:
-        memory.begun = following, _train(following, shard, state, stream, settings, memory, beat)
+        memory.begun = following, _train(following, shard, set(coming), state, stream, settings, memory, beat)
     except BaseException:
         memory.begun = None
         raise

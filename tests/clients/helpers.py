@@ -20,6 +20,8 @@ from fomoe_flwr.messages import Reply, Task, deals, make_task
 from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import with_moments
+from fomoe_flwr.site.work import resting_of
+from fomoe_flwr.turns import takes_turns
 from strategies.local_grid import LocalGrid
 
 SITE = 1
@@ -35,9 +37,17 @@ def task_of(
     run_dir: str = "",
 ) -> Task:
     """A site's task, by default with the residents that the run's placement gives it."""
-    placement = POLICIES[config.strategy.placement](config).intended(round_).placement
+    policy = POLICIES[config.strategy.placement](config)
+    placement = policy.intended(round_).placement
     if residents is None:
         residents = placement.residents(site)
+    held = [[len(placement.holders(row, expert)) for expert in own] for row, own in enumerate(residents)]
+    sole, until = [], []
+    if takes_turns(config.strategy):
+        until_LE = policy.holders_until(round_, placement)
+        for row, own in enumerate(residents):
+            sole.append([expert for expert, holders in zip(own, held[row], strict=True) if holders == 1])
+            until.append(until_LE[row, own].tolist())
     return make_task(
         config,
         site,
@@ -50,9 +60,9 @@ def task_of(
         residents=residents,
         local_steps=config.train.local_steps,
         asked=placement.num_sites,
-        holders=[
-            [len(placement.holders(row, expert)) for expert in own] for row, own in enumerate(residents)
-        ],
+        holders=held,
+        sole=sole,
+        until=until,
     )
 
 
@@ -79,7 +89,11 @@ def bundled(named: Mapping[str, Tensor], config: RunConfig) -> dict[str, bytes]:
 
 
 def bundles_of(config: RunConfig, task: Task, evaluate: bool = False) -> dict[str, bytes]:
-    return bundled(shard_of(config, task, evaluate), config)
+    """Without what rested in the round before, if that is the one that counts."""
+    shard, resting = shard_of(config, task, evaluate), set[str]()
+    if not evaluate and task.counted_round == task.round - 1 > 0:
+        resting = resting_of(task_of(config, round_=task.counted_round))
+    return bundled({name: tensor for name, tensor in shard.items() if name not in resting}, config)
 
 
 def without_seconds(reply: Reply) -> Reply:

@@ -32,7 +32,11 @@ def test_the_deadline_leaves_behind_who_hangs_and_who_is_late(small: Compose, tm
     assert_same_model(done, without(small, tmp_path, lost))
 
 
-@pytest.mark.parametrize("overrides", [(), ("strategy.delay=1",)], ids=["", "delay"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("strategy.delay=1",), ("strategy.fragments=2", "train.rounds=5")],
+    ids=["", "delay", "fragments"],
+)
 def test_work_that_was_lost_is_as_if_it_had_never_been_done(
     small: Compose, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:

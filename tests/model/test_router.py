@@ -148,7 +148,7 @@ def test_the_server_restores_what_averaging_broke_and_touches_nothing_else() -> 
     state = {name: (states[0][name] + states[1][name]) / 2 for name in states[0]}
     state |= {moment_name("exp_avg", name): state[name].clone() for name in map(gate_name, range(2))}
     before = {name: tensor.clone() for name, tensor in state.items()}
-    restore_orthogonality(state, SMALL.num_layers)
+    restore_orthogonality(state, range(SMALL.num_layers))
     for name, tensor in state.items():
         if name in map(gate_name, range(2)):
             assert not is_orthonormal(before[name], atol=0.1)

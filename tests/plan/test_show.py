@@ -89,6 +89,24 @@ def test_what_is_hidden_has_a_column_where_there_is_any() -> None:
     assert not as_json(outlook(*HETERO))["assumptions"]["computing_hides_communication"]
 
 
+def test_parts_in_turn_have_their_mean_and_their_peak() -> None:
+    once, turns = outlook(*HETERO), outlook(*HETERO, "strategy.fragments=2")
+    facts = " ".join(" ".join(line) for line in printed(facts_table(turns)))
+    mean, whole = (sum(s.bytes_down + s.bytes_up for s in o.plan.sites) for o in (turns, once))
+    peak = as_json(turns)["plan"]["peak_bytes"]
+    assert "2 parts in turn" in facts
+    assert f"{in_bytes(mean)} down and up, all sites, in the mean; at most {in_bytes(peak)}." in facts
+    # What a round has less is what half of the model has.
+    assert mean == pytest.approx(whole / 2, rel=1e-3)
+    # With two, one comes down while the other goes up.
+    assert mean == peak
+    assert as_json(once)["plan"]["peak_bytes"] == whole
+    most = as_json(outlook(*HETERO, "strategy.fragments=3"))["plan"]
+    assert whole / 3 < most["peak_bytes"] < whole / 1.9
+    assert "its bytes" not in " ".join(" ".join(line) for line in printed(facts_table(once)))
+    assert assumptions_in_words(turns)[1] == "memory: 24 bytes a parameter, activations not counted"
+
+
 def test_too_small_is_said_in_the_line() -> None:
     lines = {line[0]: line for line in sites_of(outlook(*HETERO, "strategy.overlap=3")) if line}
     assert lines["workstation"][4].endswith("of 24.7 MB, too small")

@@ -19,6 +19,7 @@ from fomoe_flwr.plan.system import (
     PlanSite,
     down_bytes,
     held_parameters,
+    peak_bytes,
     plan_sites,
     split_parameters,
     state_bytes,
@@ -146,3 +147,14 @@ def test_the_virtual_rounds_add_up_to_the_run(spans: list[tuple[float, float, fl
     total_s = round_s(False) + (rounds - 1) * round_s(True)
     once_s = sum(max(span[part] for span in spans) for part in range(3))
     assert last_reply_s(spans, rounds) == pytest.approx(total_s, abs=1e-9 if len(spans) == 1 else 2 * once_s)
+
+
+def test_a_turn_by_hand() -> None:
+    """Each fragment has a layer, 288 + 32 dense; of the rest one has the embedding and the other both norms."""
+    made = config("strategy.fragments=2", "strategy.sole_every=3", "strategy.overlap=1")
+    first, second = 288 + 32 + 80, 288 + 32 + 16
+    expert = 256
+    assert up_bytes(made, 2) == 2 * (first + second + 2 * 2 * expert / 3) / 2
+    assert peak_bytes(made, [2]) == 2 * (first + second + 2 * 2 * expert)
+    shared = config("strategy.fragments=2", "strategy.sole_every=3", "strategy.overlap=2")
+    assert up_bytes(shared, 2) == first + second + 2 * 2 * expert

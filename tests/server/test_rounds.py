@@ -20,11 +20,19 @@ from fomoe_flwr.codecs import CASTS, Part
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.messages import Reply, Task
-from fomoe_flwr.model.spec import MOMENTS, expert_name, expert_of, moment_name, standin_name
+from fomoe_flwr.model.spec import (
+    MOMENTS,
+    expert_name,
+    expert_of,
+    moment_name,
+    parameter_shapes,
+    standin_name,
+)
 from fomoe_flwr.model.standins import Fit
 from fomoe_flwr.placement import Placement, draw_placement
 from fomoe_flwr.server import outer as outer_module
 from fomoe_flwr.server import rounds as rounds_module
+from fomoe_flwr.server.health import RoutingHealth
 from fomoe_flwr.server.outer import with_moments
 from fomoe_flwr.server.replies import Inbox, refusing
 from fomoe_flwr.server.rounds import (
@@ -35,7 +43,8 @@ from fomoe_flwr.server.rounds import (
 )
 from fomoe_flwr.server.shards import group_names, shared_bundles
 from fomoe_flwr.server.state import ServerState
-from tests.server.federation import answer_to, config_of, constant, play, server_of
+from fomoe_flwr.site.work import resting_of
+from tests.server.federation import Answer, answer_to, config_of, constant, play, server_of
 
 LAYERS = 2
 FP32 = CASTS["fp32"]
@@ -194,7 +203,7 @@ def test_a_good_reply_is_in_the_model_and_a_bad_one_leaves_no_trace(
     torch.testing.assert_close(server.state.tensors[norm], before[norm] - 1)
     assert server.state.counted == {"site-0": 1, "site-2": 1}
     assert server.state.last_losses == {"site-0": 0.5, "site-2": 0.5}
-    assert len(server.state.norms) == 2
+    assert len(server.state.sizes[""].norms) == 2
 
 
 def test_a_round_below_its_quorum_is_discarded_whole(config: RunConfig, tmp_path: Path) -> None:
@@ -204,7 +213,7 @@ def test_a_round_below_its_quorum_is_discarded_whole(config: RunConfig, tmp_path
         assert not play(server, number, constant(1.0), answering=[0], needed=2)
         assert (server.state.discarded, server.state.round) == (number, number)
     assert all(value.equal(before[name]) for name, value in server.state.tensors.items())
-    assert (server.state.counted, list(server.state.norms)) == ({}, [])
+    assert (server.state.counted, list(server.state.sizes[""].norms)) == ({}, [])
     assert play(server, 3, constant(1.0))
     assert server.state.discarded == 0
 
@@ -541,3 +550,176 @@ def test_a_site_that_has_lost_its_state_is_named_in_the_log(
     with caplog.at_level("WARNING"):
         assert play(server, 1, answering=[0, 1], metrics={"train_loss": 1.0, "state_lost": 1.0})
     assert "round 1: the state of site site-1 was missing or damaged" in caplog.text
+
+
+# -- parts in turn -------------------------------------------------------------------------------------------
+
+
+def of_turns(*overrides: str) -> RunConfig:
+    """Layer 0 is in fragment 0, with the embedding; layer 1 in fragment 1."""
+    return config_of(
+        "strategy.up=fp32", "strategy.down=fp32", "strategy.outer=average", "train.rounds=9",
+        "strategy.fragments=2", *overrides,
+    )  # fmt: skip
+
+
+def due(value: float) -> Answer:
+    """A number everywhere in what is due, of the shard that the site holds."""
+
+    def answer(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        shapes = parameter_shapes(task.model, task.residents, task.strategy.routing)
+        return {
+            name: torch.full(shape, value) for name, shape in shapes.items() if name not in resting_of(task)
+        }
+
+    return answer
+
+
+def names_sent(server: Server, number: int) -> dict[int, set[str]]:
+    out = server.outgoing(server.begin(number, range(4), 60.0), training=True)
+    return {site: set(wire.from_blobs(sent.bundles.values())) for site, sent in out.items()}
+
+
+def test_only_what_is_due_is_stepped_and_its_experts_are_of_this_round(tmp_path: Path) -> None:
+    """Momentum of what rests stays, too."""
+    server = server_of(of_turns("strategy.outer=nesterov"), tmp_path)
+    for number in (1, 2, 3):
+        before = {name: tensor.clone() for name, tensor in server.state.tensors.items()}
+        buffers = {name: tensor.clone() for name, tensor in server.state.outer.state_tensors().items()}
+        assert play(server, number, due(1.0))
+        changed = {name for name, tensor in server.state.tensors.items() if not tensor.equal(before[name])}
+        assert changed == before.keys() - server.round.resting
+        assert {name for name in changed if name.startswith("model.layers.")} == {
+            name for name in before if name.startswith(f"model.layers.{(number - 1) % 2}.")
+        }
+        for name, tensor in server.state.outer.state_tensors().items():
+            if name.removeprefix("momentum_buffer/") in server.round.resting:
+                assert tensor.equal(buffers[name])
+        assert server.round.held_back == 0
+    assert (server.state.experts.updated_LE == [[3], [2]]).all()
+
+
+def test_who_replied_is_sent_what_was_due_and_others_everything(tmp_path: Path) -> None:
+    """Round 2 lacks two replies, round 3 is discarded with another one lost."""
+    server = server_of(of_turns(), tmp_path)
+    whole = names_sent(server, 1)
+    assert server.round.resting
+    for site in range(4):
+        assert (
+            whole[site]
+            == parameter_shapes(server.config.model, server.round.placement.residents(site), "skip").keys()
+        )
+    assert play(server, 1, due(1.0))
+    rested = server.round.resting
+    sent = names_sent(server, 2)
+    assert all(sent[site] == whole[site] - rested != whole[site] for site in range(4))
+    assert play(server, 2, due(1.0), answering=[0, 1])
+    rested = server.round.resting
+    expected = [whole[0] - rested, whole[1] - rested, whole[2], whole[3]]
+    assert list(names_sent(server, 3).values()) == expected
+    assert not play(server, 3, due(1.0), answering=[0, 2], needed=3)
+    expected[1] = whole[1]
+    assert list(names_sent(server, 4).values()) == expected
+    # And so after a resume.
+    memory = json.loads(json.dumps(server.memory()))
+    other = Server(of_turns(), "run", str(tmp_path), tmp_path / "inbox")
+    other.load(server.state.tensors, None, 3, memory)
+    assert list(names_sent(other, 4).values()) == expected
+    assert json.loads(json.dumps(other.memory())) == memory
+
+
+def test_an_expert_that_a_site_did_not_hold_comes_to_it_whosever_turn_it_was(tmp_path: Path) -> None:
+    """Before it moves it is due, at all its holders."""
+    server = server_of(of_turns("strategy.placement=random", "strategy.reshuffle_every=2"), tmp_path)
+    for number in (1, 2):
+        assert play(server, number, due(1.0))
+    before, rested = server.round.placement, server.round.resting
+    sent, after = names_sent(server, 3), server.round.placement
+    assert before.holds_LEM.tolist() != after.holds_LEM.tolist()
+    for layer, expert in np.ndindex(2, 8):
+        name = expert_name(layer, expert, "up_proj")
+        moves = before.holders(layer, expert) != after.holders(layer, expert)
+        assert (name in rested) == (layer == 0 and not moves)
+        for site in after.holders(layer, expert):
+            assert (name in sent[site]) == (moves or layer == 1)
+
+
+def test_an_answer_with_what_rests_is_refused(tmp_path: Path) -> None:
+    server = server_of(of_turns(), tmp_path)
+    assert play(server, 1, due(1.0))
+    rests = sorted(server.round.resting)[0]
+
+    def more(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        update = due(1.0)(task, shard)
+        extra = {name: torch.ones(tensor.shape) for name, tensor in shard.items() if name in resting_of(task)}
+        return update | (extra if task.name == "site-1" else {})
+
+    assert play(server, 2, more)
+    assert server.round.refused == {"site-1": "not_held"}
+    assert "this site was not asked for it" in server.round.failures["site-1"]
+    assert rests not in server.round.resting
+
+
+def test_sizes_are_held_against_those_of_the_same_turn(tmp_path: Path) -> None:
+    """With a single site there is nobody else: an update as large as the other fragment's is refused."""
+    config = of_turns("federation.num_sites=1", "strategy.overlap=1", "strategy.clip=0")
+    server = server_of(config, tmp_path)
+    assert play(server, 1, due(1.0))
+    assert play(server, 2, due(100.0))
+    assert play(server, 3, due(2.0))
+    assert not play(server, 4, due(2000.0))
+    assert server.round.refused == {"site-0": "norm"}
+    assert play(server, 5, due(1.0))
+    assert {turn: len(sizes.norms) for turn, sizes in server.state.sizes.items() if sizes.norms} == {
+        "fragment 0": 3,
+        "fragment 1": 1,
+    }
+
+
+def test_experts_that_rest_longer_are_not_measured_by_those_that_do_not(tmp_path: Path) -> None:
+    """An expert of one site has come further in its turn than the others: nothing of it is scaled down."""
+    config = of_turns("strategy.fragments=1", "strategy.sole_every=4", "strategy.placement=planned")
+    server = server_of(config, tmp_path)
+    holds_LEM = np.ones((2, 8, 4), dtype=bool)
+    holds_LEM[:, :4, 1:] = False
+    server.policy._placement = Placement(holds_LEM)
+    alone = {
+        expert_name(layer, expert, part)
+        for layer, expert in np.ndindex(2, 4)
+        for part in ("up_proj", "down_proj")
+    }
+
+    def answer(task: Task, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: tensor * (4.0 if name in alone else 1.0) for name, tensor in due(1.0)(task, shard).items()
+        }
+
+    for number in range(1, 9):
+        assert play(server, number, answer)
+        assert (number % 4 == 0) == (not server.round.resting)
+        assert server.round.clipped == {}
+
+
+def test_the_last_round_is_the_one_that_the_run_ends_with(tmp_path: Path) -> None:
+    server = server_of(of_turns(), tmp_path)
+    server.last_round = 3
+    assert play(server, 1, due(1.0))
+    assert play(server, 2, due(1.0))
+    out = server.outgoing(server.begin(3, range(4), 60.0), training=True)
+    assert not server.round.resting
+    assert {Task.from_json(sent.task).train.rounds for sent in out.values()} == {3}
+
+
+def test_routers_that_rest_say_nothing_of_how_sites_agree(tmp_path: Path) -> None:
+    config = of_turns()
+    server = server_of(config, tmp_path)
+    health = RoutingHealth(config, torch.randint(264, (2, 33), generator=torch.Generator().manual_seed(0)))
+
+    class Looks(RoundObserver):
+        def collected(self, current: Round, state: ServerState, inbox: Inbox) -> None:
+            health.collected(current, state, inbox)
+
+    for number in (1, 2):
+        assert play(server, number, due(1.0), observer=Looks())
+        figures = health.finished(server.round, server.state)["by_layer"]
+        assert [value is None for value in figures["agreement"]] == [number == 2, number == 1]

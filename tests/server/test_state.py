@@ -88,11 +88,11 @@ def test_what_is_remembered_survives_a_checkpoint() -> None:
     one, other = state_of(7), state_of(7)
     one.counted, one.last_losses, one.discarded = {"a": 7, "b": 3}, {"a": 2.5}, 2
     one.global_load = [[0.1, 0.2, 0.7]]
-    one.norms.extend({"update": 1.0 / (index + 1)} for index in range(NORMS_KEPT + 5))
+    one.sizes[""].norms.extend({"update": 1.0 / (index + 1)} for index in range(NORMS_KEPT + 5))
     one.experts.record(5, [(0, 2)], np.array([[0, 0, 9]]))
     other.remember(json.loads(json.dumps(one.memory())))
     assert other.memory() == one.memory()
-    assert len(other.norms) == NORMS_KEPT
+    assert len(other.sizes[""].norms) == NORMS_KEPT
     assert (other.counted, other.last_losses, other.discarded) == (one.counted, one.last_losses, 2)
     assert other.global_load == one.global_load
     assert (other.experts.updated_LE == one.experts.updated_LE).all()

@@ -14,7 +14,13 @@ from tests.clients.helpers import site_task, state_files
 from tests.conftest import Compose
 from tests.site.test_memory import nothing, settings, work
 
-SETTINGS = [(), ("strategy.up=topk",), ("strategy.outer=average", "strategy.keep_moments=false")]
+SETTINGS = [
+    (),
+    ("strategy.up=topk",),
+    ("strategy.outer=average", "strategy.keep_moments=false"),
+    ("strategy.fragments=2",),
+    ("strategy.fragments=2", "strategy.sole_every=2", "strategy.overlap=1", "strategy.up=int4"),
+]
 
 
 class Stopped(Exception):

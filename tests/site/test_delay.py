@@ -122,3 +122,13 @@ def test_an_expert_that_has_left_is_nobodys_business() -> None:
     begun, known = start(task(settings, 2), {DENSE: torch.zeros(2)}, before, own, round_=1)
     assert known
     assert begun.keys() == {DENSE}
+
+
+def test_what_did_not_come_since_the_site_began_to_delay_is_not_known() -> None:
+    """It was its tensor's turn, and nobody has kept what the message before had brought."""
+    settings = config("strategy.fragments=2")
+    own = sent(task(settings, 3), encoded(settings, {DENSE: torch.ones(2)}))
+    arrived = {DENSE: torch.zeros(2)}
+    begun, known = start(task(settings, 4), arrived, {}, own, round_=3)
+    assert not known
+    assert begun[DENSE] is arrived[DENSE]

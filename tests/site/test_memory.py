@@ -64,6 +64,9 @@ SETTINGS = [
     ("strategy=ddp",),
     ("strategy.delay=1", "strategy.placement=random", "strategy.overlap=2", "strategy.reshuffle_every=2"),
     ("strategy.delay=1", "strategy.up=topk", "strategy.down=fp32"),
+    ("strategy.fragments=2", "strategy.up=int4"),
+    ("strategy.fragments=2", "strategy.placement=random", "strategy.overlap=1", "strategy.reshuffle_every=3",
+     "strategy.sole_every=2"),
     ("model.locality=bias", "model.locality_target=0.8", "model.balance=global", "strategy.overlap=2"),
 ]  # fmt: skip
 

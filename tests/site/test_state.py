@@ -62,6 +62,17 @@ def test_what_a_delayed_start_needs_comes_back_bit_for_bit(tmp_path: Path) -> No
     assert load_state(tmp_path, counted_round=2, position=0).sent == Sent()
 
 
+def test_what_rests_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    kept = SiteState(
+        1, local={"a": torch.tensor([1 / 3])}, pending={"a": torch.tensor([1e-9]), "b": torch.ones(2)}
+    )
+    save_state(tmp_path, kept, counted_round=0, checkpoint_every=1, keep=3)
+    loaded = load_state(tmp_path, counted_round=1, position=0)
+    for ours, theirs in ((loaded.local, kept.local), (loaded.pending, kept.pending)):
+        assert ours.keys() == theirs.keys()
+        assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+
+
 def test_before_the_first_round_that_counts_there_is_nothing(tmp_path: Path) -> None:
     save_state(tmp_path, state(1), counted_round=0, checkpoint_every=1, keep=3)
     assert load_state(tmp_path, counted_round=0, position=0) == SiteState()

@@ -16,9 +16,11 @@ from fomoe_flwr.checkpoint import checkpoint_path, compose_run, read_checkpoint
 from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.errors import ConfigError, RunError
 from fomoe_flwr.messages import Task
+from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.planner import make_plan, plan_for_run
 from fomoe_flwr.plan.record import load_plan
-from fomoe_flwr.plan.system import BYTES_A_GIB, token_cost
+from fomoe_flwr.plan.system import BYTES_A_GIB, peak_bytes, round_bytes, token_cost
+from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.reality import compare, notes
 from strategies.fomoe import FoMoE
@@ -168,6 +170,54 @@ def test_a_delay_changes_no_payload_and_hides_what_the_steps_are_long_enough_for
         assert site.round_s.measured == pytest.approx(
             statistics.median(max(clock["compute_s"], clock["communication_s"]) for clock in clocks)
         )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy.fragments=2",),
+        ("strategy.fragments=3", "strategy.down=int8", "strategy.up=topk", "strategy.routing=partitioned"),
+        ("strategy.fragments=2", "strategy.down=int4", "strategy.placement=random", "strategy.reshuffle_every=3"),
+        ("strategy.overlap=1", "strategy.sole_every=2", "strategy.delay=1"),
+        ("strategy.overlap=1", "strategy.fragments=2", "strategy.sole_every=2"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_parts_in_turn_cost_what_was_planned_in_every_round(
+    small: Compose, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """To the byte, for each site. Its plan has the mean of a round, but for the first and the last."""
+    keys = (
+        "federation.num_sites=4",
+        "model.num_layers=3",
+        "train.rounds=9",
+        "train.eval_batches=0",
+        *overrides,
+    )
+    folder = finished(small, tmp_path, *keys)
+    config, plan, lines = small(*keys).config, load_plan(folder), metrics(folder)[1:]
+    assert plan is not None
+    policy = POLICIES[config.strategy.placement](config)
+
+    def placement(round_: int) -> Placement:
+        return policy.intended(round_).placement
+
+    payload = []
+    for line in lines:
+        assert line["failures"] == {}
+        payload.append(line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"])
+        assert payload[-1] == sum(map(sum, round_bytes(config, line["round"], placement)))
+    memory = [site["memory_bytes"] for line in lines for site in line["sites"]]
+    assert max(memory) <= plan.sites[0].memory_bytes < 1.3 * max(memory)
+    reality = compare(load_run(folder))
+    assert reality is not None
+    assert reality.payload_bytes.planned == payload[-1] == reality.payload_bytes.measured
+    if config.strategy.placement == "fixed":
+        cycle = config.strategy.fragments * config.strategy.sole_every
+        planned = sum(site.bytes_down + site.bytes_up for site in plan.sites)
+        assert statistics.mean(payload[1 : 1 + cycle]) == pytest.approx(planned, abs=8)
+        peak = peak_bytes(config, [site.experts_per_layer for site in plan.sites])
+        assert max(payload[1 : 1 + cycle]) == peak < payload[0] + payload[-1]
 
 
 def test_the_virtual_clock_charges_speed_and_link(planned: Path) -> None:

@@ -77,6 +77,41 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert_same_run(resumed, whole, 4)
 
 
+TURNS = [
+    ("strategy.fragments=2",),
+    ("strategy.fragments=2", "strategy.delay=1"),
+    # Experts move after round 3.
+    (
+        "strategy.fragments=2",
+        "strategy.down=int4",
+        "strategy.up=topk",
+        "strategy.placement=random",
+        "strategy.reshuffle_every=3",
+    ),
+    (
+        "strategy.fragments=2",
+        "strategy.sole_every=2",
+        "strategy.delay=1",
+        "strategy.down=int8",
+        "strategy.up=int4",
+        "strategy.overlap=1",
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides", TURNS, ids=" ".join)
+def test_with_parts_in_turn_a_run_that_was_killed_goes_on_bit_for_bit(
+    small: Compose, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """One that has ended and is prolonged does not: in what was its last round everything was due."""
+    keys = ("train.rounds=5", "checkpoint.every=2", *overrides)
+    whole = run(composed_anew(small, tmp_path, *keys))
+    composed = composed_anew(small, tmp_path, *keys)
+    with pytest.raises(Killed):
+        run(composed, real_client_app, grid_that_dies(4))
+    assert_same_run(run(compose_run([f"resume={composed.run_dir}"])), whole, 5)
+
+
 def test_a_site_that_has_lost_its_disk_says_so_once_and_is_sent_everything_again(
     small: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
