@@ -4,12 +4,18 @@ A site begins round r not from what message r brings, but from what message r-1 
 round r-1. Both are there when it has finished round r-1, so what travels between two rounds can be hidden behind the
 local steps. What the others have learnt in round r-1 is missing: it is in the start of round r+1.
 
+How far a site goes by its own update alone is a guess of what all updates together will do. With 1/H of it, H being
+the sites that share the tensor, as in the paper, it begins as if the others had learnt nothing: what all learn alike is
+then learnt, and added to the model, twice. With all of it, it begins as if they had learnt the same, and keeps what in
+its update was chance. 1/sqrt(H) lies between; docs/method.md has what was measured.
+
 What a tensor begins from is a matter of numbers alone: they do not depend on when a message came.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +38,7 @@ class Sent:
 
     parts: dict[str, Tensor] = field(default_factory=dict)  # as they travelled
     codec: dict[str, Any] = field(default_factory=dict)  # keys of `strategy` by which they were encoded
-    # By tensor: what of it this update alone moves the server's model by, as a share of the update.
+    # By tensor: how far the site goes on by this update alone, as a share of it.
     shares: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,7 +60,9 @@ def sent(task: Task, blobs: Mapping[str, bytes]) -> Sent:
     parts = wire.from_blobs(blobs.values())
     codec = {key: getattr(task.strategy, key) for key in _CODEC_KEYS}
     names = {of_part(part)[0] for part in parts}
-    return Sent(parts, codec, {name: gain(task.strategy) / _sharers(task, name) for name in sorted(names)})
+    return Sent(
+        parts, codec, {name: gain(task.strategy) / math.sqrt(_sharers(task, name)) for name in sorted(names)}
+    )
 
 
 def _sharers(task: Task, name: str) -> int:
@@ -74,11 +82,11 @@ def start(
 ) -> tuple[dict[str, Tensor], bool]:
     """What a site begins its round from; and whether it knew all of it before the message came.
 
-    A tensor begins as it came a message before, minus the share of the site's own last update that the server's model
-    did not have then: `A(r-1) - gain / H · D(r-1)`, H being the sites that share it. It begins as it comes now where
-    the site has no such update: if the state that counts is not that of the round before (its reply was lost or
-    refused, the round was discarded, the site was away or is new), or does not hold the tensor (the expert is new to
-    the site, the state was lost). What the message does not bring, because it was not its turn, is not looked at.
+    A tensor begins as it came a message before, moved by the site's own update since, H being the sites that share it:
+    `A(r-1) - gain / sqrt(H) · D(r-1)`. It begins as it comes now where the site has no such update: if the state that
+    counts is not that of the round before (its reply was lost or refused, the round was discarded, the site was away or
+    is new), or does not hold the tensor (the expert is new to the site, the state was lost). What
+    the message does not bring, because it was not its turn, is not looked at.
 
     Args:
         arrived: the tensors that the message brings.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_the_gain_is_what_a_new_mean_adds_to_the_servers_step(
 
 @pytest.mark.parametrize(("outer", "moved"), [("average", 1.0), ("nesterov", 0.7 * 1.9)])
 def test_the_own_update_counts_by_who_holds_the_tensor(outer: str, moved: float) -> None:
-    """One site of three for what is dense, one of two for a shared expert, all of it for one that it holds alone."""
+    """Three sites share what is dense, two an expert; one that is held alone moves as the server moves it."""
     settings = config(f"strategy.outer={outer}")
     before = {name: torch.full((2, 2), 10.0) for name in (DENSE, SHARED, ALONE)}
     update = {name: torch.full((2, 2), 6.0) for name in before}
@@ -79,7 +80,7 @@ def test_the_own_update_counts_by_who_holds_the_tensor(outer: str, moved: float)
     begun, known = start(task(settings, 2), arrived, before, own, round_=1)
     assert known
     for name, sharers in ((DENSE, 3), (SHARED, 2), (ALONE, 1)):
-        torch.testing.assert_close(begun[name], torch.full((2, 2), 10.0 - moved / sharers * 6.0))
+        torch.testing.assert_close(begun[name], torch.full((2, 2), 10.0 - moved / math.sqrt(sharers) * 6.0))
 
 
 @pytest.mark.parametrize("up", ["bf16", *LOSSY])
@@ -95,7 +96,7 @@ def test_what_an_encoder_kept_back_is_not_counted(up: str) -> None:
     begun, _ = start(task(other, 2), {SHARED: torch.zeros(64, 70)}, before, own, round_=1)
     read = decode(up_codec(settings.strategy), wire.from_blobs(blobs.values()), {SHARED: (64, 70)})[SHARED]
     assert not torch.equal(read.float(), update[SHARED])
-    expected = before[SHARED] - torch.tensor(gain(settings.strategy) / 2) * read.float()
+    expected = before[SHARED] - torch.tensor(gain(settings.strategy) / math.sqrt(2)) * read.float()
     torch.testing.assert_close(begun[SHARED], expected)
 
 
@@ -107,7 +108,7 @@ def test_what_is_not_known_begins_as_it_comes() -> None:
     begun, known = start(task(settings, 5), arrived, before, own, round_=4)
     assert not known
     assert begun[NEW] is arrived[NEW]
-    assert begun[DENSE].equal(torch.ones(2) - torch.tensor(gain(settings.strategy) / 3))
+    assert begun[DENSE].equal(torch.ones(2) - torch.tensor(gain(settings.strategy) / math.sqrt(3)))
     # A reply that does not count, an absence; a first round, a state that was lost or is of a run without a delay.
     for state, update in ((3, own), (4, Sent()), (0, Sent())):
         begun, known = start(task(settings, 5), arrived, before, update, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Collection
@@ -135,7 +136,7 @@ def simulated(
 
     def share(name: str, round_: int) -> float:
         expert = expert_of(name)
-        return 1 / len(SITES if expert is None else placements[round_].holders(*expert))
+        return 1 / math.sqrt(len(SITES if expert is None else placements[round_].holders(*expert)))
 
     for round_ in range(1, rounds + 1):
         due = {name for name in model if is_due(config, name, round_, placements)}
