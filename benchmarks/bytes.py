@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -45,26 +46,34 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "half, topk 1/64 both ways": both_ways("topk"),
     "half, topk 1/64 both ways, no feedback": both_ways("topk", "strategy.feedback=0"),
     "half, bf16, average, delay 1": both_ways("bf16", "strategy.delay=1"),
+    "half, bf16, average, 2 fragments, K/2": both_ways("bf16", "strategy.fragments=2"),
+    "half, bf16, average, 2 fragments, K/2, delay 1": both_ways("bf16", "strategy.fragments=2", "strategy.delay=1"),
+    "experts at one site, bf16, average": both_ways("bf16", "strategy.overlap=1"),
+    "experts at one site, bf16, average, sole_every 4": both_ways(
+        "bf16", "strategy.overlap=1", "strategy.sole_every=4"
+    ),
 }  # fmt: skip
 
 
-def figures(work: Path, name: str, seed: int, *overrides: str) -> dict[str, Any]:
-    """Validation loss at the end, and bytes of tensors a round, all sites. Kept, so that a script goes on."""
-    slug = "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")
-    kept = work / f"{slug}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    folder = work / slug
-    launch(compose([*COMMON, *overrides, f"seed={seed}", f"hydra.run.dir={folder}"]))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = lines[-1]
+def figures(work: Path, name: str, seed: int, rounds: int, *overrides: str) -> dict[str, float]:
+    """Validation loss at the end, and MB of tensors and headers of all sites: down and up in a round in the mean, and the
+    most of one (both without the first and the last), and in the whole run. A run that is there is not made again.
+    """
+    folder = work / "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists() or len(metrics.read_text().splitlines()) <= rounds:
+        shutil.rmtree(folder, ignore_errors=True)
+        launch(compose([*COMMON, *overrides, f"seed={seed}", f"hydra.run.dir={folder}"]))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    down, up = ([line[f"bytes_{way}"] / 1e6 for line in lines] for way in ("down", "up"))
+    both = [sum(pair) for pair in zip(down, up, strict=True)]
     found = {
-        "loss": last["val_loss"],
-        "down": last["bytes_down"],
-        "up": last["bytes_up"],
-        "all": sum(line["bytes_down"] + line["bytes_up"] for line in lines),
+        "loss": lines[-1]["val_loss"],
+        "down": statistics.mean(down[2:-1]),
+        "up": statistics.mean(up[2:-1]),
+        "most": max(both[2:-1]),
+        "all": sum(both),
     }
-    kept.write_text(json.dumps(found))
     print(name, seed, found, flush=True)
     return found
 
@@ -72,28 +81,33 @@ def figures(work: Path, name: str, seed: int, *overrides: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument(
+        "--with", dest="more", nargs="*", default=[], help="overrides of all runs: another size"
+    )
+    parser.add_argument("--name", default="tiny", help="of the result")
+    parser.add_argument(
+        "--only", nargs="*", default=list(VARIANTS), help="variants; the first two are needed"
+    )
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10, help="local ones")
     parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument(
-        "--with", dest="more", nargs="*", default=[], help="overrides of all runs: a larger model"
-    )
-    parser.add_argument("--name", help="of the result, if not the model's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, required=True, help="folder in which what is done is kept")
+    parser.add_argument("--work", type=Path, required=True, help="folder in which the runs stay")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     work = chosen.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    size = (f"model={chosen.model}", f"train.rounds={chosen.rounds}", f"train.local_steps={chosen.steps}")
-    size += (f"train.seq_len={chosen.seq_len}", f"train.eval_every={chosen.rounds}", *chosen.more)
+    size = (f"model={chosen.model}", f"train.seq_len={chosen.seq_len}", *chosen.more)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS if name in chosen.only}
     # Seed by seed, so that what is stopped early has all variants of some.
-    runs = [
-        (name, figures(work, f"{chosen.model} {name}", seed, *size, *how))
-        for seed in chosen.seeds
-        for name, how in VARIANTS.items()
-    ]
-    found = {name: [figures for of, figures in runs if of == name] for name in VARIANTS}
+    for seed in chosen.seeds:
+        for name, runs in found.items():
+            # A round of a part has so many steps fewer that each tensor is synchronised as often.
+            parts = 2 if "K/2" in name else 1
+            rounds = parts * chosen.rounds
+            turns = (
+                f"train.rounds={rounds}", f"train.eval_every={rounds}", f"train.local_steps={chosen.steps // parts}",
+            )  # fmt: skip
+            runs.append(figures(work, f"{chosen.name} {name}", seed, rounds, *size, *turns, *VARIANTS[name]))
     diloco, average = (found[name] for name in list(VARIANTS)[:2])
     rows = []
     for name, runs in found.items():
@@ -104,23 +118,26 @@ def main() -> None:
             )
             for base in (diloco, average)
         ]
-        down, up = runs[0]["down"], runs[0]["up"]
-        ratio = (diloco[0]["down"] + diloco[0]["up"]) / (down + up)
-        whole = diloco[0]["all"] / runs[0]["all"]
+        own = runs[0]
         rows.append(
-            f"| {name} | {down / 1e6:.2f} | {up / 1e6:.2f} | {ratio:.1f} x | {whole:.1f} x | "
-            f"{spread([own['loss'] for own in runs])} | {against[0]} % | {against[1]} % |"
+            f"| {name} | {own['down']:.2f} | {own['up']:.2f} | "
+            f"{(diloco[0]['down'] + diloco[0]['up']) / (own['down'] + own['up']):.1f} x | "
+            f"{diloco[0]['most'] / own['most']:.1f} x | {diloco[0]['all'] / own['all']:.1f} x | "
+            f"{spread([run['loss'] for run in runs], '.3f')} | "
+            f"{against[0]} % | {against[1]} % |"
         )
     write_result(
-        f"bytes_{chosen.model}",
-        f"Bytes and loss ({chosen.model})",
-        f"Four sites, {chosen.rounds} rounds of {chosen.steps} steps of 8 x {chosen.seq_len} bytes of Python's "
+        f"bytes_{chosen.name}",
+        f"Bytes and loss ({chosen.name})",
+        f"Four sites, {chosen.rounds} rounds of K = {chosen.steps} steps of 8 x {chosen.seq_len} bytes of Python's "
         "standard library, the same tokens in all runs, a cosine schedule. Validation loss with all experts; median "
-        f"and range of {len(chosen.seeds)} seed(s). MB: of the last round, all sites, with headers; fewer: both ways, "
-        "in that round, and in the whole run with its first round, in which all is whole.\n\n"
-        "| | MB down | MB up | fewer | in the whole run | loss | against DiLoCo | against the average |\n"
-        "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
-        "larger models, longer runs.",
+        f"and range of {len(chosen.seeds)} seed(s). MB of a round in the mean, all sites, with headers. Fewer bytes "
+        "than full-replica DiLoCo: in a round in the mean, in the round with the most (both without the first and the last, "
+        "in which all is sent), and in the whole run.\n\n"
+        "| | MB down | MB up | fewer in a round | at its most | in the whole run | loss | against DiLoCo | "
+        "against the average |\n"
+        "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
+        "larger models, longer runs, sites with other text.",
     )
 
 
