@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "half, topk 1/16 both ways": both_ways("topk", "strategy.density=0.0625"),
     "half, topk 1/64 both ways": both_ways("topk"),
+    "half, topk 1/128 both ways": both_ways("topk", "strategy.density=0.0078125"),
     "half, topk 1/64 both ways, no feedback": both_ways("topk", "strategy.feedback=0"),
     "half, bf16, average, delay 1": both_ways("bf16", "strategy.delay=1"),
     "half, bf16, average, 2 fragments, K/2": both_ways("bf16", "strategy.fragments=2"),
@@ -56,8 +57,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def figures(work: Path, name: str, seed: int, rounds: int, *overrides: str) -> dict[str, float]:
-    """Validation loss at the end, and MB of tensors and headers of all sites: down and up in a round in the mean, and the
-    most of one (both without the first and the last), and in the whole run. A run that is there is not made again.
+    """Validation loss at the end, and MB of tensors and headers of all sites: down and up in a round in the mean, the
+    most of one (both without the first and the last round), and of the whole run.
+
+    A run that is there is not made again.
     """
     folder = work / "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")
     metrics = folder / "metrics.jsonl"
@@ -132,8 +135,8 @@ def main() -> None:
         f"Four sites, {chosen.rounds} rounds of K = {chosen.steps} steps of 8 x {chosen.seq_len} bytes of Python's "
         "standard library, the same tokens in all runs, a cosine schedule. Validation loss with all experts; median "
         f"and range of {len(chosen.seeds)} seed(s). MB of a round in the mean, all sites, with headers. Fewer bytes "
-        "than full-replica DiLoCo: in a round in the mean, in the round with the most (both without the first and the last, "
-        "in which all is sent), and in the whole run.\n\n"
+        "than full-replica DiLoCo: in a round in the mean, in the round with the most (both without the first and the "
+        "last, in which all is sent), and in the whole run.\n\n"
         "| | MB down | MB up | fewer in a round | at its most | in the whole run | loss | against DiLoCo | "
         "against the average |\n"
         "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
