@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,13 @@ from tests.store.servers import BUCKET, KEY, SECRET, environment
 
 APP = Path(__file__).resolve().parent / "plain_flower"
 SITES = ("a", "b")
+
+# Of about the same size as HUNDRED, in which one tensor, the embedding, is four fifths.
+MANY_TENSORS = (
+    "model.d_model=512", "model.num_layers=8", "model.num_heads=8", "model.num_experts=32", "model.d_expert=256",
+    "model.vocab_size=32768",
+)  # fmt: skip
+MANY = "of many tensors"
 
 STEP = (
     "train.local_steps=1", "train.batch_size=1", "train.seq_len=32", "train.eval_batches=0", "wandb.mode=disabled",
@@ -147,7 +155,7 @@ def main() -> None:
     rounds = chosen.rounds
     os.environ.setdefault("FOMOE_CACHE", tempfile.mkdtemp(prefix="fomoe-benchmark-cache-"))
     count = parameters(HUNDRED)
-    model_mib = 4 * count / 2**20
+    model_mib, many_mib = 4 * count / 2**20, 4 * parameters(MANY_TENSORS) / 2**20
     full = ("strategy=fedavg", *HUNDRED)
     cases = {
         "ours, empty": lambda f: ours(f, (*EMPTY, "strategy.overlap=1"), rounds),
@@ -168,6 +176,20 @@ def main() -> None:
             f, (*full, "strategy.up=int4", "strategy.down=int4"), rounds, through_store=True
         ),
         "Flower, fp32": lambda f: flowers(f, count / 1e6, rounds),
+        **{
+            f"ours, full replica {MANY}, {codec}, through an object store": partial(
+                ours,
+                overrides=(
+                    "strategy=fedavg",
+                    *MANY_TENSORS,
+                    f"strategy.up={codec}",
+                    f"strategy.down={codec}",
+                ),
+                rounds=rounds,
+                through_store=True,
+            )
+            for codec in ("bf16", "int4")
+        },
     }
     costs: dict[str, Cost] = {}
     for name, case in cases.items():
@@ -182,7 +204,9 @@ def main() -> None:
     for name, cost in costs.items():
         base = costs["Flower, empty" if name.startswith("Flower") else "ours, empty"].peak_mib
         extra = {
-            program: (cost.peak_mib[program] - base[program]) / model_mib if "empty" not in name else 0.0
+            program: (cost.peak_mib[program] - base[program]) / (many_mib if MANY in name else model_mib)
+            if "empty" not in name
+            else 0.0
             for program in PROGRAMS
         }
         cells = " | ".join(f"{extra[program]:.2f}" if extra[program] else "" for program in PROGRAMS)
@@ -195,7 +219,7 @@ def main() -> None:
         f"A round of two sites in a deployment: next to nothing, and {count / 1e6:.1f} M parameters",
         f"Seconds a round: median and range of {rounds} rounds after two that warm up; the processes of both sites, "
         "server and clients share the machine. Memory: peak of each process above that of the empty case, in models "
-        f"({model_mib:.0f} MiB in fp32), the larger of the two sites.\n\n"
+        f"({model_mib:.0f} MiB in fp32; {MANY} {many_mib:.0f} MiB), the larger of the two sites.\n\n"
         f"| case | seconds a round | {' | '.join(PROGRAMS)} |\n|---|---|{'---|' * len(PROGRAMS)}\n"
         + "\n".join(rows),
         "TLS, real links, more than two sites, GPUs.",
