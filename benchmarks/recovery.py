@@ -1,7 +1,7 @@
 """How long a federation needs to be whole again after a blow. `python -m benchmarks.recovery --kills 50 --seed 0`
 
 Real processes on one machine: a SuperLink and three sites under `fomoe site`, as in docs/deployment.md without TLS.
-Each process is hit with each signal once, and then `--kills` more from a seed; see `tests/faults/chaos.py`, which also
+Each process is hit with each signal once, and then `--kills` more times from a seed; see `tests/faults/chaos.py`, which also
 compares the model at the end with that of a run in one process in which just the lost replies are missing.
 """
 
@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=int, default=0, help="strategy.delay")
+    parser.add_argument("--random-only", action="store_true", help="without one of each before them")
     chosen = parser.parse_args()
-    blows = every_blow() + random_blows(chosen.seed, chosen.kills)
+    first = [] if chosen.random_only else every_blow()
+    blows = first + random_blows(chosen.seed, chosen.kills)
     with tempfile.TemporaryDirectory(prefix="fomoe-recovery-") as name:
         folder = Path(name)
         write_corpus(folder / "corpus")
