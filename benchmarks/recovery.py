@@ -1,7 +1,7 @@
 """How long a federation needs to be whole again after a blow. `python -m benchmarks.recovery --kills 50 --seed 0`
 
 Real processes on one machine: a SuperLink and three sites under `fomoe site`, as in docs/deployment.md without TLS.
-Each process is hit with each signal once, and then `--kills` more times from a seed; see `tests/faults/chaos.py`, which also
+Each process is hit with each signal once, and then `--kills` more from a seed; see `tests/faults/chaos.py`, which also
 compares the model at the end with that of a run in one process in which just the lost replies are missing.
 """
 
