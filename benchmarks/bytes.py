@@ -81,6 +81,36 @@ def figures(work: Path, name: str, seed: int, rounds: int, *overrides: str) -> d
     return found
 
 
+def draw(path: Path, name: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """Loss by bytes: who has none below it and to its left has the least loss for its bytes."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
+    for index, (label, runs) in enumerate(found.items()):
+        losses = [run["loss"] for run in runs]
+        middle = statistics.median(losses)
+        axes.errorbar(
+            runs[0]["down"] + runs[0]["up"],
+            middle,
+            [[middle - min(losses)], [max(losses) - middle]],
+            label=label,
+            color=pyplot.get_cmap("tab20")(index),
+            marker="osD^v"[index % 5],
+            capsize=3,
+            linestyle="",
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("MB of a round, all sites, both ways")
+    axes.set_ylabel("validation loss")
+    axes.set_title(f"{name}: median and range of {len(next(iter(found.values())))} seed(s)", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
@@ -129,7 +159,7 @@ def main() -> None:
             f"{spread([run['loss'] for run in runs], '.3f')} | "
             f"{against[0]} % | {against[1]} % |"
         )
-    write_result(
+    result = write_result(
         f"bytes_{chosen.name}",
         f"Bytes and loss ({chosen.name})",
         f"Four sites, {chosen.rounds} rounds of K = {chosen.steps} steps of 8 x {chosen.seq_len} bytes of Python's "
@@ -142,6 +172,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
         "larger models, longer runs, sites with other text.",
     )
+    draw(result.with_suffix(".png"), chosen.name, found)
 
 
 if __name__ == "__main__":
