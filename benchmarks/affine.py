@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import train, write_result
+from benchmarks.harness import spread, train, write_result
 
 SETTINGS = (
     "runtime=local", "wandb.mode=disabled", "checkpoint.every=0", "train.eval_batches=64",
@@ -44,8 +44,7 @@ def main() -> None:
                 flush=True,
             )
         by_round = " | ".join(f"{statistics.median(values):.3f}" for values in zip(*shares, strict=True))
-        spread = f"{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
-        rows.append(f"| {name} | {by_round} | {spread} |")
+        rows.append(f"| {name} | {by_round} | {spread(losses)} |")
     rounds = " | ".join(str(number) for number in range(1, chosen.rounds + 1))
     write_result(
         "affine",

@@ -7,17 +7,16 @@ plain average, and federations in which each expert is at half of the sites, wit
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.continued import spread
-from benchmarks.harness import write_result
+from benchmarks.harness import spread, write_result
 from fomoe_flwr.compose import compose
 from strategies.launch import launch
+from tests.strategies.helpers import metrics
 
 COMMON = (
     "wandb.mode=disabled", "runtime=local", "federation.num_sites=4", "train.schedule=cosine", "train.eval_batches=64",
@@ -63,11 +62,10 @@ def figures(work: Path, name: str, seed: int, rounds: int, *overrides: str) -> d
     A run that is there is not made again.
     """
     folder = work / "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists() or len(metrics.read_text().splitlines()) <= rounds:
+    if not (folder / "metrics.jsonl").exists() or len(metrics(folder)) <= rounds:
         shutil.rmtree(folder, ignore_errors=True)
         launch(compose([*COMMON, *overrides, f"seed={seed}", f"hydra.run.dir={folder}"]))
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = metrics(folder)
     down, up = ([line[f"bytes_{way}"] / 1e6 for line in lines] for way in ("down", "up"))
     both = [sum(pair) for pair in zip(down, up, strict=True)]
     found = {
@@ -156,7 +154,7 @@ def main() -> None:
             f"| {name} | {own['down']:.2f} | {own['up']:.2f} | "
             f"{(diloco[0]['down'] + diloco[0]['up']) / (own['down'] + own['up']):.1f} x | "
             f"{diloco[0]['most'] / own['most']:.1f} x | {diloco[0]['all'] / own['all']:.1f} x | "
-            f"{spread([run['loss'] for run in runs], '.3f')} | "
+            f"{spread([run['loss'] for run in runs])} | "
             f"{against[0]} % | {against[1]} % |"
         )
     result = write_result(

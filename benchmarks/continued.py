@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.harness import write_result
+from benchmarks.harness import spread, write_result
 from clients.app import app as client_app
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
@@ -208,10 +208,6 @@ def survey_worth(work: Path, model: str, seed: int) -> tuple[float, float, float
         return float(sum(held) / sum(load.sum() for load in truth))
 
     return resident(drawn), share(half), share(truth)
-
-
-def spread(values: list[float], form: str = ".3f") -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ def write_result(name: str, title: str, body: str, not_measured: str) -> Path:
     path.write_text(text)
     print(text)
     return path
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Median and range."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def options(description: str, repeats: int) -> argparse.Namespace:

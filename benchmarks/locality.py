@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import train, write_result
-from benchmarks.routing import SETTINGS, TARGET, VARIANTS, final, spread
+from benchmarks.harness import spread, train, write_result
+from benchmarks.routing import SETTINGS, TARGET, VARIANTS, final
 
 SETTLED = (
     2  # the round from which on targets are held against what was measured: in round 1 the routers are new

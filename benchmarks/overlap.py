@@ -2,13 +2,12 @@
 
 Real processes of two sites, whose links to the object store are slow, with strategy.delay=0 and 1 one after the other;
 and eight simulated sites with such links, by the virtual clock. Utilisation is the time in local steps over the time of
-rounds, from the second on.
+rounds, from the second on. With a delay it may be above 1, for the first steps of a round are taken before it begins.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from fomoe_flwr.compose import compose
 from strategies.launch import launch
 from tests.e2e.deployment import SITE_MARK, Deployment
 from tests.store.servers import BUCKET, environment
+from tests.strategies.helpers import metrics
 
 SITES = ("a", "b")
 COMMON = (
@@ -46,7 +46,7 @@ def rounds(folder: Path, mbps: float, latency_s: float, overrides: Sequence[str]
         deployment = stack.enter_context(Deployment(folder, SITES, environment=environment(slow)))
         run = deployment.submit([*COMMON, *overrides, f"store=s3://{BUCKET}"], folder / "run")
         assert run.wait(1800) == 0, deployment.logs()
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder / "run")
     assert not any(line["failures"] for line in lines)
     return lines
 
@@ -65,9 +65,8 @@ def eight_sites(
         "strategy.overlap=4",
         f"hydra.run.dir={folder / 'run'}",
     )
-    own = [item for item in (*COMMON, *overrides) if not item.startswith("strategy.overlap")]
-    launch(compose([*own, *size]))
-    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    launch(compose([*COMMON, *overrides, *size]))
+    return metrics(folder / "run")
 
 
 def utilisation(lines: list[dict[str, Any]]) -> float:
@@ -78,9 +77,9 @@ def utilisation(lines: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, nargs=2, default=[60, 30], help="local ones, by link")
-    parser.add_argument("--simulated-steps", type=int, default=50, help="of eight sites, at 20 Mbit/s")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, nargs=2, default=[260, 200], help="local ones, by link")
+    parser.add_argument("--simulated-steps", type=int, default=100, help="of eight sites, at 20 Mbit/s")
     parser.add_argument("--latency-ms", type=float, default=50.0)
     chosen = parser.parse_args()
     rows, simulated = [], []

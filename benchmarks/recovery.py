@@ -61,7 +61,7 @@ def main() -> None:
         for kind, taken in sorted(by_kind.items())
     ]
     write_result(
-        "recovery" + "_delay" * chosen.delay,
+        "recovery_delay" if chosen.delay else "recovery",
         f"{len(blows)} blows to a federation of three sites, and how long until all sites are in a round again",
         "From the signal to the end of the first whole round after the one that was hit, in seconds; an undisturbed "
         "round takes 5 to 8 s. A site is watched by `fomoe site` "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import train, write_result
+from benchmarks.harness import spread, train, write_result
 
 SETTINGS = (
     "runtime=local", "wandb.mode=disabled", "checkpoint.every=0", "train.eval_batches=64",
@@ -42,11 +42,6 @@ def final(folder: Path) -> dict[str, Any]:
     return content
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median and range over the seeds."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def loss_row(name: str, runs: Sequence[tuple[Lines, dict[str, Any]]], central: Sequence[float]) -> str:
     """Loss with all experts and with residents, necessity, and what the routers look like."""
     needed = [evaluation["routing"]["necessity"] for _, evaluation in runs]
@@ -57,7 +52,7 @@ def loss_row(name: str, runs: Sequence[tuple[Lines, dict[str, Any]]], central: S
     everything = [evaluation["all_experts"]["loss"] for _, evaluation in runs]
     return (
         f"| {name} | {spread(everything)} | {spread(resident)} | {spread(needed)} | "
-        f"{spread(share, 0)} % | "
+        f"{spread(share, '.0f')} % | "
         + " | ".join(
             f"{statistics.median(values):.3f}" if all(v is not None for v in values) else "–"
             for figure in ("agreement", "drift", "expert_similarity")

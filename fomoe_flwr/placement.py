@@ -158,3 +158,12 @@ def holder_groups(
             for expert in experts:
                 groups[layer, expert] = (*groups.get((layer, expert), ()), site)
     return groups
+
+
+def numbered(which_LE: NDArray[np.bool_], layers: Sequence[int]) -> set[tuple[int, int]]:
+    """The experts that are marked, as (layer, expert) of their names.
+
+    Args:
+        layers: numbers of the layers with experts.
+    """
+    return {(layers[row], expert) for row, expert in np.argwhere(which_LE).tolist()}

@@ -33,7 +33,7 @@ from fomoe_flwr.model.spec import (
     table,
     token_flops,
 )
-from fomoe_flwr.placement import Placement, full_residents
+from fomoe_flwr.placement import Placement, full_residents, numbered
 from fomoe_flwr.reading import reason
 from fomoe_flwr.turns import resting, takes_turns
 
@@ -225,10 +225,7 @@ def round_bytes(
         own_LEM = placement_of(number).holds_LEM
         sole_LE = own_LEM.sum(axis=2) == 1
         moving_LE = (own_LEM != placement_of(number + 1).holds_LEM).any(axis=2)
-        sole, moving = (
-            {(layers[row], expert) for row, expert in np.argwhere(which_LE).tolist()}
-            for which_LE in (sole_LE, moving_LE)
-        )
+        sole, moving = (numbered(which_LE, layers) for which_LE in (sole_LE, moving_LE))
         rest = resting(shapes, model, strategy, number, config.train.rounds, sole, moving)
         due = [name for name in shapes if name not in rest]
         due_LE = np.zeros_like(sole_LE)

@@ -39,7 +39,7 @@ from fomoe_flwr.model.spec import (
     place_of,
 )
 from fomoe_flwr.model.standins import take_over
-from fomoe_flwr.placement import Placement, from_residents, full_residents
+from fomoe_flwr.placement import Placement, from_residents, full_residents, numbered
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.server.outer import (
@@ -63,7 +63,7 @@ from fomoe_flwr.server.replies import (
     outliers,
     refusing,
 )
-from fomoe_flwr.server.shards import Held, Public, bundles_by_holder, shared_bundles
+from fomoe_flwr.server.shards import Held, Public, bundles_by_holder, experts_of, shared_bundles
 from fomoe_flwr.server.state import ExpertLedger, ServerState, Sizes
 from fomoe_flwr.turns import resting, takes_turns, turn_name
 from fomoe_flwr.untrusted import one_line
@@ -308,8 +308,7 @@ class Server:
         current.sole_LE = current.placement.holds_LEM.sum(axis=2) == 1
         current.until_LE = self.policy.holders_until(current.number, current.placement)
         sole, moving = (
-            {(layers[row], expert) for row, expert in np.argwhere(which_LE).tolist()}
-            for which_LE in (current.sole_LE, current.until_LE == current.number)
+            numbered(which_LE, layers) for which_LE in (current.sole_LE, current.until_LE == current.number)
         )
         current.resting = resting(
             self.state.tensors, self.config.model, strategy, current.number, self.last_round, sole, moving
@@ -658,8 +657,8 @@ def _held(
         experts: `expert_of` each tensor.
         layers: numbers of the layers with experts.
     """
-    own = {None, *((layers[row], expert) for row, held in enumerate(residents) for expert in held)}
-    return frozenset(name for name, expert in experts.items() if expert in own)
+    own = experts_of(residents, layers)
+    return frozenset(name for name, expert in experts.items() if expert is None or expert in own)
 
 
 def _of_each(residents: Residents, values_LE: NDArray[np.int64] | None) -> list[list[int]]:

@@ -79,6 +79,11 @@ def shared_bundles(
     return bundles, digests
 
 
+def experts_of(residents: Residents, layers: Sequence[int]) -> set[tuple[int, int]]:
+    """The residents as (layer, expert) of their names."""
+    return {(layers[row], expert) for row, own in enumerate(residents) for expert in own}
+
+
 @dataclass
 class Held:
     """Which sites have which tensors: as messages brought them, or, where they rest, as the sites' own steps left them.
@@ -106,10 +111,7 @@ class Held:
         """Of which experts a site has the tensors (`expert_of`), None being the dense part."""
         if site not in self.holders:
             return set()
-        return {
-            None,
-            *((layers[row], expert) for row, own in enumerate(self.holders[site]) for expert in own),
-        }
+        return {None, *experts_of(self.holders[site], layers)}
 
 
 class Public:

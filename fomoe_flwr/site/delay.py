@@ -85,8 +85,8 @@ def start(
     A tensor begins as it came a message before, moved by the site's own update since, H being the sites that share it:
     `A(r-1) - gain / sqrt(H) · D(r-1)`. It begins as it comes now where the site has no such update: if the state that
     counts is not that of the round before (its reply was lost or refused, the round was discarded, the site was away or
-    is new), or does not hold the tensor (the expert is new to the site, the state was lost). What
-    the message does not bring, because it was not its turn, is not looked at.
+    is new), or does not hold the tensor (the expert is new to the site, the state was lost). What the message does not
+    bring, because it was not its turn, is not looked at.
 
     Args:
         arrived: the tensors that the message brings.
