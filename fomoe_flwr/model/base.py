@@ -12,16 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
+from fomoe_flwr.model.cross_entropy import linear_cross_entropy
 from fomoe_flwr.model.moe import Experts, Router
 from fomoe_flwr.model.spec import Residents, slots
-
-# Logits of more than this many numbers are computed in pieces and again in the backward pass: with a
-# vocabulary of 200 k, the logits of a batch are larger than everything else together.
-_LOGITS_AT_ONCE = 2**27
 
 
 class Losses(NamedTuple):
@@ -65,9 +61,14 @@ class LanguageModel(nn.Module):
         """Last hidden state x_BSD after its norm, and the routers' losses times their coefficients."""
         raise NotImplementedError
 
+    def head(self) -> tuple[Tensor, float]:
+        """Weights head_VD, and the factor by which their product with the hidden state is multiplied."""
+        raise NotImplementedError
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits [T, V]."""
-        raise NotImplementedError
+        head_VD, multiplier = self.head()
+        return F.linear(hidden_TD, head_VD) * multiplier
 
     def finish_building(self, device: str) -> None:
         """Fill the buffers of a module that was built without memory and is on its device now."""
@@ -101,21 +102,10 @@ class LanguageModel(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Losses:
         """Losses of predicting tokens_BT[:, 1:] from tokens_BT[:, :-1]."""
         hidden_BSD, balance = self.hidden(tokens_BT[:, :-1])
-        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), tokens_BT[:, 1:].flatten()
-
-        def summed_loss(hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(hidden_TD).float(), targets_T, reduction="sum")
-
-        rows = max(1, _LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(targets_T) <= rows:
-            total = summed_loss(hidden_TD, targets_T)
-        else:
-            pieces = zip(torch.split(hidden_TD, rows), torch.split(targets_T, rows), strict=True)
-            total = sum(
-                (checkpoint(summed_loss, h, t, use_reentrant=False) for h, t in pieces),
-                torch.zeros_like(balance),
-            )
-        return Losses(total / len(targets_T), balance)
+        head_VD, multiplier = self.head()
+        targets_T = tokens_BT[:, 1:].flatten()
+        loss = linear_cross_entropy(hidden_BSD.flatten(0, 1), head_VD, targets_T, multiplier)
+        return Losses(loss, balance)
 
 
 class NamedView(NamedTuple):

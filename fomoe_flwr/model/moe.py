@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.model.experts import LINEARS, plain_experts
+from fomoe_flwr.model.experts import (
+    LINEARS,
+    SILU,
+    Dispatch,
+    Projections,
+    compute_dtype,
+    experts_of_tokens,
+    grouped_linear,
+    plain_experts,
+)
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
 from fomoe_flwr.model.standins import StandIns, standins_of
 
@@ -236,15 +245,9 @@ def slots_of(residents: Sequence[int], candidates: Sequence[int]) -> list[int]:
     return [slots.get(expert, len(residents)) for expert in candidates]
 
 
-class Dispatch(NamedTuple):
-    """The pairs whose expert is here, sorted by expert."""
-
-    tokens_P: Tensor  # which token
-    pairs_P: Tensor  # which of the T·K pairs
-    offsets_E: Tensor  # int32, end of each expert's pairs
-
-
-def dispatch(chosen_TK: Tensor, slot_C: Tensor, num_slots: int) -> Dispatch:
+def dispatch(
+    chosen_TK: Tensor, slot_C: Tensor, num_slots: int, ghosts: bool = True, padded: bool = False
+) -> Dispatch:
     """Sort pairs by expert and drop the ghosts.
 
     A dropped pair costs nothing after this point, forward or backward, and the weights of the token's other
@@ -252,13 +255,16 @@ def dispatch(chosen_TK: Tensor, slot_C: Tensor, num_slots: int) -> Dispatch:
 
     Args:
         slot_C: position of each candidate among the residents; `num_slots` for a ghost.
+        ghosts: whether there are any.
+        padded: leave the ghosts at the end: how many they are is not asked, for a GPU would be waited for.
     """
     slot_Q = slot_C[chosen_TK.flatten()]
     sorted_Q, order_Q = slot_Q.sort(stable=True)
     slots_E = torch.arange(num_slots, device=slot_Q.device)
     offsets_E = torch.searchsorted(sorted_Q, slots_E, right=True).to(torch.int32)
-    pairs_P = order_Q[: int(offsets_E[-1])]
-    return Dispatch(pairs_P // chosen_TK.shape[1], pairs_P, offsets_E)
+    if ghosts and not padded:
+        order_Q = order_Q[: int(offsets_E[-1])]
+    return Dispatch(order_Q, offsets_E, ghosts and padded)
 
 
 def renormalised(weights_TK: Tensor, resident_TK: Tensor) -> Tensor:
@@ -274,8 +280,6 @@ def renormalised(weights_TK: Tensor, resident_TK: Tensor) -> Tensor:
 Experts = Callable[[Tensor, Tensor], Tensor]
 
 
-# The number of pairs that stay depends on the data, so torch.compile steps aside here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def routed(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -284,30 +288,67 @@ def routed(
     num_slots: int,
     routing: str,
     experts: Experts,
+    projections: Projections | None,
     standins: StandIns | None = None,
 ) -> Tensor:
     """`y = Σ_{i chosen, resident} w_i · E_i(x)`, y_TD; with stand-ins also `Σ_{i chosen, ghost} w_i · S_i(x)`.
 
     Args:
         routing: with skip_renormalised the weights are those of `renormalised`.
+        experts: from rows in the order of their experts, and the ends of each expert's, to their outputs.
+        projections: the same experts, where they have the usual form.
     """
     if routing == "skip_renormalised":
         weights_TK = renormalised(weights_TK, (slot_C < num_slots)[chosen_TK].to(weights_TK.dtype))
-    y_TD = _through(x_TD, weights_TK, chosen_TK, slot_C, num_slots, experts)
+    y_TD: Tensor
+    if projections is None:
+        y_TD = _through(x_TD, weights_TK, chosen_TK, slot_C, num_slots, experts)
+    elif torch.compiler.is_compiling() and compute_dtype(x_TD) != torch.bfloat16:
+        # It cannot trace grouped_mm of other types.
+        y_TD = _as_one_apart(x_TD, weights_TK, chosen_TK, slot_C, num_slots, projections)
+    else:
+        y_TD = _as_one(x_TD, weights_TK, chosen_TK, slot_C, num_slots, projections)
     if standins is not None:
         y_TD = y_TD + _through(x_TD, weights_TK, chosen_TK, standins.slot_E, standins.num, standins)
     return y_TD
 
 
+def _as_one(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    chosen_TK: Tensor,
+    slot_C: Tensor,
+    num_slots: int,
+    projections: Projections,
+) -> Tensor:
+    """Experts of the usual form."""
+    ghosts = num_slots < len(slot_C)
+    pairs = dispatch(chosen_TK, slot_C, num_slots, ghosts, _padded(x_TD))
+    return experts_of_tokens(x_TD, weights_TK, pairs, projections)
+
+
+_as_one_apart = torch.compiler.disable(_as_one)  # type: ignore[no-untyped-call]
+
+
+def _padded(x_TD: Tensor) -> bool:
+    """Whether to go on without the number of pairs that stay: on a CPU it is at hand, and rows that are not there cost
+    nothing."""
+    return x_TD.is_cuda or torch.compiler.is_compiling()
+
+
+# The number of pairs that stay depends on the data, so torch.compile steps aside here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _through(
     x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, slot_C: Tensor, num_slots: int, experts: Experts
 ) -> Tensor:
-    pairs = dispatch(chosen_TK, slot_C, num_slots)
+    """Experts of any form."""
+    pairs_P, offsets_E, _ = dispatch(chosen_TK, slot_C, num_slots)
+    tokens_P = pairs_P // chosen_TK.shape[1]
     # index_select and index_add, not x[i]: the backward of plain indexing is several times slower.
-    y_PD = experts(x_TD.index_select(0, pairs.tokens_P), pairs.offsets_E)
-    weights_P = weights_TK.flatten().index_select(0, pairs.pairs_P)
+    y_PD = experts(x_TD.index_select(0, tokens_P), offsets_E)
+    weights_P = weights_TK.flatten().index_select(0, pairs_P)
     y_PD = (y_PD * weights_P.unsqueeze(1)).to(x_TD.dtype)
-    return torch.zeros_like(x_TD).index_add(0, pairs.tokens_P, y_PD)
+    return torch.zeros_like(x_TD).index_add(0, tokens_P, y_PD)
 
 
 # ----- the σ-MoE
@@ -321,6 +362,11 @@ class SigmaExperts(nn.Module):
         self.up_EHD = nn.Parameter(torch.empty(num_local, model.d_expert, model.d_model))
         self.down_EDH = nn.Parameter(torch.empty(num_local, model.d_model, model.d_expert))
         self.linear = LINEARS[model.experts_impl]
+
+    @property
+    def projections(self) -> Projections | None:
+        """For `experts_of_tokens`; None: this implementation goes without."""
+        return Projections(SILU, self.down_EDH, [self.up_EHD]) if self.linear is grouped_linear else None
 
     def forward(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
         return plain_experts(self.linear, x_PD, self.up_EHD, self.down_EDH, offsets_E)
@@ -376,6 +422,7 @@ class MoE(nn.Module):
             num_slots,
             self.routing,
             self.experts,
+            self.experts.projections,
             self.standins,
         )
         if self.shared_experts is not None:

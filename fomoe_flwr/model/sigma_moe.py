@@ -141,6 +141,6 @@ class Transformer(LanguageModel):
             balance = balance + config.locality_coefficient * config.base_num_layers * local
         return self.model.norm(x_BSD), balance
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Next-token logits [T, V]; the embedding is tied."""
-        return F.linear(hidden_TD, self.model.embed_tokens.weight) * logit_multiplier(self.config)
+    def head(self) -> tuple[Tensor, float]:
+        # The embedding is tied.
+        return self.model.embed_tokens.weight, logit_multiplier(self.config)

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from fomoe_flwr.config import MOST, MOST_EXPERTS, MOST_LAYERS, MOST_VOCABULARY, MOST_WIDTH, ModelConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.model.base import LanguageModel, MoELayer
-from fomoe_flwr.model.experts import LINEARS, rows_of
+from fomoe_flwr.model.experts import LINEARS, SWIGLU, Projections, grouped_linear, rows_of
 from fomoe_flwr.model.families import FAMILIES, family_of
-from fomoe_flwr.model.families.family import Family
+from fomoe_flwr.model.families.family import Family, gated
 from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
 from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents, standin_rows
 from fomoe_flwr.model.standins import standins_of
@@ -431,9 +431,19 @@ class StockExperts(nn.Module):
             self.num_slots,
             self.routing,
             self.compute,
+            self.projections,
             self.standins,
         )
         return y_TD
+
+    @property
+    def projections(self) -> Projections | None:
+        """For `experts_of_tokens`, where they are SwiGLU without biases; None: they are not."""
+        usual = self.family.activation is gated and self.settings.hidden_act in ("silu", "swish")
+        if self.family.biases or not usual or self.linear is not grouped_linear:
+            return None
+        gate_EHD, up_EHD, down_EDH = (self.get_parameter(part) for part in ("gate", "up", "down"))
+        return Projections(SWIGLU, down_EDH, [gate_EHD, up_EHD])
 
     def compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
         def project(part: str, x: Tensor) -> Tensor:
@@ -495,6 +505,6 @@ class StockModel(LanguageModel):
             loss = loss + config.locality_coefficient * local
         return x_BSD, loss
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        logits_TV: Tensor = self.stock.lm_head(hidden_TD)
-        return logits_TV
+    def head(self) -> tuple[Tensor, float]:
+        # No family has a bias there.
+        return self.stock.lm_head.weight, 1.0

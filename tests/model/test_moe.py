@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.model import moe as moe_module
 from fomoe_flwr.model.experts import LINEARS
 from fomoe_flwr.model.moe import MoE, SigmaRouter, dispatch
 from fomoe_flwr.model.sigma_moe import Block, rope_tables
@@ -22,7 +23,14 @@ from tests.model.helpers import SMALL, plain_moe, poisoned_memory
 ALL = list(range(SMALL.num_experts))
 TOKENS = 11
 
-implementations = pytest.mark.parametrize("impl", LINEARS)
+
+@pytest.fixture(params=[*LINEARS, "padded"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """model.experts_impl; `padded` is the grouped one as it is on a GPU, where nobody waits for a count."""
+    if request.param != "padded":
+        return request.param
+    monkeypatch.setattr(moe_module, "_padded", lambda _: True)
+    return "grouped"
 
 
 def layer(residents: Sequence[int], routing: str, model: ModelConfig = SMALL, seed: int = 0) -> MoE:
@@ -76,7 +84,6 @@ def assert_is_plain(moe: MoE, candidates: Sequence[int]) -> None:
 # -- skip mode -----------------------------------------------------------------------------------------------
 
 
-@implementations
 @pytest.mark.parametrize("poisoned", [False, True], ids=["clean", "poisoned"])
 @pytest.mark.parametrize("residents", [ALL, [0, 2, 5], [4]], ids=["all", "half", "one"])
 def test_skip_mode_is_the_loop_over_residents(impl: str, residents: list[int], poisoned: bool) -> None:
@@ -112,7 +119,6 @@ def test_a_router_row_learns_only_from_the_tokens_its_expert_computed() -> None:
     assert not router_CD[[1, 3, 4, 5]].any()
 
 
-@implementations
 def test_all_chosen_experts_are_ghosts(impl: str) -> None:
     """Not a single pair stays: the layer's output and every gradient are exact zeros, on poisoned memory too."""
     moe = layer([5], "skip", dataclasses.replace(SMALL, experts_impl=impl))
@@ -270,7 +276,6 @@ def test_dispatch_sorts_pairs_by_resident_and_drops_ghosts() -> None:
         0,
         3,
     ]  # (token 1, expert 1), (token 0, expert 3), (token 1, expert 3)
-    assert pairs.tokens_P.tolist() == [1, 0, 1]
     assert pairs.offsets_E.tolist() == [1, 3]
     assert pairs.offsets_E.dtype == torch.int32
 
@@ -288,9 +293,19 @@ def test_the_last_offset_is_the_number_of_rows() -> None:
         assert slot_C[chosen_TK.flatten()[pairs.pairs_P]].tolist() == sorted(kept)
 
 
+def test_a_padded_dispatch_leaves_the_ghosts_behind_the_last_offset() -> None:
+    chosen_TK, slot_C = torch.tensor([[3, 0], [1, 3], [2, 0]]), torch.tensor([2, 0, 2, 1])
+    pairs = dispatch(chosen_TK, slot_C, num_slots=2, padded=True)
+    assert pairs.padded
+    assert pairs.pairs_P.tolist() == [2, 0, 3, 1, 4, 5]
+    assert pairs.offsets_E.tolist() == [1, 3]
+    # Where no candidate is a ghost there is nothing to pad.
+    assert not dispatch(chosen_TK, torch.arange(4), num_slots=4, ghosts=False, padded=True).padded
+
+
 def test_dispatch_of_ghosts_alone_is_empty() -> None:
     pairs = dispatch(torch.tensor([[0, 1]]), slot_C=torch.tensor([1, 1, 0]), num_slots=1)
-    assert pairs.pairs_P.tolist() == pairs.tokens_P.tolist() == []
+    assert pairs.pairs_P.tolist() == []
     assert pairs.offsets_E.tolist() == [0]
 
 
