@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.config import (
@@ -135,6 +135,11 @@ def check_combinations(config: RunConfig) -> None:
         check_store(config.store)
     if model.hf:
         _check_stock(config, model.hf)
+    if strategy.sole_every > 1 and config.overlap > 1 and strategy.placement not in ("planned", "memory"):
+        raise ConfigError(
+            f"strategy.sole_every={strategy.sole_every}: of experts that one site alone holds; here each has "
+            f"{config.overlap} holders; give strategy.overlap=1, or leave it out"
+        )
     if strategy.fragments > 1 and strategy.fragments > (layers := count_layers(model, strategy.routing)):
         raise ConfigError(
             f"strategy.fragments={strategy.fragments}: at most the number of layers, {layers}, of which each fragment "
@@ -322,11 +327,12 @@ def check_outer(strategy: StrategyConfig) -> None:
         ("density", topk, "strategy.up=topk"),
         ("down_density", strategy.down == "topk", "strategy.down=topk"),
         ("value_bits", topk, "strategy.up=topk and strategy.down=topk"),
-        ("feedback", strategy.up in LOSSY, f"strategy.up={', '.join(LOSSY)}"),
+        ("feedback", strategy.up in LOSSY, f"strategy.up={' or '.join(LOSSY)}"),
     ):
         if (value := getattr(strategy, key)) != getattr(usual, key) and not used:
             raise ConfigError(
-                f"strategy.{key}={value:g}: of {of}; here it is up={strategy.up} and down={strategy.down}"
+                f"strategy.{key}={value:g}: has an effect only with {of}; here it is up={strategy.up} and "
+                f"down={strategy.down}"
             )
     for key in ("density", "down_density", "feedback"):
         if ((value := getattr(strategy, key)) or 0) > 1:
@@ -344,7 +350,10 @@ def check_store(url: str) -> None:
     Raises:
         ConfigError: it cannot. The line shows no password.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"store: no URL ({error})") from None
     if parts.scheme not in STORES or "@" in parts.netloc or parts.query or parts.fragment:
         # The rest of it may be a password.
         shown = f"{parts.scheme}:…" if parts.scheme else one_line(parts.path, 80)
@@ -352,8 +361,12 @@ def check_store(url: str) -> None:
             f"store={shown}: needs flower, file:///…, s3://bucket/…, gs://bucket/… or az://account/container/…, "
             "without a password or options: credentials are taken from the environment"
         )
-    if parts.scheme == "file" and (parts.netloc or not parts.path.strip("/")):
-        raise ConfigError(f"store={url}: needs an absolute path, file:///…")
+    if parts.scheme in ("s3", "gs", "az") and not parts.netloc:
+        raise ConfigError(f"store={url:.200}: names no bucket; needs {parts.scheme}://…/")
+    if parts.scheme == "file":
+        path = unquote(parts.path)
+        if parts.netloc or not path.startswith("/") or not path.strip("/") or "\0" in path:
+            raise ConfigError(f"store={url:.200}: needs an absolute path, file:///…")
 
 
 def check_own_source(data: DataConfig, given: str) -> None:

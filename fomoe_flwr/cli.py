@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         hint = (
-            "; resume=RUN_DIR goes on from the last checkpoint"
+            "; resume=, and the run's directory, goes on from its last checkpoint"
             if arguments[:1] in (["train"], ["submit"])
             else ""
         )

@@ -27,6 +27,15 @@ def takes_turns(strategy: StrategyConfig) -> bool:
     return strategy.fragments > 1 or strategy.sole_every > 1
 
 
+def turns_in_words(strategy: StrategyConfig) -> str:
+    """What of delay and turns a run has, as more of a list; empty for none."""
+    return (
+        (", a delay of one round" if strategy.delay else "")
+        + (f", {strategy.fragments} parts in turn" if strategy.fragments > 1 else "")
+        + (f", experts of one site every {strategy.sole_every} turns" if strategy.sole_every > 1 else "")
+    )
+
+
 def resting(
     names: Iterable[str],
     model: ModelConfig,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fomoe_flwr.codecs import Codec, CodecState, Parts
+from fomoe_flwr.codecs import Codec, CodecState, Parts, of_part
 from fomoe_flwr.codecs.cast import DIGEST_BYTES, Cast
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.mapped import in_pieces
@@ -265,11 +265,22 @@ def split_bundle(names: Sequence[str], sizes: Mapping[str, int], limit: float) -
 
 
 def encode_bundles(key: str, parts: Parts) -> dict[str, bytes]:
-    """The parts as bundles named key, key.1, key.2, …: one, but for very large groups."""
-    sizes = {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype) in parts.items()}
+    """The parts as bundles named key, key.1, key.2, …: one, but for very large groups.
+
+    All parts of a tensor are in one bundle, so that each bundle can be checked by itself.
+    """
+    of_tensor: dict[str, list[str]] = {}
+    for part in parts:
+        of_tensor.setdefault(of_part(part)[0], []).append(part)
+    sizes = {
+        name: sum(parts[part].tensor.numel() * parts[part].dtype.itemsize for part in own)
+        for name, own in of_tensor.items()
+    }
     return {
-        key if index == 0 else f"{key}.{index}": encode({name: parts[name] for name in names})
-        for index, names in enumerate(split_bundle(list(parts), sizes, MAX_BUNDLE_BYTES))
+        key if index == 0 else f"{key}.{index}": encode(
+            {part: parts[part] for name in names for part in of_tensor[name]}
+        )
+        for index, names in enumerate(split_bundle(list(of_tensor), sizes, MAX_BUNDLE_BYTES))
     }
 
 

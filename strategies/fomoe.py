@@ -38,6 +38,7 @@ from fomoe_flwr.server.rounds import Round, RoundObserver, Server, missing
 from fomoe_flwr.store.at_server import StoredMessages
 from fomoe_flwr.store.messages import STORED
 from fomoe_flwr.store.objects import Store
+from fomoe_flwr.turns import turns_in_words
 from strategies.nodes import SiteDirectory, error_line, exchange
 from strategies.packing import named_from_flower, one_array_a_name, pack
 
@@ -286,7 +287,7 @@ class FoMoE(Strategy):
             f"({settings.placement} placement)",
             f"├──> Routing: {settings.routing} | inner: {settings.inner} | outer: {settings.outer}",
             f"├──> Local steps: {_span(steps_M)} | wire: {settings.up} up, {settings.down} down "
-            f"through {self.config.store}",
+            f"through {self.config.store}{turns_in_words(settings)}",
             "├──> Sampling:",
             f"│\t├──Fraction: train ({self.fraction_train:.2f}) | evaluate ({self.fraction_evaluate:.2f})",
             f"│\t└──Minimum nodes: train ({self.min_train_nodes}) | evaluate ({self.min_evaluate_nodes})",
@@ -332,6 +333,7 @@ class FoMoE(Strategy):
                 {site: self.server.longest_reply(site) for site in outgoing},
                 current.number,
                 current.deadline_s,
+                afresh=self.server.state.discarded > 0,
             )
         messages = pack(
             outgoing,

@@ -121,6 +121,15 @@ class SiteDirectory:
         now = time.monotonic()
         for node in [node for node, (_, asked) in self._asked.items() if now - asked > QUESTION_TTL_S]:
             del self._asked[node]
+            if node in online:
+                # Seen of a SuperNode of Flower 1.41 whose run had ended in the middle of its work: from then on it sent
+                # each answer when the next message came.
+                name = self._online[node].name or "not known"
+                self._refuse(
+                    node,
+                    f"node {node} (site: {name}) is online but did not answer within {QUESTION_TTL_S:g} s; if that "
+                    "goes on, end `fomoe site` there and start it again",
+                )
         new = sorted(online - self._answered - self._asked.keys())
         questions = [
             Message(RecordDict({"config": ConfigRecord()}), node, MessageType.QUERY, ttl=QUESTION_TTL_S)

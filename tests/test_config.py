@@ -196,7 +196,7 @@ ALONE = [
     ("strategy.feedback", 0.5, ["strategy.up=int4"]),
     ("strategy.delay", 1, []),
     ("strategy.fragments", 2, []),
-    ("strategy.sole_every", 2, []),
+    ("strategy.sole_every", 2, ["strategy.overlap=1"]),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("strategy.min_available_nodes", 3, []),
@@ -646,11 +646,11 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         ),
         (
             ["strategy.density=0.1"],
-            "strategy.density=0.1: of strategy.up=topk; here it is up=bf16 and down=bf16",
+            "strategy.density=0.1: has an effect only with strategy.up=topk; here it is up=bf16 and down=bf16",
         ),
         (
             ["strategy.up=topk", "strategy.down_density=0.1"],
-            "strategy.down_density=0.1: of strategy.down=topk; here it is up=topk and down=bf16",
+            "strategy.down_density=0.1: has an effect only with strategy.down=topk; here it is up=topk and down=bf16",
         ),
         (
             ["strategy.up=int4", "strategy.down=topk", "strategy.outer=average"],
@@ -662,7 +662,8 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         ),
         (
             ["strategy.feedback=0.5"],
-            "strategy.feedback=0.5: of strategy.up=int8, int4, topk, sign; here it is up=bf16 and down=bf16",
+            "strategy.feedback=0.5: has an effect only with strategy.up=int8 or int4 or topk or sign; here it is "
+            "up=bf16 and down=bf16",
         ),
         (["strategy.up=sign", "strategy.feedback=1.5"], "strategy.feedback=1.5: a share, at most 1"),
         (
@@ -699,6 +700,11 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             "strategy.fragments=5: at most the number of layers, 4, of which each fragment has at least one",
         ),
         (["strategy.fragments=0"], "strategy.fragments=0: must be at least 1"),
+        (
+            ["strategy.sole_every=4", "federation.num_sites=4", "strategy.overlap=2"],
+            "strategy.sole_every=4: of experts that one site alone holds; here each has 2 holders; give "
+            "strategy.overlap=1, or leave it out",
+        ),
         (["strategy.sole_every=0"], "strategy.sole_every=0: must be at least 1"),
         (
             ["strategy=ddp", "strategy.fragments=2"],
@@ -706,7 +712,7 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             "tensor that rests; allowed is adamw",
         ),
         (
-            ["strategy=local_adamw", "strategy.sole_every=3"],
+            ["strategy=local_adamw", "strategy.sole_every=3", "strategy.overlap=1"],
             "strategy.sole_every=3: not with strategy.outer=local_adamw, whose moments are of all tensors in each "
             "round; allowed are nesterov, average",
         ),

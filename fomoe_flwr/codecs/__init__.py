@@ -122,8 +122,14 @@ def part_name(name: str, suffix: str) -> str:
 
 
 def of_part(part: str) -> tuple[str, str]:
-    """The inverse of `part_name`: the tensor's name, and the suffix."""
+    """The inverse of `part_name`: the tensor's name, and the suffix.
+
+    Raises:
+        WireError: a name that `part_name` never makes; it would stand for the same part as another one.
+    """
     name, _, suffix = part.partition(":")
+    if part_name(name, suffix) != part:
+        raise WireError(f"{part}: no name of a tensor or of one of its parts")
     return name, suffix
 
 

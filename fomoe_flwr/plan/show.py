@@ -13,13 +13,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fomoe_flwr.codecs import down_differences
 from fomoe_flwr.config import SKIP_PRICES, RunConfig
 from fomoe_flwr.console import print_whole
 from fomoe_flwr.model.spec import parameter_counts, routing_in_words
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import Row, skipping_mode, some
-from fomoe_flwr.plan.system import PlanSite, bytes_a_parameter, hides_communication, peak_bytes
-from fomoe_flwr.turns import takes_turns
+from fomoe_flwr.plan.system import (
+    PlanSite,
+    bytes_a_parameter,
+    edge_bytes,
+    hides_communication,
+    peak_bytes,
+    run_bytes,
+)
+from fomoe_flwr.turns import takes_turns, turns_in_words
 from fomoe_flwr.units import NONE, count, finite, in_bits, in_bytes, percent, time_span
 
 MOST_ROWS = 20  # of the table of sites
@@ -66,22 +74,23 @@ def facts_table(outlook: Outlook) -> Table:
         "setting",
         f"{_sites(len(plan.sites))}, {routing_in_words(config.model, strategy.routing)} routing, "
         f"{strategy.placement} placement, "
-        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down"
-        + (", a delay of one round" if strategy.delay else "")
-        + (f", {strategy.fragments} parts in turn" if strategy.fragments > 1 else "")
-        + (f", experts of one site every {strategy.sole_every} turns" if strategy.sole_every > 1 else ""),
+        f"{strategy.outer} outer, {strategy.up} up and {strategy.down} down{turns_in_words(strategy)}",
     )
     table.add_row(
         "a round",
         f"{time_span(plan.round_s)}, {count(plan.tokens)} tokens, {count(plan.tokens_per_second)} tokens/s, "
         f"of which useful {count(plan.useful_tokens_per_second)}; sites train {percent(plan.utilisation)} of the time",
     )
-    if takes_turns(strategy):
-        peak = _peak_bytes(outlook)
+    held = _held(outlook)
+    first, last = edge_bytes(config, held)
+    if takes_turns(strategy) or down_differences(strategy) is not None:
+        peak = peak_bytes(config, held)
         table.add_row(
             "its bytes",
-            f"{in_bytes(site_bytes)} down and up, all sites, in the mean; at most {in_bytes(peak)}. Round 1 brings "
-            "and the last round sends everything",
+            f"{in_bytes(site_bytes)} down and up, all sites"
+            + (f", in the mean; at most {in_bytes(peak)}" if takes_turns(strategy) else "")
+            + f". Round 1, which brings everything whole: {in_bytes(first)}"
+            + (f"; the last, which sends everything: {in_bytes(last)}" if takes_turns(strategy) else ""),
         )
     if config.plan.measured is None:
         table.add_row(
@@ -92,15 +101,14 @@ def facts_table(outlook: Outlook) -> Table:
     table.add_row(
         "the run",
         f"{rounds} rounds: {time_span(rounds * plan.round_s)}, {count(rounds * plan.tokens)} tokens, "
-        f"{in_bytes(rounds * site_bytes)} down and up, all sites",
+        f"{in_bytes(run_bytes(config, held, site_bytes))} down and up, all sites, without headers",
     )
     return table
 
 
-def _peak_bytes(outlook: Outlook) -> float:
-    """Of all sites, in the round with the most of them."""
-    held = [site.experts_per_layer for site in outlook.plan.sites if site.experts_per_layer]
-    return peak_bytes(outlook.config, held)
+def _held(outlook: Outlook) -> list[int]:
+    """Experts a layer of each site that holds some."""
+    return [site.experts_per_layer for site in outlook.plan.sites if site.experts_per_layer]
 
 
 # ----- sites
@@ -286,7 +294,8 @@ def assumptions_in_words(outlook: Outlook) -> list[str]:
 def as_json(outlook: Outlook) -> dict[str, Any]:
     """One object, in which everything is finite or null."""
     config, plan = outlook.config, outlook.plan
-    counts = parameter_counts(config.model)
+    counts, held = parameter_counts(config.model), _held(outlook)
+    first, last = edge_bytes(config, held)
     content = {
         "model": {
             "name": config.model.name,
@@ -310,7 +319,10 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
             "tokens_per_second": plan.tokens_per_second,
             "useful_tokens_per_second": plan.useful_tokens_per_second,
             "utilisation": plan.utilisation,
-            "peak_bytes": _peak_bytes(outlook),
+            "peak_bytes": peak_bytes(config, held),
+            "first_round_bytes": first,
+            "last_round_bytes": last,
+            "run_bytes": run_bytes(config, held, sum(site.bytes_down + site.bytes_up for site in plan.sites)),
         },
         "assumptions": assumptions(outlook),
         "advice": outlook.advice,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,11 +166,37 @@ def peak_bytes(config: RunConfig, residents: Sequence[int]) -> float:
     last = 2 * config.strategy.sole_every * fragments
     rounds = range(last - fragments, last + 2)
     received, sent = (
-        [sum(_due_bytes(config, codec, held, round_) for held in residents) for round_ in rounds]
-        for codec in (down, up)
+        [_all_due_bytes(config, codec, residents, round_) for round_ in rounds] for codec in (down, up)
     )
     # What was due in a round comes down in the next.
     return max(before + now for before, now in zip(received, sent[1:], strict=False))
+
+
+def edge_bytes(config: RunConfig, residents: Sequence[int]) -> tuple[float, float]:
+    """Down to sites with so many residents a layer and up again, in the first round of a run, which brings everything
+    whole, and in the last, in which everything goes up.
+    """
+    whole, up = down_codec(config.strategy), up_codec(config.strategy)
+    down = down_differences(config.strategy) or whole
+    rounds = config.train.rounds
+
+    def of(codec: Codec | Differences, round_: int, last: int) -> float:
+        return _all_due_bytes(config, codec, residents, round_, last)
+
+    first = of(whole, 1, 1) + of(up, 1, rounds)
+    # What was due in a round comes down in the next.
+    return first, of(down, rounds - 1, rounds) + of(up, rounds, rounds) if rounds > 1 else first
+
+
+def run_bytes(config: RunConfig, residents: Sequence[int], mean: float) -> float:
+    """Of all rounds.
+
+    Args:
+        mean: of a round that is neither the first nor the last.
+    """
+    rounds = config.train.rounds
+    first, last = edge_bytes(config, residents)
+    return first * min(rounds, 1) + mean * max(rounds - 2, 0) + last * (rounds > 1)
 
 
 def _mean_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts) -> Amounts:
@@ -187,14 +214,32 @@ def _mean_bytes(config: RunConfig, codec: Codec | Differences, residents: Amount
     return total / (fragments * every)
 
 
-def _due_bytes(config: RunConfig, codec: Codec | Differences, residents: Amounts, round_: int) -> Amounts:
-    """Of the tensors that are due in a round, which is not the last."""
+def _all_due_bytes(
+    config: RunConfig,
+    codec: Codec | Differences,
+    residents: Sequence[int],
+    round_: int,
+    last: int | None = None,
+) -> float:
+    """`_due_bytes` of all sites; a thousand that are alike cost no more than one."""
+    sites = Counter(residents)
+    return sum(count * _due_bytes(config, codec, held, round_, last) for held, count in sites.items())
+
+
+def _due_bytes(
+    config: RunConfig, codec: Codec | Differences, residents: Amounts, round_: int, last: int | None = None
+) -> Amounts:
+    """Of the tensors that are due in a round.
+
+    Args:
+        last: the last round, in which all are; by default a later one.
+    """
     model, strategy = config.model, config.strategy
     copies = 3 if strategy.outer == "local_adamw" else 1
     # Of each layer one expert, which is as large as the others.
     shapes = parameter_shapes(model, [[0]] * model.num_layers, strategy.routing)
     sole = {(layer, 0) for layer in expert_layers(model)} if config.overlap == 1 else ()
-    rest = resting(shapes, model, strategy, round_, round_ + 1, sole)
+    rest = resting(shapes, model, strategy, round_, round_ + 1 if last is None else last, sole)
     due = [name for name in shapes if name not in rest]
     dense = copies * nbytes(codec, (shapes[name] for name in due if expert_of(name) is None))
     per_expert = copies * nbytes(

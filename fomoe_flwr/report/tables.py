@@ -164,6 +164,10 @@ def comparison_table(run: Run) -> Table:
     for row, source in rows:
         sizes = in_bytes(row.site_bytes), in_bytes(row.token_bytes)
         table.add_row(row.name, source, *sizes, times(row.ratio), percent(row.model_share))
+    table.caption = (
+        "measured: all rounds in the mean, with headers; by formula: tensors alone, of a round in the middle"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -274,7 +274,8 @@ def _read_through(blob: wire.Blob, entries: list[wire.Entry], expected: Expected
         own[suffix] = tensor
         if len(own) == len(layout):
             batch[name] = _decoded(name, parts.pop(name), expected)
-        if index == len(entries) - 1 or entry.end - at >= BATCH_BYTES:
+        # A batch is empty where a tensor's first parts alone are as large as that.
+        if batch and (index == len(entries) - 1 or entry.end - at >= BATCH_BYTES):
             digest.update(data[at : entry.end])
             sums.add(batch)
             at, batch = entry.end, {}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fomoe_flwr import wire
-from fomoe_flwr.codecs import Part, Parts, errors_of, part_name
+from fomoe_flwr.codecs import Part, Parts, part_name
 from fomoe_flwr.codecs.cast import Cast
 from fomoe_flwr.codecs.public import Differences
+from fomoe_flwr.errors import NotFiniteError, RunError
 from fomoe_flwr.mapped import fill, in_pieces
 from fomoe_flwr.model.spec import Residents, expert_of
 from fomoe_flwr.placement import holder_groups
@@ -136,11 +137,16 @@ class Public:
         """Go towards this tensor in a round: the parts that say how, and what its receivers hold then.
 
         Raises:
-            WireError: the tensor is not finite.
+            RunError: the tensor is not finite.
         """
         parts = self._codec.encode(tensor, self.tensors[name])
-        with errors_of(name):
+        try:
             self._spare[name].copy_(self._codec.decode(parts, self.tensors[name]))
+        except NotFiniteError:
+            raise RunError(
+                f"{name}: the server's own model is not finite; resume from an earlier checkpoint with a lower "
+                "strategy.outer_lr or train.lr"
+            ) from None
         self._moved.add(name)
         return parts, self._spare[name]
 

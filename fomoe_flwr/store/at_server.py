@@ -39,8 +39,10 @@ class StoredMessages:
         self._replies: dict[int, tuple[list[str], int]] = {}
 
     def __enter__(self) -> StoredMessages:
-        """Raises StoreError if the store cannot be reached."""
-        self._store.within(START_S).names()
+        """Raises StoreError if the store cannot be reached, or written."""
+        store = self._store.within(START_S)
+        store.names()
+        store.delete([store.put(b"may be deleted")])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +56,7 @@ class StoredMessages:
         longest: Mapping[int, int],
         round_: int,
         seconds: float,
+        afresh: bool = False,
     ) -> dict[int, StoredShard]:
         """Store each bundle once, and give each site the links to its own; delete what older messages named.
 
@@ -63,6 +66,7 @@ class StoredMessages:
             bundles: by site and key; sites that get the same bundle have the same object.
             longest: bytes of each site's reply at the most (`Expected.longest_reply`).
             seconds: the round's deadline.
+            afresh: trust no object that is there: the last round came to nothing.
 
         Raises:
             StoreError: they could not be stored, whatever was tried.
@@ -72,7 +76,7 @@ class StoredMessages:
         stopped = threading.Event()
 
         def store(blob: bytes) -> str:
-            return self._store.put(blob, clock=Clock(self._store.patience, stopped))
+            return self._store.put(blob, clock=Clock(self._store.patience, stopped), afresh=afresh)
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="put") as pool:
             try:

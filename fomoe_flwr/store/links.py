@@ -155,8 +155,15 @@ def size_of(source: Source) -> int:
 
 
 def name_of(link: str) -> str:
-    """What may be shown of a link: where it leads, without its signature."""
-    parts = urlsplit(link)
+    """What may be shown of a link: where it leads, without its signature.
+
+    Raises:
+        StoreError: no link.
+    """
+    try:
+        parts = urlsplit(link)
+    except ValueError as error:
+        raise StoreError(f"a link that cannot be read ({error})") from None
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{unquote(parts.path)}"
 
 
@@ -218,13 +225,15 @@ def opened(link: str, shared: Path | None, clock: Clock) -> Iterator[FileObject 
             below it, or is refused: a server must not have a site read or write any file it likes.
 
     Raises:
-        StoreError: a link that is not for this site.
+        StoreError: a link that is not for this site, or none at all.
     """
-    if link.startswith("file:"):
-        yield FileObject(link, shared, clock)
-    else:
-        with closing(HttpObject(link, clock)) as found:
-            yield found
+    try:
+        found = FileObject(link, shared, clock) if link.startswith("file:") else HttpObject(link, clock)
+    except ValueError as error:
+        # Not the link itself: it may be a secret all the same.
+        raise StoreError(f"a link that cannot be read ({error})") from None
+    with closing(found):
+        yield found
 
 
 class FileObject:
@@ -240,6 +249,9 @@ class FileObject:
         self.name, self.clock = str(self._path), clock
         if not self._path.resolve().is_relative_to(shared.resolve()):
             raise StoreError(f"{self.name}: lies outside of {shared}, the folder that is shared")
+
+    def close(self) -> None:
+        """Nothing is open between two calls."""
 
     def read(self, begin: int, end: int, nbytes: int) -> Iterator[bytes]:
         """Some of the bytes of an object that has `nbytes`."""

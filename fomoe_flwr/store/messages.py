@@ -78,9 +78,15 @@ class StoredShard:
             # They become names of files.
             if not all(_DIGEST.fullmatch(bundle.sha256) for bundle in bundles.values()):
                 raise ValueError("no SHA-256")
-            if not values["replies"]:
+            if not all(type(bundle.nbytes) is int and bundle.nbytes >= 0 for bundle in bundles.values()):
+                raise ValueError("no size")
+            shard = cls(bundles, **values)
+            links = [*shard.replies, *(bundle.link for bundle in bundles.values())]
+            if not isinstance(shard.replies, list) or not all(isinstance(link, str) for link in links):
+                raise ValueError("no link")
+            if not shard.replies:
                 raise ValueError("no link to answer by")
-            return cls(bundles, **values)
+            return shard
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise WireError(f"{STORED}: server and site differ in version ({type(error).__name__})") from None
 

@@ -87,10 +87,17 @@ class Store:
         other.patience = replace(self.patience, seconds=min(seconds, self.patience.seconds))
         return other
 
-    def put(self, source: Source, progress: Progress | None = None, clock: Clock | None = None) -> str:
+    def put(
+        self,
+        source: Source,
+        progress: Progress | None = None,
+        clock: Clock | None = None,
+        afresh: bool = False,
+    ) -> str:
         """Store bytes under their SHA-256, and return that. An object of this size that is there is not sent again.
 
         Args:
+            afresh: send it all the same; what is there may be damaged.
             clock: by which it can be stopped; by default one of its own.
 
         Raises:
@@ -102,7 +109,7 @@ class Store:
             sha256.update(block)
         key = sha256.hexdigest()
         clock = clock or Clock(self.patience)
-        if self._asked(key, lambda: self._backend.size(key), clock) != size_of(source):
+        if afresh or self._asked(key, lambda: self._backend.size(key), clock) != size_of(source):
             link = self._own_link("PUT", key, clock)
             send(link, source, self.shared, clock=clock, progress=progress)
         return key

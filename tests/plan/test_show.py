@@ -96,6 +96,14 @@ def test_parts_in_turn_have_their_mean_and_their_peak() -> None:
     peak = as_json(turns)["plan"]["peak_bytes"]
     assert "2 parts in turn" in facts
     assert f"{in_bytes(mean)} down and up, all sites, in the mean; at most {in_bytes(peak)}." in facts
+    content = as_json(turns)["plan"]
+    first, last = (content[f"{which}_round_bytes"] for which in ("first", "last"))
+    assert f"Round 1, which brings everything whole: {in_bytes(first)}" in facts
+    assert f"the last, which sends everything: {in_bytes(last)}" in facts
+    # Everything one way, half the other: that with the embedding is a little larger.
+    assert first == pytest.approx(0.75 * whole, rel=0.02)
+    rounds = turns.config.train.rounds
+    assert content["run_bytes"] == pytest.approx(first + last + (rounds - 2) * mean)
     # What a round has less is what half of the model has.
     assert mean == pytest.approx(whole / 2, rel=1e-3)
     # With two, one comes down while the other goes up.

@@ -156,5 +156,5 @@ def test_a_turn_by_hand() -> None:
     expert = 256
     assert up_bytes(made, 2) == 2 * (first + second + 2 * 2 * expert / 3) / 2
     assert peak_bytes(made, [2]) == 2 * (first + second + 2 * 2 * expert)
-    shared = config("strategy.fragments=2", "strategy.sole_every=3", "strategy.overlap=2")
+    shared = config("strategy.fragments=2", "strategy.overlap=2")
     assert up_bytes(shared, 2) == first + second + 2 * 2 * expert

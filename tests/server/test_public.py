@@ -21,10 +21,11 @@ from fomoe_flwr.codecs.blocks import Int
 from fomoe_flwr.codecs.public import Differences
 from fomoe_flwr.codecs.topk import TopK
 from fomoe_flwr.config import RunConfig
-from fomoe_flwr.errors import DtypeError, NotFiniteError, WireError
+from fomoe_flwr.errors import DtypeError, NotFiniteError, RunError, WireError
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.spec import expert_of, parameter_shapes
 from fomoe_flwr.server.rounds import Outgoing, RoundObserver, Server
+from fomoe_flwr.server.shards import Public
 from fomoe_flwr.site.work import resting_of
 from tests.server.federation import answer_to, config_of, server_of
 
@@ -72,6 +73,12 @@ def test_parts_that_no_encoder_makes_are_refused_by_name() -> None:
     bad = codec.encode(torch.full((8, 8), float("nan")), public["a"])
     with pytest.raises(NotFiniteError, match=r"^a: "):
         received(codec, {f"a:{suffix}": part for suffix, part in bad.items()}, public)
+
+
+def test_a_model_that_is_not_finite_is_the_servers_own_fault() -> None:
+    public = Public(Differences(Int(8)), *({"a": torch.zeros(8, 8, dtype=torch.bfloat16)} for _ in range(2)))
+    with pytest.raises(RunError, match="the server's own model is not finite"):
+        public.move("a", torch.full((8, 8), float("inf")))
 
 
 # -- a federation --------------------------------------------------------------------------------------------

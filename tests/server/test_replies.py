@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fomoe_flwr import wire
 from fomoe_flwr.bundle_file import bundle_digests
-from fomoe_flwr.codecs import CASTS, Part
+from fomoe_flwr.codecs import CASTS, LOSSY, Part, up_codec
+from fomoe_flwr.config import StrategyConfig
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.inputs import Inputs
 from fomoe_flwr.messages import Reply
@@ -66,6 +67,11 @@ def header(**changes: Any) -> str:
 
 def blobs_of(named: Mapping[str, Tensor]) -> dict[str, bytes]:
     return wire.encode_bundles("all", {name: Part(value, value.dtype) for name, value in named.items()})
+
+
+def in_one(**named: Tensor) -> dict[str, bytes]:
+    """Of tensors of any name."""
+    return {"one": wire.encode({name: Part(value, value.dtype) for name, value in named.items()})}
 
 
 def checked(blobs: Mapping[str, bytes], expected: Expected = EXPECTED) -> Norms:
@@ -234,6 +240,32 @@ def test_a_tensor_that_does_not_belong_is_refused(what: dict[str, Tensor], kind:
     assert kind_of(changed(**what)) == kind
 
 
+@pytest.mark.parametrize("up", LOSSY)
+@pytest.mark.parametrize("batch_bytes", [1, 40, 10**6])
+def test_a_tensor_in_parts_is_checked_whole_however_it_is_cut(
+    up: Any, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into bundles, each of which has all parts of its tensors; and into what is looked at together."""
+    generator = torch.Generator().manual_seed(0)
+    named = {HELD: torch.randn(64, 80, generator=generator), DENSE: torch.randn(6, generator=generator)}
+    codec = up_codec(StrategyConfig(up=up))
+    expected = dataclasses.replace(
+        EXPECTED, shapes={name: value.shape for name, value in named.items()}, codec=codec,
+        digests=dict.fromkeys(named, b""),
+    )  # fmt: skip
+    blobs, _ = wire.encode_update(named, codec, {})
+    norms = checked(blobs, expected)
+    monkeypatch.setattr(replies_module, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(wire, "MAX_BUNDLE_BYTES", 100)
+    cut, _ = wire.encode_update({**named, "model.embed_tokens.weight": named[HELD]}, codec, {})
+    expected.shapes["model.embed_tokens.weight"] = named[HELD].shape  # type: ignore[index]
+    expected = dataclasses.replace(expected, digests=dict.fromkeys(expected.shapes, b""))
+    assert len(cut) == 3
+    again = check_blobs(cut, dataclasses.replace(GOOD, bundle_digests=bundle_digests(cut)), expected)
+    assert again.by_name[HELD] == again.by_name["model.embed_tokens.weight"]
+    assert norms["update"] == pytest.approx(again.norms["update"], rel=0.01)
+
+
 def test_numbers_so_large_that_their_square_overflows_are_finite() -> None:
     """They are no accident of arithmetic; what they are is for the comparison with the others to say."""
     norms = checked(changed(dense=torch.full((6,), 3e38)))
@@ -249,8 +281,19 @@ def test_numbers_so_large_that_their_square_overflows_are_finite() -> None:
         (lambda blobs: {"all": blobs["all"], "again": blobs["all"]}, "damaged"),
         (lambda blobs: {}, "damaged"),
         (lambda blobs: {"all": wire.encode({})}, "damaged"),
+        (lambda blobs: blobs | in_one(**{f"{DENSE}:": torch.ones(6)}), "damaged"),
+        (lambda blobs: in_one(**{DENSE: torch.full((6,), math.nan), f"{DENSE}:": torch.ones(6)}), "damaged"),
     ],
-    ids=["truncated", "longer", "garbage", "a name twice", "nothing", "no tensor"],
+    ids=[
+        "truncated",
+        "longer",
+        "garbage",
+        "a name twice",
+        "nothing",
+        "no tensor",
+        "a name twice, otherwise written",
+        "a bad tensor behind a good one",
+    ],
 )
 def test_bundles_that_cannot_be_read_are_refused(damage: Any, kind: str) -> None:
     assert kind_of(damage(blobs_of(SENT))) == kind

@@ -320,3 +320,6 @@ def test_a_link_is_no_way_into_other_schemes() -> None:
     for link in ("ftp://host/x", "data:,x", "http:///x", "x"):
         with pytest.raises(StoreError, match="a link begins with"):
             fetched(link, sha256(b""), 0, None, QUICK)
+    for link in ("http://host:99999/o", "http://host:abc/o", "http://[host/o"):
+        with pytest.raises(StoreError, match="a link that cannot be read"):
+            fetched(link, sha256(b""), 0, None, QUICK)

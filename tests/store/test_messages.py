@@ -211,6 +211,10 @@ def test_objects_are_in_order_and_no_larger_than_a_store_takes(own: list[int]) -
         '{"bundles":{"a":{"link":"l","sha256":"../x","nbytes":1}},"replies":["l"]}',
         '{"bundles":{"a":{"link":"http://h/o?X-Amz-Signature=s","sha256":"/etc/x","nbytes":1}},"replies":["l"]}',
         '{"bundles":{"a":{"link":"l","sha256":7,"nbytes":1}},"replies":["l"]}',
+        '{"bundles":{"a":{"link":"l","sha256":"%s","nbytes":"1"}},"replies":["l"]}' % ("0" * 64),
+        '{"bundles":{"a":{"link":"l","sha256":"%s","nbytes":1.5}},"replies":["l"]}' % ("0" * 64),
+        '{"bundles":{"a":{"link":5,"sha256":"%s","nbytes":1}},"replies":["l"]}' % ("0" * 64),
+        '{"bundles":{},"replies":[null]}', '{"bundles":{},"replies":{"a":"l"}}',
         '{"bundles":{},"reply":"l"}', '{"bundles":{},"replies":[]}', "[" * 10**6,
     ],
 )  # fmt: skip

@@ -79,6 +79,8 @@ def test_the_same_object_is_sent_once(store: Store) -> None:
     store.delete([key])
     store.put(content, sent.append)
     assert len(sent) == 2 * first
+    store.put(content, sent.append, afresh=True)
+    assert len(sent) == 3 * first
 
 
 def test_other_bytes_are_refused_and_nothing_is_left(store: Store, tmp_path: Path) -> None:
@@ -134,6 +136,9 @@ def test_names_that_are_none(store: Store) -> None:
         ("bucket", "store=bucket: needs"),
         ("file://folder/x", "absolute path"),
         ("file:///", "absolute path"),
+        ("file:folder", "absolute path"),
+        ("file:///a%00b", "absolute path"),
+        ("s3://[bucket/x", "no URL"),
         ("az://account", "store=az://account: names no container"),
     ],
 )

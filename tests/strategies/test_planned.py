@@ -19,7 +19,7 @@ from fomoe_flwr.messages import Task
 from fomoe_flwr.placement import Placement
 from fomoe_flwr.plan.planner import make_plan, plan_for_run
 from fomoe_flwr.plan.record import load_plan
-from fomoe_flwr.plan.system import BYTES_A_GIB, peak_bytes, round_bytes, token_cost
+from fomoe_flwr.plan.system import BYTES_A_GIB, edge_bytes, peak_bytes, round_bytes, run_bytes, token_cost
 from fomoe_flwr.policies import POLICIES
 from fomoe_flwr.report.load import load_run
 from fomoe_flwr.report.reality import compare, notes
@@ -218,6 +218,12 @@ def test_parts_in_turn_cost_what_was_planned_in_every_round(
         assert statistics.mean(payload[1 : 1 + cycle]) == pytest.approx(planned, abs=8)
         peak = peak_bytes(config, [site.experts_per_layer for site in plan.sites])
         assert max(payload[1 : 1 + cycle]) == peak < payload[0] + payload[-1]
+        held = [site.experts_per_layer for site in plan.sites]
+        assert edge_bytes(config, held) == (payload[0], payload[-1])
+        # Whole turns between the first and the last make their mean exact.
+        assert run_bytes(config, held, planned) == pytest.approx(
+            sum(payload), rel=(7 % cycle != 0) * 0.1 + 1e-6
+        )
 
 
 def test_the_virtual_clock_charges_speed_and_link(planned: Path) -> None:
