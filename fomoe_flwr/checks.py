@@ -172,6 +172,14 @@ def check_combinations(config: RunConfig) -> None:
         )
     if not 0 < data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction={data.val_fraction}: must lie between 0 and 1")
+    least = min(
+        [train.batch_size, *(site.batch_size or train.batch_size for site in config.federation.sites)]
+    )
+    if train.micro_batches > least:
+        raise ConfigError(
+            f"train.micro_batches={train.micro_batches}: at most the sequences of a step, {least} (train.batch_size, "
+            "or a site's own)"
+        )
     if train.threads > MOST_THREADS:
         raise ConfigError(f"train.threads={train.threads}: at most {MOST_THREADS}")
     for key, value in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):

@@ -271,6 +271,11 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
     compile: bool = False  # torch.compile
+    # A step's batch is worked on in so many pieces, one after the other; its gradient is their mean. So a step needs
+    # the memory of one piece's activations. Routers balance each piece by itself.
+    micro_batches: int = at_least(1, 1, MOST)
+    # What is computed once more in the backward pass instead of being kept: selective: experts; full: attention, too.
+    recompute: str = choice("none", "none", "selective", "full")
     threads: int = at_least(1, 0)  # CPU threads a site; 0: PyTorch's default
     eval_batches: int = at_least(16, 0, MOST)  # validation batches on the server after a round; 0: off
     eval_every: int = at_least(1, 1)  # rounds

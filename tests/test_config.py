@@ -143,6 +143,8 @@ TOGETHER = {
     "train.device": "cpu",
     "train.dtype": "bf16",
     "train.compile": True,
+    "train.micro_batches": 2,
+    "train.recompute": "full",
     "train.threads": 0,
     "train.eval_batches": 0,
     "train.eval_every": 2,
@@ -886,6 +888,11 @@ def test_an_empty_path_is_not_the_current_folder(key: str) -> None:
             "federation.count: 100000000 sites; at most 100000",
         ),
         (["train.threads=1000000"], "train.threads=1000000: at most 1024"),
+        (
+            ["train.micro_batches=9"],
+            "train.micro_batches=9: at most the sequences of a step, 8 (train.batch_size, or a site's own)",
+        ),
+        (["train.recompute=some"], "train.recompute=some: allowed are none, selective, full"),
     ],
 )
 def test_a_slip_of_the_finger_does_not_take_the_machine_down(overrides: list[str], told: str) -> None:

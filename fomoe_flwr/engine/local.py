@@ -107,6 +107,7 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self.device)
         module, train = self.module, self._task.train
         module.train()
+        module.recompute(train.recompute)
         for moe in module.moe_layers:
             moe.gate.load_C.zero_()
         losses = _Losses(torch.zeros((), device=self.device))
@@ -152,10 +153,16 @@ class Engine:
     # ----- steps
 
     def _backward(self, module: Callable[[Tensor], Losses], tokens_BT: Tensor, losses: _Losses) -> None:
-        with autocast(self.device, self._task.train.dtype):
-            loss = module(tokens_BT.to(self.device, non_blocking=True))
-        torch.autograd.backward(loss.cross_entropy + loss.balance)
-        losses.add(loss.cross_entropy.detach())
+        """The gradient of a batch, added to what is there; a piece of it after the other (train.micro_batches)."""
+        tokens_BT = tokens_BT.to(self.device, non_blocking=True)
+        total = torch.zeros((), device=self.device)
+        for piece_BT in tokens_BT.tensor_split(self._task.train.micro_batches):
+            share = len(piece_BT) / len(tokens_BT)
+            with autocast(self.device, self._task.train.dtype):
+                loss = module(piece_BT)
+            torch.autograd.backward(share * (loss.cross_entropy + loss.balance))
+            total += share * loss.cross_entropy.detach()
+        losses.add(total)
 
     def _step(self, optimizer: StackedAdamW, losses: _Losses, tokens: int) -> None:
         if clip := self._task.train.grad_clip:

@@ -74,6 +74,13 @@ class LanguageModel(nn.Module):
         """Fill the buffers of a module that was built without memory and is on its device now."""
         raise NotImplementedError
 
+    def recompute(self, what: str) -> None:
+        """From now on compute this once more in the backward pass instead of keeping it (train.recompute).
+
+        Routers are not part of it: they count their choices, and chosen once, experts stay chosen.
+        """
+        raise NotImplementedError
+
     def begin_round(
         self, bias_L: Sequence[Sequence[float]], offset_LE: Sequence[Sequence[float]] | None
     ) -> None:

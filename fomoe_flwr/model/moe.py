@@ -26,6 +26,7 @@ from fomoe_flwr.model.experts import (
     plain_experts,
 )
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
+from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.standins import StandIns, standins_of
 
 # What a batch needs for its resident share drifts as the router learns, in one direction for many steps, and whoever
@@ -402,6 +403,7 @@ class MoE(nn.Module):
         self.shared_experts = SharedExperts(model) if model.num_shared_experts else None
         self.slots = slots_of(residents, self.candidates)
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
+        self.again = False  # whether to compute the experts again in the backward pass
 
     def reset_buffers(self) -> None:
         """Fill the buffers of a module that was built without memory, and forget the load."""
@@ -414,7 +416,9 @@ class MoE(nn.Module):
         """Returns y_TD, the load-balancing loss and the locality loss."""
         routing = self.gate(x_TD)
         num_slots = len(self.resident_experts)
-        y_TD: Tensor = routed(
+        y_TD: Tensor = kept_or_again(
+            self.again,
+            routed,
             x_TD,
             routing.weights_TK,
             routing.chosen_TK,

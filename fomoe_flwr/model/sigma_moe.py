@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.base import LanguageModel, MoELayer
 from fomoe_flwr.model.moe import MoE
+from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.spec import Residents, depth_multiplier, logit_multiplier
 
 # Where model.load_balance is null.
@@ -75,10 +76,15 @@ class Block(nn.Module):
         self.pre_feedforward_layernorm = _layer_norm(model)
         self.mlp = MoE(model, residents, routing)
         self.post_feedforward_layernorm = _layer_norm(model)
+        self.attention_again = False  # whether to compute attention again in the backward pass
+
+    def _attend(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+        y_BSD: Tensor = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
+        return y_BSD
 
     def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns x_BSD after the block, and the MoE's two losses."""
-        y_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
+        y_BSD = kept_or_again(self.attention_again, self._attend, x_BSD, cos_SF, sin_SF)
         x_BSD = torch.add(x_BSD, self.post_attention_layernorm(y_BSD), alpha=self.multiplier)
         y_TD, balance_loss, locality_loss = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
         y_BSD = self.post_feedforward_layernorm(y_TD.view_as(x_BSD))
@@ -117,6 +123,10 @@ class Transformer(LanguageModel):
             MoELayer(moe.gate, moe.num_experts, moe.resident_experts, moe.candidates, moe.experts)
             for moe in layers
         ]
+
+    def recompute(self, what: str) -> None:
+        for block in self.blocks:
+            block.mlp.again, block.attention_again = what != "none", what == "full"
 
     def finish_building(self, device: str) -> None:
         for block in self.blocks:

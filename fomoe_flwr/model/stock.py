@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from fomoe_flwr.model.experts import LINEARS, SWIGLU, Projections, grouped_linea
 from fomoe_flwr.model.families import FAMILIES, family_of
 from fomoe_flwr.model.families.family import Family, gated
 from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
+from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents, standin_rows
 from fomoe_flwr.model.standins import standins_of
 
@@ -421,9 +422,12 @@ class StockExperts(nn.Module):
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
         self.linear = LINEARS[model.experts_impl]
         self.standins = standins_of(model, residents)
+        self.again = False  # whether to compute them again in the backward pass
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        y_TD: Tensor = routed(
+        y_TD: Tensor = kept_or_again(
+            self.again,
+            routed,
             x_TD,
             weights_TK,
             chosen_TK,
@@ -462,22 +466,35 @@ class StockModel(LanguageModel):
     def __init__(self, model: ModelConfig, residents: Residents, routing: str) -> None:
         super().__init__(model, residents, routing)
         config, family = stock_config(model.hf), family_of(model.hf)
-        self.stock: Any = _stock_class(config)
-        self._layers = []
+        stock: Any = _stock_class(config)
+        self.stock, self._layers = stock, []
         whole = routing != "partitioned"
         for held, block in zip(self.resident_experts, _blocks(self.stock).values(), strict=True):
             candidates = list(range(model.num_experts)) if whole else held
-            stock = getattr(block, family.router)
-            router = StockRouter(model, config, stock, candidates, held if whole else None)
+            router = StockRouter(
+                model, config, getattr(block, family.router), candidates, held if whole else None
+            )
             setattr(block, family.router, StockGate(router))
             block.experts = StockExperts(model, config, held, candidates, routing)
             layer = MoELayer(router, model.num_experts, held, candidates, block.experts.compute)
             self._layers.append((block, layer))
         self._family = family
+        # Wrapped once: what is computed again may change from round to round.
+        self._attention_again = False
+        for layer in stock.model.layers:
+            layer.self_attn.forward = functools.partial(self._attend, layer.self_attn.forward)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
         return [layer for _, layer in self._layers]
+
+    def _attend(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return kept_or_again(self._attention_again, forward, *args, **kwargs)
+
+    def recompute(self, what: str) -> None:
+        self._attention_again = what == "full"
+        for block, _ in self._layers:
+            block.experts.again = what != "none"
 
     def finish_building(self, device: str) -> None:
         # Emptying gives each of two tied names memory of its own.

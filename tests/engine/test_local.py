@@ -103,6 +103,63 @@ def test_a_round_is_the_plain_loop(routing: str, grad_clip: float) -> None:
 
 
 @routings
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_what_is_computed_again_changes_no_bit(routing: str, what: str) -> None:
+    """Nor is anything counted twice; and less is kept for the backward pass."""
+    found = []
+    for recompute in ("none", what):
+        task = task_of(train={"recompute": recompute}, strategy={"routing": routing})
+        engine, kept = loaded(task), [0]
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept[0] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            report = engine.train(batches(3))
+        found.append((kept[0], report.load_LE, report.metrics["train_loss"], copied(engine.update())))
+    (plain, *whole), (less, *again) = found
+    assert less < plain
+    assert again[:2] == whole[:2]
+    assert_same_bits(again[2], whole[2])
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5])
+def test_a_batch_in_pieces_has_the_mean_of_their_gradients(pieces: int) -> None:
+    """Of uneven ones by their tokens. Without the balance of each piece it is the whole batch's."""
+    model = {"load_balance": 0.0}
+    generator = torch.Generator().manual_seed(5)
+    tokens = [torch.randint(MODEL.vocab_size, (5, 9), generator=generator) for _ in range(2)]
+    found = []
+    for micro_batches in (1, pieces):
+        task = task_of(model=model, train={"micro_batches": micro_batches, "batch_size": 5})
+        engine = loaded(task)
+        report = engine.train(tokens)
+        found.append((report, copied(engine.update())))
+    (whole, update), (cut, own) = found
+    assert cut.tokens == whole.tokens
+    assert cut.load_LE == whole.load_LE
+    assert cut.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-6)
+    assert_close(own, update, rtol=1e-3, atol=1e-5)
+
+
+def test_routers_balance_each_piece_by_itself() -> None:
+    tokens = batches(1)[0]
+    task = task_of(
+        model={"load_balance": 1.0}, train={"micro_batches": len(tokens)}, strategy={"inner": "gradient"}
+    )
+    engine = loaded(task)
+    engine.train([tokens])
+    module = build(MODEL, SOME, "skip", shard_of(task), "cpu")
+    module.config = task.model
+    for row_BT in tokens.split(1):
+        losses = module(row_BT)
+        ((losses.cross_entropy + losses.balance) / len(tokens)).backward()
+    wanted = {view.name: view.of(view.parameter.grad) for view in named_views(module)}  # type: ignore[arg-type]
+    assert_close(engine.update(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@routings
 def test_rounds_give_the_same_bits_again_and_in_a_warm_engine(routing: str) -> None:
     """An engine that has trained before, and one from a saved state, go on as one that did neither."""
     first, second = (

@@ -241,6 +241,27 @@ def test_with_half_of_the_experts_only_the_ghosts_outputs_are_missing(
 
 
 @families
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_what_is_computed_again_changes_no_bit(family: str, what: str) -> None:
+    """Nor does a router count twice."""
+    model = stock(family)
+    state, residents = random_state(model), half(model)
+    held = {name: state[name] for name in parameters(model, residents, "skip")}
+    found = []
+    for recompute in ("none", what):
+        module = build(model, residents, "skip", held, "cpu").train()
+        module.recompute(recompute)
+        losses = module(TOKENS_BT)
+        (losses.cross_entropy + losses.balance).backward()
+        found.append(([moe.gate.load_C.tolist() for moe in module.moe_layers], module))
+    (loads, plain), (own_loads, again) = found
+    assert own_loads == loads
+    for (name, parameter), other in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        assert parameter.grad is None or other.grad is None or parameter.grad.equal(other.grad), name
+
+
+@families
 def test_with_stand_ins_these_are_what_the_ghosts_give(family: str, tmp_path: Path) -> None:
     model = stock(family)
     model.standins, model.experts_impl = 8, "loop"
