@@ -1,4 +1,4 @@
-"""The console command: `fomoe train [overrides]`, `plan`, `eval`, `import`, `export`, `generate`, `report DIR`, and
+"""The console command: `fomoe train [overrides]`, `plan`, `bench`, `eval`, `import`, `export`, `generate`, `report` and
 those of a deployment, `fomoe server`, `site`, `submit`.
 
 Everything that can be refused is refused before Hydra starts a job, in one line.
@@ -53,6 +53,7 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe train -m OVERRIDE ...    a run for each combination, e.g. strategy.overlap=1,2,4
        fomoe train --cfg job          show the configuration (Hydra's other flags work too)
        fomoe plan [OVERRIDE ...]      what a run would cost each site, and advice (--help: pictures, JSON)
+       fomoe bench [OVERRIDE ...]     a site's training step alone: tokens/s, MFU, memory, where the time goes
        fomoe eval CHECKPOINT [OVERRIDE ...]   a checkpoint judged on any text (--help: reference, JSON)
        fomoe import OWNER/NAME|DIR --to DIR                a checkpoint of Hugging Face, looked through, for model.path
        fomoe export CHECKPOINT --to DIR [--dtype bf16]     a checkpoint as transformers loads it
@@ -63,7 +64,19 @@ USAGE = """usage: fomoe train [OVERRIDE ...]      one run, e.g. fomoe train mode
        fomoe submit CONNECTION [OVERRIDE ...]              a run on the sites that are connected
        fomoe --version
 TAB completes after  eval "$(fomoe train -sc install=bash)"  (or zsh=, fish=)"""
-COMMANDS = ("train", "plan", "eval", "import", "export", "generate", "report", "server", "site", "submit")
+COMMANDS = (
+    "train",
+    "plan",
+    "bench",
+    "eval",
+    "import",
+    "export",
+    "generate",
+    "report",
+    "server",
+    "site",
+    "submit",
+)
 KEYS_HELP = """Every key, with its default, what is allowed, and what it means. A file of conf/ may say otherwise: --cfg
 job shows the values of a run. null is none, and a path is kept absolute."""
 
@@ -82,6 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 from fomoe_flwr.plan.command import plan
 
                 plan(options)
+            case ["bench", *options]:
+                from fomoe_flwr.bench_command import bench_command
+
+                bench_command(options)
             case ["eval", *options]:
                 from fomoe_flwr.eval_command import evaluate_command
 

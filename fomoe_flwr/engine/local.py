@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
 from fomoe_flwr.engine.device import autocast
+from fomoe_flwr.engine.speed import active_flops, known_peak
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.load import Shares, averaged, difference
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.base import Losses, load_shard, named_views, read_shard
 from fomoe_flwr.model.build import build
 from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name
+from fomoe_flwr.units import in_bytes, percent
 
 log = logging.getLogger("fomoe.site")
 
@@ -172,13 +174,27 @@ class Engine:
         if losses.steps % STEPS_A_LOG_LINE == 0:
             seconds = time.perf_counter() - losses.started
             log.info(
-                "step %d  loss %.4f  lr %.2e  %.0f ms/step  %.0f tokens/s",
+                "step %d  loss %.4f  lr %.2e  %.0f ms/step  %.0f tokens/s  %s  %s",
                 optimizer.step_number,
                 losses.mean(),
                 optimizer.learning_rate(0),
                 1e3 * seconds / losses.steps,
                 tokens / seconds,
+                self._speed_in_words(tokens, seconds),
+                in_bytes(self._memory_bytes()),
             )
+
+    def flops(self, tokens: int) -> float:
+        """Of the tokens of this round so far (`active_flops`)."""
+        loads_LC = [moe.gate.load_C.tolist() for moe in self.module.moe_layers]
+        return active_flops(self.module, self._task.train.seq_len, tokens, loads_LC)
+
+    def _speed_in_words(self, tokens: int, seconds: float) -> str:
+        per_second = self.flops(tokens) / seconds
+        peak = known_peak(self.device, self._task.train.dtype)
+        return f"{per_second / 1e12:.3g} Tflop/s" + (
+            "" if peak is None else f" (MFU {percent(per_second / peak)})"
+        )
 
     @torch.no_grad()
     def _mean_gradients(self, steps: int) -> dict[str, Tensor]:
@@ -240,7 +256,10 @@ class Engine:
             "resident_share": resident / assigned if assigned else 1.0,
             "memory_bytes": self._memory_bytes(),
             "new_experts": self.new_tensors,
+            "flops_per_second": self.flops(tokens) / seconds if seconds else 0.0,
         }
+        if (peak := known_peak(self.device, self._task.train.dtype)) is not None:
+            metrics["mfu"] = metrics["flops_per_second"] / peak
         return Report(tokens, load_LE, metrics)
 
     def _memory_bytes(self) -> int:

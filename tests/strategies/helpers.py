@@ -83,7 +83,7 @@ def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         line = {key: value for key, value in line.items() if key not in ("seconds", "deadline_s", "virtual")}
         line["sites"] = [
-            {k: v for k, v in site.items() if k not in ("tokens_per_second", "seconds")}
+            {k: v for k, v in site.items() if k not in ("tokens_per_second", "flops_per_second", "seconds")}
             for site in line["sites"]
         ]
         kept.append(line)
