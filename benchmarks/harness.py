@@ -98,12 +98,18 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def options(description: str, repeats: int) -> argparse.Namespace:
-    """The command line all benchmarks share."""
+def options(description: str, repeats: int, dtypes: Sequence[str] = ()) -> argparse.Namespace:
+    """The command line all benchmarks share.
+
+    Args:
+        dtypes: those that are measured, where one may choose among them.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    if dtypes:
+        parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=list(dtypes))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     return chosen

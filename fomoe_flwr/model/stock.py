@@ -228,7 +228,10 @@ def sizes_of(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_key(hf: Mapping[str, Any], name: str) -> bool:
     """Whether the architecture has a key of this name."""
-    return hasattr(stock_config(hf), name) or hf.get("model_type") in _READ_TOO.get(name, ())
+    # Of the architecture as it is by default: other keys must not matter.
+    return hasattr(stock_config({"model_type": hf.get("model_type")}), name) or hf.get(
+        "model_type"
+    ) in _READ_TOO.get(name, ())
 
 
 def other_shape(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[str, Any] | None:
