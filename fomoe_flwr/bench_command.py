@@ -121,7 +121,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         ) from error
     step_s = statistics.median(seconds)
     tokens = task.train.batch_size * task.train.seq_len
-    flops = report.metrics["flops_per_second"] * report.metrics["seconds"] / steps
+    flops = report.metrics["flops"] / steps
     peak = known_peak(device, task.train.dtype)
     return {
         "model": config.model.name,

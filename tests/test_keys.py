@@ -55,7 +55,7 @@ def test_comments_above_and_beside_a_field_are_its_meaning() -> None:
 @pytest.mark.parametrize(
     ("line", "follows"),
     [
-        ("fomoe ", "train\nplan\neval\nimport\nexport\ngenerate\nreport\nserver\nsite\nsubmit\n"),
+        ("fomoe ", "train\nplan\nbench\neval\nimport\nexport\ngenerate\nreport\nserver\nsite\nsubmit\n"),
         ("fomoe pl", "plan\n"),
         ("fomoe train runtime=", "runtime=flower runtime=local\n"),
         ("fomoe plan model.d_", "model.d_expert= model.d_model=\n"),

@@ -256,10 +256,10 @@ class Engine:
             "resident_share": resident / assigned if assigned else 1.0,
             "memory_bytes": self._memory_bytes(),
             "new_experts": self.new_tensors,
-            "flops_per_second": self.flops(tokens) / seconds if seconds else 0.0,
+            "flops": self.flops(tokens),
         }
         if (peak := known_peak(self.device, self._task.train.dtype)) is not None:
-            metrics["mfu"] = metrics["flops_per_second"] / peak
+            metrics["peak_flops"] = peak  # a second
         return Report(tokens, load_LE, metrics)
 
     def _memory_bytes(self) -> int:

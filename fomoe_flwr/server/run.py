@@ -431,6 +431,16 @@ class RunRecorder(RoundObserver):
         )
 
 
+def _speed(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """FLOP/s of a site's steps, and what share that is of its device's peak; as far as it says."""
+    if seconds <= 0 or "flops" not in metrics:
+        return {}
+    found = {"flops_per_second": metrics["flops"] / seconds}
+    if metrics.get("peak_flops", 0.0) > 0:
+        found["mfu"] = found["flops_per_second"] / metrics["peak_flops"]
+    return found
+
+
 def metrics_line(
     current: Round,
     tokens: int,
@@ -463,6 +473,7 @@ def metrics_line(
                 "bytes_down": current.down.by_site.get(site, 0),
                 "bytes_up": current.up.by_site.get(site, 0),
                 "tokens_per_second": reply.num_examples / seconds_trained if seconds_trained > 0 else 0.0,
+                **_speed(reply.metrics, seconds_trained),
             }
         )
     return {

@@ -70,6 +70,24 @@ def test_means_are_weighted_by_tokens_and_every_metric_is_there() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"flops": 6.0, "seconds": 3.0}, {"flops_per_second": 2.0}),
+        ({"flops": 6.0, "seconds": 3.0, "peak_flops": 8.0}, {"flops_per_second": 2.0, "mfu": 0.25}),
+        ({"flops": 6.0, "seconds": 3.0, "peak_flops": 0.0}, {"flops_per_second": 2.0}),
+        ({"flops": 6.0}, {}),
+        ({"seconds": 3.0}, {}),
+    ],
+)
+def test_speed_is_told_as_far_as_a_site_says_what_it_follows_from(
+    metrics: dict[str, float], expected: dict[str, float]
+) -> None:
+    line = metrics_line(round_of(config_of(), Reply("run", 3, "site-0", 100, metrics)), 1, None, None, {})
+    (site,) = line["sites"]
+    assert {key: site[key] for key in ("flops_per_second", "mfu") if key in site} == expected
+
+
 def test_a_round_of_which_nothing_is_known_has_no_means() -> None:
     line = metrics_line(round_of(config_of("federation.num_sites=2")), 0, None, None, {})
     assert line["train_loss"] is line["val_loss"] is line["val_bpb"] is None
