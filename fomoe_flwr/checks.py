@@ -30,7 +30,7 @@ from fomoe_flwr.turns import count_layers
 from fomoe_flwr.untrusted import one_line
 
 STORES = ("file", "s3", "gs", "az")
-FILE_SOURCES = ("text", "jsonl", "parquet")
+FILE_SOURCES = ("text", "jsonl", "parquet", "tokens")
 # So that a slip of the finger does not fill the memory, or end in a crash of PyTorch.
 MOST_SITES = 100_000
 MOST_THREADS = 1024
@@ -243,7 +243,8 @@ def check_source(data: DataConfig) -> None:
     """
     if data.path is not None and data.source == "stdlib":
         raise ConfigError(
-            f"data.path={data.path}: data.source=stdlib reads no path; give data=text (or jsonl, parquet, huggingface)"
+            f"data.path={data.path}: data.source=stdlib reads no path; give data=text (or jsonl, parquet, tokens, "
+            "huggingface)"
         )
     for key in ("name", "config_name"):
         if (value := getattr(data, key)) is not None and data.source != "huggingface":

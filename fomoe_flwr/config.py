@@ -284,7 +284,8 @@ class DataConfig:
 
     name: str | None = None  # data=huggingface: name of the data set
     # stdlib: the source text of Python's standard library, for trying out.
-    source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "huggingface")
+    # tokens: ids of data.tokenizer, in .npy as OLMo writes them or .bin with .idx as Megatron does; they are not copied
+    source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "tokens", "huggingface")
     path: str | None = a_path()  # file or folder
     config_name: str | None = None  # data=huggingface: configuration of the data set
     split: str = "train"  # data=huggingface: which split to read

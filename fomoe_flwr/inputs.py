@@ -34,7 +34,7 @@ class Inputs:
     model: str = ""  # digest of its configuration
     tokenizer: str = ""  # digest
     val_fraction: str = ""
-    corpus: str = ""  # digest of the tokens of all documents
+    corpus: str = ""  # what of all documents it is of, and digest
     split: str = ""  # digest of which of them are kept for validation
     partition: str = ""  # how the corpus is dealt, and digest of which site claims what
     seq_len: str = ""
@@ -81,8 +81,9 @@ def digest_of(values: Any) -> str:
 
 
 def short(digest: str) -> str:
-    """The first 16 digits of a digest in hex."""
-    return digest[:16]
+    """The first 16 digits of a digest in hex, and before them what it is of, if it says so."""
+    kind, colon, digits = digest.rpartition(":")
+    return f"{kind}{colon}{digits[:16]}"
 
 
 def run_inputs(config: RunConfig, tokenizer: str, corpus: TokenCorpus | None, deals: Any) -> Inputs:

@@ -334,7 +334,7 @@ def test_data_parallel_synchronises_every_step() -> None:
     assert config_of("strategy=ddp", "train.local_steps=4").train.local_steps == 4
 
 
-@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
 def test_corpora_on_disk(source: str) -> None:
     assert config_of(f"data={source}", "data.path=x").data.source == source
 
@@ -353,6 +353,7 @@ def test_each_option_in_conf_is_a_valid_one(group: str, tmp_path: Path) -> None:
         "text": ["data.path=x"],
         "jsonl": ["data.path=x"],
         "parquet": ["data.path=x"],
+        "tokens": ["data.path=x"],
         "huggingface": ["data.name=x"],
         "hf": [f"model.path={tmp_path}"],
         "file": [f"federation.path={tmp_path / 'sites.yaml'}"],

@@ -1,4 +1,4 @@
-"""Documents from five sources, each in an order that never changes.
+"""Documents from five sources of text, each in an order that never changes.
 
 Notable: reading is lazy everywhere, so a corpus may be larger than memory; and `source_digest` names what
 would be read by its content, so that the token cache is found again after a move and missed after an edit.
@@ -26,7 +26,12 @@ from fomoe_flwr.files import expanded
 
 log = logging.getLogger("fomoe")
 
-SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",)}
+SUFFIXES = {
+    "text": ("",),
+    "jsonl": (".jsonl", ".jsonl.gz", ".json"),
+    "parquet": (".parquet",),
+    "tokens": (".npy", ".bin"),
+}
 STDLIB_SKIPPED = {"__phello__", "idlelib", "test", "tests"}  # __phello__ tests frozen modules
 PIECE = 16_384  # characters; length at which a corpus kept in one text file is cut into documents
 ROWS = 1024  # rows in memory at a time
@@ -92,14 +97,14 @@ def source_digest(config: DataConfig) -> str:
     if config.source == "huggingface":
         digest.update(f"{config.name or ''}\0{_load_huggingface(config)._fingerprint}".encode())
         return digest.hexdigest()
-    root, files = _stdlib_files() if config.source == "stdlib" else _local_files(config, lambda _: None)
+    root, files = _stdlib_files() if config.source == "stdlib" else local_files(config, lambda _: None)
     digest.update(b"file" if root.is_file() else b"folder")  # a lone text file is cut into pieces
     closed = (PermissionError,) if config.source == "text" and root.is_dir() else ()  # as in reading
     for file in files:
         content = b""
-        with _readable(file), suppress(*closed), file.open("rb") as stream:
+        with readable(file), suppress(*closed), file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").digest()
-        digest.update(f"{_relative(file, root)}\0".encode() + content)
+        digest.update(f"{relative(file, root)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -122,10 +127,15 @@ def _stdlib_files() -> tuple[Path, list[Path]]:
     packages = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.isidentifier()]
     found = itertools.chain(root.glob("*.py"), *(folder.rglob("*.py") for folder in packages))
     kept = (file for file in found if not STDLIB_SKIPPED.intersection(file.relative_to(root).parts))
-    return root, sorted(kept, key=lambda file: _relative(file, root))
+    return root, sorted(kept, key=lambda file: relative(file, root))
 
 
-def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
+def local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
+    """`data.path`, and the files of the source in it in an order that never changes.
+
+    Raises:
+        DataError: there is none.
+    """
     root = expanded(str(config.path))
     if root.is_file():
         return root, [root]
@@ -162,21 +172,22 @@ def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
             str(file).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"data.path: the name {os.fsencode(file)!r} is not UTF-8; rename it") from error
-    return root, sorted(files, key=lambda file: _relative(file, root))
+    return root, sorted(files, key=lambda file: relative(file, root))
 
 
-def _relative(file: Path, root: Path) -> str:
+def relative(file: Path, root: Path) -> str:
+    """A file's name below the root; of a lone file its own."""
     return file.name if file == root else file.relative_to(root).as_posix()
 
 
-def _domain(file: Path, root: Path) -> str:
+def domain_of(file: Path, root: Path) -> str:
     """The first folder below the root, or the file's own name without suffix."""
-    parts = Path(_relative(file, root)).parts
+    parts = Path(relative(file, root)).parts
     return parts[0] if len(parts) > 1 else Path(file.name.removesuffix(".gz")).stem
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
     """Turn what goes wrong while reading `file` into one line that names it."""
     try:
         yield
@@ -189,7 +200,7 @@ def _readable(file: Path) -> Iterator[None]:
 def _stdlib_documents() -> Iterator[Document]:
     root, files = _stdlib_files()
     for file in files:
-        with _readable(file):
+        with readable(file):
             content = file.read_bytes()
         try:
             text = content.decode()
@@ -204,23 +215,23 @@ def _text_documents(config: DataConfig, warn: Warn, passed_over: list[Path]) -> 
 
     A lone file is cut instead, for one document could be neither split nor dealt.
     """
-    root, files = _local_files(config, warn)
+    root, files = local_files(config, warn)
     if root.is_file():
-        with _readable(root), root.open(encoding="utf-8", newline="") as lines:
+        with readable(root), root.open(encoding="utf-8", newline="") as lines:
             for text in _pieces(lines):
                 if "\0" in text:
                     raise DataError(f"data.path: {root} is binary, not text (it holds a zero byte)")
-                yield Document(text, _domain(root, root))
+                yield Document(text, domain_of(root, root))
         return
     for file in files:
         # Not text, whatever comes of reading it.
         text = "\0"
-        with _readable(file), suppress(PermissionError, UnicodeDecodeError):
+        with readable(file), suppress(PermissionError, UnicodeDecodeError):
             text = file.read_bytes().decode()
         if "\0" in text:
             passed_over.append(file)
         else:
-            yield Document(text, _domain(file, root))
+            yield Document(text, domain_of(file, root))
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -237,10 +248,10 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _jsonl_documents(config: DataConfig, warn: Warn) -> Iterator[Document]:
-    root, files = _local_files(config, warn)
+    root, files = local_files(config, warn)
     for file in files:
-        domain = _domain(file, root)
-        with _readable(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        domain = domain_of(file, root)
+        with readable(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
                     where = f"{file}, line {number}"
@@ -263,11 +274,11 @@ def _parquet_documents(config: DataConfig, warn: Warn) -> Iterator[Document]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError("data.source=parquet: needs pyarrow; pip install 'fomoe-flwr[data]'") from error
-    root, files = _local_files(config, warn)
+    root, files = local_files(config, warn)
     for file in files:
-        domain = _domain(file, root)
+        domain = domain_of(file, root)
         try:
-            with _readable(file), pq.ParquetFile(file) as table:
+            with readable(file), pq.ParquetFile(file) as table:
                 columns = _columns(config, table.schema_arrow.names, str(file))
                 for batch in table.iter_batches(ROWS, columns=columns):
                     for row in batch.to_pylist():

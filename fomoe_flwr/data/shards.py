@@ -1,7 +1,7 @@
 """The token cache: a corpus tokenised once, kept as memory-mapped shards, found again by content.
 
-Notable: every shard but the last holds exactly `shard_tokens` tokens, so a position in the corpus is a shard
-and an offset by division, and documents may straddle shards. A cache is written beside its place and renamed
+Notable: documents may straddle shards. A corpus that was tokenised elsewhere has its files for shards, and only an
+index of them in the cache (`tokenised.py`). A cache is written beside its place and renamed
 into it: a reader sees a whole cache or none, however many processes write at once.
 """
 
@@ -15,9 +15,9 @@ import os
 import shutil
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.data.corpus import Document, is_hidden, name_some, read_documents, source_digest
 from fomoe_flwr.data.split import alike, keep_for_validation, sketch
+from fomoe_flwr.data.tokenised import map_parts, mean_bytes, read_contents, sampled_digest
 from fomoe_flwr.data.tokenizer import Tokenizer, load_tokenizer
 from fomoe_flwr.errors import DataError
 from fomoe_flwr.files import expanded, flush
@@ -63,7 +64,6 @@ class TokenCorpus:
     digest: str  # SHA-256 (hex) of tokens and documents; equal on every machine that has the same corpus
     split: str  # SHA-256 (hex) of `is_val`
     shards: tuple[NDArray[Any], ...] = field(repr=False)
-    shard_tokens: int
     warnings: tuple[str, ...] = ()  # what was found when the cache was built
 
     @cached_property
@@ -81,15 +81,28 @@ class TokenCorpus:
         """Indices of the documents kept for validation, ascending."""
         return np.flatnonzero(self.is_val)
 
+    @cached_property
+    def _shard_starts(self) -> NDArray[np.int64]:
+        """Position of each shard's first token; the last entry is the total: [S+1]."""
+        return np.cumsum([0, *map(len, self.shards)])
+
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens at `positions`, in the same shape."""
-        if len(self.shards) == 1:
-            return self.shards[0][positions].astype(np.int64)
-        shard, offset = np.divmod(positions, self.shard_tokens)
+        """The tokens at `positions`, in the same shape.
+
+        Raises:
+            DataError: one is no id of the tokenizer, as may be in a corpus that was tokenised elsewhere.
+        """
+        shard = np.searchsorted(self._shard_starts, positions, side="right") - 1
+        offset = positions - self._shard_starts[shard]
         tokens = np.empty(positions.shape, dtype=np.int64)
         for index in np.unique(shard):
             here = shard == index
             tokens[here] = self.shards[index][offset[here]]
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise DataError(
+                f"data.path: the text holds tokens from {tokens.min()} to {tokens.max()}, and data.tokenizer has ids "
+                f"from 0 to {self.vocab_size - 1}: another tokenizer made it, or a file is damaged"
+            )
         return tokens
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -110,7 +123,7 @@ def prepare(config: DataConfig) -> TokenCorpus:
     root = _cache_root(config)
     folder = root / _key(config, tokenizer)
     for _ in range(ATTEMPTS):
-        corpus = _open(folder)
+        corpus = _open(folder, config)
         if corpus is not None:
             for warning in corpus.warnings:
                 _warn_once(warning)
@@ -144,7 +157,7 @@ def _key(config: DataConfig, tokenizer: Tokenizer) -> str:
     recipe = {
         "format": FORMAT,
         "source": config.source,
-        "content": source_digest(config),
+        "content": sampled_digest(config) if config.source == "tokens" else source_digest(config),
         "tokenizer": tokenizer.fingerprint,
         "val_fraction": config.val_fraction,
         "text_key": config.text_key,
@@ -154,7 +167,7 @@ def _key(config: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def _open(folder: Path) -> TokenCorpus | None:
+def _open(folder: Path, config: DataConfig) -> TokenCorpus | None:
     """The corpus in `folder`, or None if there is none or it is damaged.
 
     The first time in a process all of it is read and held against its digests. That takes about as long as
@@ -174,9 +187,12 @@ def _open(folder: Path) -> TokenCorpus | None:
             name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
             for name in INDEX
         }
-        shards = tuple(
-            np.asarray(np.memmap(folder / name, dtype=meta["dtype"], mode="r")) for name in meta["shards"]
-        )
+        if config.source == "tokens":
+            shards = map_parts(config, meta["parts"])
+        else:
+            shards = tuple(
+                np.asarray(np.memmap(folder / name, dtype=meta["dtype"], mode="r")) for name in meta["shards"]
+            )
         return TokenCorpus(
             domains=meta["domains"],
             vocab_size=meta["vocab_size"],
@@ -185,7 +201,6 @@ def _open(folder: Path) -> TokenCorpus | None:
             digest=meta["digest"],
             split=meta["split"],
             shards=shards,
-            shard_tokens=meta["shard_tokens"],
             warnings=tuple(meta["warnings"]),
             **index,
         )
@@ -199,18 +214,21 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:
-        _write(unfinished, config, tokenizer)
+        if config.source == "tokens":
+            _write_index(unfinished, config, tokenizer)
+        else:
+            _write(unfinished, config, tokenizer)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
-        _publish(unfinished, folder)
+        _publish(unfinished, folder, config)
         flush(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was published
 
 
-def _publish(unfinished: Path, folder: Path) -> None:
+def _publish(unfinished: Path, folder: Path, config: DataConfig) -> None:
     """Rename into place; a whole cache that another process put there first stays."""
-    if folder.exists() and _open(folder) is None:
+    if folder.exists() and _open(folder, config) is None:
         damaged = unfinished.with_name(f"{unfinished.name}.damaged")
         with suppress(FileNotFoundError):  # another process has just moved it away
             folder.rename(damaged)
@@ -303,6 +321,7 @@ class _Index:
 
 
 def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Write the tokens of the text, and where its documents are."""
     index = _Index(tokenizer)
     digest = hashlib.sha256()
     warnings: list[str] = []
@@ -318,26 +337,58 @@ def _write(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
         index.token_bytes,
     )
     for name, values in zip(INDEX, arrays, strict=True):
-        np.save(folder / f"{name}.npy", values, allow_pickle=False)
         # Bytes of tokens follow from the tokenizer, which has a fingerprint of its own.
         if name not in ("is_val", "token_bytes"):
             digest.update(values.tobytes())
     domains = list(index.domains)
     digest.update(json.dumps([domains, tokenizer.vocab_size, tokenizer.eos_id]).encode())
+    facts = {"dtype": dtype.str, "shards": shards, "domains": domains, "digest": digest.hexdigest()}
+    _write_meta(folder, tokenizer, arrays, facts, warnings)
+
+
+def _write_index(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Write where the documents of a corpus are that was tokenised elsewhere.
+
+    Which are kept for validation goes by files and places in them: nobody looks for near-duplicates in it.
+    """
+    contents = read_contents(config, tokenizer)
+    lengths = np.diff(contents.doc_starts)
+    token_bytes = tokenizer.count_bytes()
+    # By the samples: to know it, all of the corpus would be read.
+    num_bytes = np.rint(lengths * mean_bytes(config, contents.parts, token_bytes)).astype(np.int64)
+    is_val = keep_for_validation(
+        np.arange(len(lengths)), contents.hashes, lengths, contents.doc_domain, config.val_fraction
+    )
+    arrays = (contents.doc_starts, num_bytes, contents.doc_domain, is_val, token_bytes)
+    facts = {
+        "parts": [asdict(part) for part in contents.parts],
+        "domains": contents.domains,
+        "digest": contents.digest,
+    }
+    _write_meta(folder, tokenizer, arrays, facts, [])
+
+
+def _write_meta(
+    folder: Path,
+    tokenizer: Tokenizer,
+    arrays: Sequence[NDArray[Any]],
+    facts: dict[str, Any],
+    warnings: list[str],
+) -> None:
+    """Write the arrays of `INDEX`, and what else is known of the corpus."""
+    for name, values in zip(INDEX, arrays, strict=True):
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+    doc_starts, doc_bytes, _, is_val, _ = arrays
     meta = {
         "format": FORMAT,
-        "domains": domains,
+        **facts,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
-        "dtype": dtype.str,
-        "shard_tokens": SHARD_TOKENS,
-        "shards": shards,
-        "num_documents": len(index.bytes),
-        "num_tokens": index.starts[-1],
-        "num_bytes": sum(index.bytes),
+        "num_documents": len(doc_bytes),
+        "num_tokens": int(doc_starts[-1]),
+        "num_bytes": int(doc_bytes.sum()),
         "warnings": warnings,
-        "digest": digest.hexdigest(),
         "split": hashlib.sha256(is_val.tobytes()).hexdigest(),
         "files": {
             file.name: [file.stat().st_size, _digest_of_file(file)] for file in sorted(folder.iterdir())
