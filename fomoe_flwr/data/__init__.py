@@ -2,7 +2,7 @@
 
 from fomoe_flwr.data.corpus import Document, read_documents
 from fomoe_flwr.data.partition import deal_documents
-from fomoe_flwr.data.shards import TokenCorpus, prepare
+from fomoe_flwr.data.shards import TokenCorpus, prepare, validation_documents
 from fomoe_flwr.data.stream import (
     LabelledBatch,
     TokenStream,
@@ -26,4 +26,5 @@ __all__ = [
     "prepare",
     "read_documents",
     "validation_batches",
+    "validation_documents",
 ]

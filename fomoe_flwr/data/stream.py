@@ -137,6 +137,8 @@ def labelled_batches(
 
 def _concatenate(corpus: TokenCorpus, documents: NDArray[np.int64]) -> _Concatenation:
     lengths = corpus.doc_lengths[documents]
+    if not lengths.all():
+        raise ValueError("documents that are not tokenised here")
     ends = np.cumsum(lengths)
     starts = ends - lengths
     return _Concatenation(starts, corpus.doc_starts[documents] - starts, int(lengths.sum()))

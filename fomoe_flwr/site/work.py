@@ -26,7 +26,9 @@ from fomoe_flwr.data import (
     load_tokenizer,
     prepare,
     validation_batches,
+    validation_documents,
 )
+from fomoe_flwr.data.shards import Choose
 from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.deploy.channel import Answer
 from fomoe_flwr.engine import EngineState
@@ -428,7 +430,10 @@ def evaluate_shard(
         corpus = stream.corpus
         text: Iterator[Tensor] = (stream.batch(step * batch, batch) for step in range(task.train.local_steps))
     else:
-        corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
+        data = data_of(task, settings)
+        corpus = open_corpus(
+            data, task.model.vocab_size, None if shares_cache(settings) else validation_documents
+        )
         most = max(task.train.eval_batches, 1)
         text = validation_batches(corpus, None, task.train.seq_len, batch, most)
     inputs = own_inputs(task, corpus, settings)
@@ -495,9 +500,12 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
     data, vocab_size, seq_len = data_of(task, settings), task.model.vocab_size, task.train.seq_len
     deal = OWN if data.partition == "own" else task.deal
 
+    def own_documents(corpus: TokenCorpus) -> NDArray[np.int64]:
+        return _dealt(corpus, data, replace(deal, place=0), seq_len, task.seed)[deal.place]
+
     def open_stream() -> TokenStream:
-        dealt = _dealt(data, vocab_size, replace(deal, place=0), seq_len, task.seed)
-        stream = TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
+        corpus = open_corpus(data, vocab_size, None if shares_cache(settings) else own_documents)
+        stream = TokenStream(corpus, own_documents(corpus), seq_len, task.seed)
         # Of other text the server says it.
         if data.partition == "own":
             sequences = task.train.rounds * task.train.local_steps * task.train.batch_size
@@ -507,21 +515,31 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
     return memory.stream((data, vocab_size, deal, seq_len, task.seed), open_stream)
 
 
+def shares_cache(settings: NodeSettings) -> bool:
+    """Whether this is one of the sites of a simulation: they tokenise the common corpus once, for all of them."""
+    return settings.partition is not None
+
+
 @functools.lru_cache(maxsize=CORPORA)
-def open_corpus(data: DataConfig, vocab_size: int) -> TokenCorpus:
+def open_corpus(data: DataConfig, vocab_size: int, choose: Choose | None = None) -> TokenCorpus:
     """The tokenised corpus, once its tokenizer is known to fit the vocabulary.
+
+    Args:
+        choose: the documents that must be tokenised; None: all.
 
     Raises:
         ConfigError: the vocabulary is too small.
         DataError: the corpus or tokenizer cannot be read.
     """
     check_vocabulary(load_tokenizer(data.tokenizer), vocab_size)
-    return prepare(data)
+    return prepare(data, choose)
 
 
 @functools.lru_cache(maxsize=CORPORA)
-def _dealt(data: DataConfig, vocab_size: int, deal: Deal, seq_len: int, seed: int) -> list[NDArray[np.int64]]:
+def _dealt(
+    corpus: TokenCorpus, data: DataConfig, deal: Deal, seq_len: int, seed: int
+) -> list[NDArray[np.int64]]:
     sites = [
         SiteConfig(name=f"{i + 1} of {deal.sites}", domain=domain) for i, domain in enumerate(deal.domains())
     ]
-    return deal_documents(open_corpus(data, vocab_size), sites, data, seed, seq_len)
+    return deal_documents(corpus, sites, data, seed, seq_len)
