@@ -296,6 +296,9 @@ class DataConfig:
     # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
     partition: str = choice("iid", "iid", "domain", "dirichlet", "own")
     dirichlet_alpha: float = at_least(0.5, 0.0)  # with partition=dirichlet: the smaller, the more uneven
+    # Weights by domain, {web: 3, code: 1}: sequences are drawn from these domains alone, by these weights. Empty: from
+    # all, as much as there is of each.
+    mix: dict[str, float] = field(default_factory=dict, hash=False)
     val_fraction: float = at_least(0.05, 0.0)  # share of each domain's bytes kept for validation
     cache_dir: str | None = a_path()  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 

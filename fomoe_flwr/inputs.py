@@ -107,7 +107,7 @@ def run_inputs(config: RunConfig, tokenizer: str, corpus: TokenCorpus | None, de
         val_fraction=f"{data.val_fraction:g}",
         corpus=short(corpus.digest) if corpus else "",
         split=short(corpus.split) if corpus else "",
-        partition=f"{data.partition} {digest_of([alpha, deals])}",
+        partition=f"{data.partition} {digest_of([alpha, deals, data.mix] if data.mix else [alpha, deals])}",
         seq_len=f"{config.train.seq_len} tokens",
     )
 

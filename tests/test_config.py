@@ -231,7 +231,19 @@ def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
 def test_no_key_is_left_out_of_the_tables_above() -> None:
     sections = {field.name for field in dataclasses.fields(RunConfig)} - {"seed", "resume"}
     tested_below = {"federation.path", "federation.sites", "model.hf", "model.expert_layers", "model.init"}
+    tested_below |= {"data.mix"}
     assert set(known_keys()) - sections - tested_below == {*TOGETHER, *(key for key, _, _ in ALONE)}
+
+
+def test_a_mixture_is_weights_by_domain() -> None:
+    assert config_of("data.mix={web: 3, the_code: 0.5}").data.mix == {"web": 3.0, "the_code": 0.5}
+    assert config_of().data.mix == {}
+    for weight in ("0", "-1", "nan", "inf"):
+        assert f"data.mix: web={float(weight)}: must be above 0" in refusal(f"data.mix={{web: {weight}}}")
+    refusal("data.mix={web: much}")
+    refusal("data.mix=[web]")
+    many = ",".join(f"d{index}: 1" for index in range(1001))
+    assert "1001 domains; at most 1000" in refusal(f"data.mix={{{many}}}")
 
 
 def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:

@@ -48,6 +48,7 @@ def test_what_is_not_inputs_is_refused(values: object) -> None:
         ("model.d_model=64", "model"),
         ("data.val_fraction=0.5", "val_fraction"),
         ("data.partition=domain", "partition"),
+        ("data.mix={web: 1}", "partition"),
         ("train.seq_len=64", "seq_len"),
     ],
 )

@@ -5,6 +5,8 @@ from fomoe_flwr.data.partition import deal_documents
 from fomoe_flwr.data.shards import TokenCorpus, prepare, validation_documents
 from fomoe_flwr.data.stream import (
     LabelledBatch,
+    MixedStream,
+    Stream,
     TokenStream,
     bytes_per_target,
     labelled_batches,
@@ -15,6 +17,8 @@ from fomoe_flwr.data.tokenizer import Tokenizer, check_vocabulary, load_tokenize
 __all__ = [
     "Document",
     "LabelledBatch",
+    "MixedStream",
+    "Stream",
     "TokenCorpus",
     "TokenStream",
     "Tokenizer",

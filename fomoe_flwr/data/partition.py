@@ -26,11 +26,15 @@ def deal_documents(
 ) -> list[Documents]:
     """Deal every training document to one site, as `data.partition` says; `own`: all of them to each.
 
+    With `data.mix` a site keeps of its documents those of the domains that are named.
+
     `seq_len` is the length of a sequence in tokens, of which each site must be able to form one. The result
-    has one array of document indices a site, ascending; together they are `corpus.train_documents`.
+    has one array of document indices a site, ascending; without `data.mix` together they are
+    `corpus.train_documents`.
 
     Raises:
-        ConfigError: a site asks for a domain the corpus does not have, or `dirichlet_alpha` is not positive.
+        ConfigError: a site or `data.mix` asks for a domain the corpus does not have, or `dirichlet_alpha` is not
+            positive.
         DataError: a site must end up with less than one sequence.
     """
     shares = share_out(corpus, sites, config, seed)
@@ -54,6 +58,21 @@ def share_out(
     Raises:
         ConfigError: as `deal_documents`.
     """
+    shares = _share_out_all(corpus, sites, config, seed)
+    if not config.mix:
+        return shares
+    # A site's own text need not have all of them.
+    if config.partition != "own" and (missing := sorted(set(config.mix) - set(corpus.domains))):
+        raise ConfigError(
+            f"data.mix: {missing[0]:.80} is not a domain of the corpus; allowed are {name_some(sorted(corpus.domains))}"
+        )
+    named = [index for index, domain in enumerate(corpus.domains) if domain in config.mix]
+    return [share[np.isin(corpus.doc_domain[share], named)] for share in shares]
+
+
+def _share_out_all(
+    corpus: TokenCorpus, sites: Sequence[SiteConfig], config: DataConfig, seed: int
+) -> list[Documents]:
     rng = np.random.default_rng(seed)
     match config.partition:
         case "iid":

@@ -19,6 +19,8 @@ from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
+    MixedStream,
+    Stream,
     TokenCorpus,
     TokenStream,
     check_vocabulary,
@@ -59,6 +61,8 @@ DATA = "data"
 WORK = "work"
 # Waiting for bytes to or from an object store.
 TRANSFER = "transfer"
+
+MOST_SAID = 32  # parts of a mixture, in a reply
 
 # Kept open in a process: simulated sites may each have text of their own.
 CORPORA = 64
@@ -298,13 +302,19 @@ def train_round(
         task.round,
         task.name,
         report.tokens,
-        {**report.metrics, "passes": stream.passes(new_state.position), **metrics},
+        {**report.metrics, **_passes(stream, new_state.position), **metrics},
         start or trained.start,
         report.load_LE,
         bundle_digests(blobs),
         inputs,
     )
     return blobs, reply
+
+
+def _passes(stream: Stream, position: int) -> dict[str, float]:
+    """How often the site has read its text, and of a mixture those parts that it has read most."""
+    parts = sorted(stream.passes_by_domain(position).items(), key=lambda part: -part[1])[:MOST_SAID]
+    return {"passes": stream.passes(position)} | {f"passes/{domain:.50}": number for domain, number in parts}
 
 
 def _state_of(task: Task, folder: Path, memory: Memory) -> SiteState:
@@ -318,7 +328,7 @@ def _train(
     shard: dict[str, Tensor],
     came: Collection[str],
     state: SiteState,
-    stream: TokenStream,
+    stream: Stream,
     settings: NodeSettings,
     memory: Memory,
     beat: Beat,
@@ -491,7 +501,7 @@ def own_inputs(task: Task, corpus: TokenCorpus, settings: NodeSettings) -> Input
 # A process that serves many messages (simulation, `runtime=local`) opens and deals its corpus once.
 
 
-def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStream:
+def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> Stream:
     """The site's own text, or its part of the common corpus.
 
     Raises:
@@ -503,9 +513,14 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
     def own_documents(corpus: TokenCorpus) -> NDArray[np.int64]:
         return _dealt(corpus, data, replace(deal, place=0), seq_len, task.seed)[deal.place]
 
-    def open_stream() -> TokenStream:
+    def open_stream() -> Stream:
         corpus = open_corpus(data, vocab_size, None if shares_cache(settings) else own_documents)
-        stream = TokenStream(corpus, own_documents(corpus), seq_len, task.seed)
+        documents = own_documents(corpus)
+        stream: Stream = (
+            MixedStream(corpus, documents, seq_len, task.seed, data.mix)
+            if data.mix
+            else TokenStream(corpus, documents, seq_len, task.seed)
+        )
         # Of other text the server says it.
         if data.partition == "own":
             sequences = task.train.rounds * task.train.local_steps * task.train.batch_size
