@@ -248,6 +248,17 @@ def check_source(data: DataConfig) -> None:
             f"data.path={data.path}: data.source=stdlib reads no path; give data=text (or jsonl, parquet, tokens, "
             "huggingface)"
         )
+    if data.stream:
+        usual = DataConfig()
+        if data.source != "huggingface":
+            raise ConfigError(
+                f"data.stream=true: needs data=huggingface; data.source={data.source} is read whole"
+            )
+        for key in ("partition", "mix", "max_documents", "domain_key"):
+            if (value := getattr(data, key)) != getattr(usual, key):
+                raise ConfigError(
+                    f"data.stream=true: not with data.{key}={value}, for which all is read before"
+                )
     for key in ("name", "config_name"):
         if (value := getattr(data, key)) is not None and data.source != "huggingface":
             raise ConfigError(

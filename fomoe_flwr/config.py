@@ -288,6 +288,9 @@ class DataConfig:
     source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "tokens", "huggingface")
     path: str | None = a_path()  # file or folder
     config_name: str | None = None  # data=huggingface: configuration of the data set
+    stream: bool = (
+        False  # data=huggingface: read it as it comes, in its own order; nothing is downloaded before
+    )
     split: str = "train"  # data=huggingface: which split to read
     text_key: str = "text"  # field with the text (jsonl, parquet, huggingface)
     domain_key: str | None = None  # field with the domain; where it is null, the domain is that of the file

@@ -202,6 +202,7 @@ ALONE = [
     ("strategy.min_available_nodes", 3, []),
     ("data.path", "/some/where", ["data=text"]),
     ("data.partition", "domain", []),
+    ("data.stream", True, ["data=huggingface", "data.name=a/set"]),
     ("data.dirichlet_alpha", 0.1, []),
     ("plan.measured", "/runs/before", []),
     ("runtime.workers", 2, []),
@@ -225,7 +226,8 @@ def test_keys_can_be_set_together() -> None:
 
 @pytest.mark.parametrize(("key", "value", "company"), ALONE, ids=[key for key, _, _ in ALONE])
 def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
-    check_set(config_of(f"{key}={value}", *company), key, value)
+    text = str(value).lower() if isinstance(value, bool) else value
+    check_set(config_of(f"{key}={text}", *company), key, value)
 
 
 def test_no_key_is_left_out_of_the_tables_above() -> None:
@@ -244,6 +246,20 @@ def test_a_mixture_is_weights_by_domain() -> None:
     refusal("data.mix=[web]")
     many = ",".join(f"d{index}: 1" for index in range(1001))
     assert "1001 domains; at most 1000" in refusal(f"data.mix={{{many}}}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data=stdlib", "data.stream=true: needs data=huggingface"),
+        ("data.partition=dirichlet", "not with data.partition=dirichlet"),
+        ("data.mix={web: 1}", "not with data.mix="),
+        ("data.max_documents=3", "not with data.max_documents=3"),
+        ("data.domain_key=lang", "not with data.domain_key=lang"),
+    ],
+)
+def test_a_stream_has_only_what_can_be_known_of_it(override: str, said: str) -> None:
+    assert said in refusal("data=huggingface", "data.name=a/set", "data.stream=true", override)
 
 
 def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:

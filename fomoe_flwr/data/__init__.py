@@ -12,6 +12,7 @@ from fomoe_flwr.data.stream import (
     labelled_batches,
     validation_batches,
 )
+from fomoe_flwr.data.streamed import StreamedText
 from fomoe_flwr.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LabelledBatch",
     "MixedStream",
     "Stream",
+    "StreamedText",
     "TokenCorpus",
     "TokenStream",
     "Tokenizer",

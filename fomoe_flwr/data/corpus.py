@@ -35,6 +35,7 @@ SUFFIXES = {
 STDLIB_SKIPPED = {"__phello__", "idlelib", "test", "tests"}  # __phello__ tests frozen modules
 PIECE = 16_384  # characters; length at which a corpus kept in one text file is cut into documents
 ROWS = 1024  # rows in memory at a time
+STREAMED_BYTES = 4_000_000  # of validation text that is taken from a stream
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ Warn = Callable[[str], None]
 
 def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Document]:
     """Yield at most `max_documents` documents; those without text (empty, blank or null) are passed over.
+
+    Of a stream they are those for validation, and not all of them (`STREAMED_BYTES`).
 
     Args:
         warn: is told what could not be read and was passed over, in one line.
@@ -68,7 +71,7 @@ def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Doc
         case "parquet":
             documents = _parquet_documents(config, warn)
         case _:
-            documents = _huggingface_documents(config)
+            documents = _validation_of_stream(config) if config.stream else _huggingface_documents(config)
     with_text = (document for document in documents if document.text and not document.text.isspace())
     empty = True
     for document in itertools.islice(with_text, config.max_documents):
@@ -88,12 +91,16 @@ def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Doc
 def source_digest(config: DataConfig) -> str:
     """SHA-256 (hex) of everything the source holds: names and contents of local files.
 
-    A Hugging Face data set is named by its own fingerprint instead, which saves reading it.
+    A Hugging Face data set is named by its own fingerprint instead, which saves reading it; a stream by its name.
 
     Raises:
         DataError: the source cannot be read.
     """
     digest = hashlib.sha256()
+    if config.stream:
+        names = (config.name, config.config_name, config.path, config.split)
+        digest.update(f"stream\0{names}".encode())
+        return digest.hexdigest()
     if config.source == "huggingface":
         digest.update(f"{config.name or ''}\0{_load_huggingface(config)._fingerprint}".encode())
         return digest.hexdigest()
@@ -296,6 +303,60 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
             yield _document(dict(zip(columns, values, strict=True)), config, Path(name).name, name)
 
 
+def load_streamed(config: DataConfig, place: int = 0, sites: int = 1) -> Any:
+    """The `datasets.IterableDataset`, or the part of it that one of so many sites has.
+
+    Where the files can be shared out evenly a site reads its own, else each reads all and takes its rows.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    dataset = _load_huggingface(config)
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(dataset, place, sites)
+
+
+def streamed_documents(config: DataConfig, dataset: Any) -> Iterator[Document]:
+    """The documents of an opened stream, from where it is; those without text are passed over.
+
+    Raises:
+        DataError: it cannot be read, or lacks the column of the text.
+    """
+    import datasets
+
+    name = str(config.name or config.path)
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise DataError(f"data.name={name}: the stream cannot be read: {reason}") from error
+        if row is None:
+            return
+        document = _document(row, config, Path(name).name, name)
+        if document.text and not document.text.isspace():
+            yield document
+
+
+def is_validation(document: Document, val_fraction: float) -> bool:
+    """Whether a document of a stream is kept out of training; equal ones share a side."""
+    digest = hashlib.sha256(document.text.encode()).digest()
+    return int.from_bytes(digest[:8]) < val_fraction * 2**64
+
+
+def _validation_of_stream(config: DataConfig) -> Iterator[Document]:
+    """The first documents of the whole stream that are kept for validation."""
+    size = 0
+    for document in streamed_documents(config, load_streamed(config)):
+        if size < STREAMED_BYTES and is_validation(document, config.val_fraction):
+            size += len(document.text.encode())
+            yield document
+        if size >= STREAMED_BYTES:
+            return
+
+
 def _is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or (
@@ -304,9 +365,10 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _load_huggingface(config: DataConfig) -> Any:
-    """The `datasets.Dataset`: `data.name` is one on the hub, a local folder, or a loader of `data.path`.
+    """The `datasets.Dataset`; with `data.stream` an `IterableDataset`, which is read as it comes.
 
-    Without a name `data.path` is a folder that `save_to_disk` wrote; a name may be one, too.
+    `data.name` is one on the hub, a local folder, or a loader of `data.path`. Without a name `data.path` is a folder
+    that `save_to_disk` wrote; a name may be one, too.
     """
     try:
         import datasets
@@ -321,13 +383,13 @@ def _load_huggingface(config: DataConfig) -> Any:
     try:
         if _is_saved_dataset(saved):
             loaded = datasets.load_from_disk(str(saved))
-            if isinstance(loaded, datasets.Dataset):
-                return loaded
-            if config.split not in loaded:
-                raise ValueError(f"it has {name_some(loaded)}")
-            return loaded[config.split]
+            if not isinstance(loaded, datasets.Dataset):
+                if config.split not in loaded:
+                    raise ValueError(f"it has {name_some(loaded)}")
+                loaded = loaded[config.split]
+            return loaded.to_iterable_dataset() if config.stream else loaded
         return datasets.load_dataset(
-            str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=False
+            str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=config.stream
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())  # "while generating the dataset" says little

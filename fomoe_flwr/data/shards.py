@@ -152,7 +152,8 @@ def prepare(config: DataConfig, choose: Choose | None = None) -> TokenCorpus:
     recipe = _recipe(config, tokenizer)
     if config.source == "tokens":
         return _cached(config, recipe, lambda folder: _write_index(folder, config, tokenizer))
-    if choose is None or (_cache_root(config) / _key(recipe)).exists():
+    # Of a stream there is no more than what it keeps for validation.
+    if choose is None or config.stream or (_cache_root(config) / _key(recipe)).exists():
         return _cached(config, recipe, lambda folder: _write(folder, config, tokenizer))
     nothing = np.zeros(0, dtype=np.bool_)
     listed = _cached(
@@ -418,7 +419,7 @@ def _write(
     shards = _write_shards(folder, _tokenise(config, index, dtype, warnings.append, chosen))
     index.check_lost(warnings)
     if listed is None:
-        is_val = index.split(config.val_fraction, warnings)
+        is_val = index.split(1.0 if config.stream else config.val_fraction, warnings)
     elif index.digest() == listed.digest:
         is_val = listed.is_val
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,12 @@ class Stream(Protocol):
 
     def passes_by_domain(self, position: int) -> dict[str, float]:
         """The same of each part of a mixture."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that spare another process reading all that is before the position; empty: it need not."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take such a state. Batches are the same without it."""
 
 
 class _Concatenation(NamedTuple):
@@ -89,6 +95,13 @@ class TokenStream:
     def passes_by_domain(self, position: int) -> dict[str, float]:
         """Nothing, for it is no mixture."""
         return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing, for the position says all."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The order of the windows in this epoch. Only the latest is kept: epochs are passed one by one."""
@@ -177,6 +190,13 @@ class MixedStream:
             domain: stream.passes(int(drawn))
             for (domain, stream), drawn in zip(self.streams.items(), drawn_D, strict=True)
         }
+
+    def state(self) -> dict[str, Any]:
+        """Nothing, for the position says all."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
 
     def _draw(self, block: int) -> None:
         """Of each sequence of this block its domain, and how many of that domain are before it in the block."""

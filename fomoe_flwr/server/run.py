@@ -176,7 +176,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
     warn_of_memory(plan, config)
     if note := groups_note(config):
         log.warning("%s", note)
-    if corpus is not None:
+    # How much there is of a stream nobody knows.
+    if corpus is not None and not config.data.stream:
         describe_corpus(corpus, plan, config, run_dir)
     last = checkpoint.manifest["metrics"] if checkpoint else None
     telemetry = Telemetry(config, run_dir, name, last)

@@ -34,6 +34,7 @@ class Trained:
     engine: EngineState
     encoder: CodecState
     position: int  # in the site's data
+    stream: dict[str, Any]  # and how that is found again
     # As in `SiteState`.
     local: dict[str, Tensor]
     pending: dict[str, Tensor]

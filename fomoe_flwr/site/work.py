@@ -21,6 +21,7 @@ from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
     MixedStream,
     Stream,
+    StreamedText,
     TokenCorpus,
     TokenStream,
     check_vocabulary,
@@ -289,6 +290,7 @@ def train_round(
         public,
         local=trained.local,
         pending=trained.pending,
+        stream=trained.stream,
     )
     if delayed:
         new_state.sent = delay.sent(task, blobs)
@@ -341,6 +343,7 @@ def _train(
         state: what it goes on from; what is changed of it in place is not in it afterwards.
     """
     batch, steps = task.train.batch_size, task.train.local_steps
+    stream.restore(state.stream)
 
     def batches() -> Iterator[Tensor]:
         for step in range(steps):
@@ -373,7 +376,16 @@ def _train(
     # The engine holds the moments now.
     state.engine, state.encoder, state.local, state.pending = EngineState(), {}, {}, {}
     return Trained(
-        state, start, report, blobs, engine.state(), encoder | left, position, engine.kept(), pending
+        state,
+        start,
+        report,
+        blobs,
+        engine.state(),
+        encoder | left,
+        position,
+        stream.state(),
+        engine.kept(),
+        pending,
     )
 
 
@@ -514,6 +526,8 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> Stream:
         return _dealt(corpus, data, replace(deal, place=0), seq_len, task.seed)[deal.place]
 
     def open_stream() -> Stream:
+        if data.stream:
+            return StreamedText(open_corpus(data, vocab_size), data, deal.place, deal.sites, seq_len)
         corpus = open_corpus(data, vocab_size, None if shares_cache(settings) else own_documents)
         documents = own_documents(corpus)
         stream: Stream = (
