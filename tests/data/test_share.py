@@ -246,7 +246,8 @@ def test_a_tenth_of_a_large_corpus_costs_a_tenth_of_the_tokenising(
         with (tmp_path / "source" / f"{size}.jsonl").open("w") as file:
             for _ in range(5000):
                 chosen = rng.integers(0, len(words), int(rng.lognormal(5.5, 1.0)) + 1)
-                size += file.write(json.dumps({"text": " ".join(words[word] for word in chosen)}) + "\n")
+                text = " ".join(map(words.__getitem__, chosen.tolist()))
+                size += file.write(f'{{"text": "{text}"}}\n')
     config = DataConfig(
         source="jsonl", path=str(tmp_path / "source"), cache_dir=str(tmp_path / "cache"), val_fraction=0.01
     )
