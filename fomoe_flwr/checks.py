@@ -30,7 +30,8 @@ from fomoe_flwr.turns import count_layers
 from fomoe_flwr.untrusted import one_line
 
 STORES = ("file", "s3", "gs", "az")
-FILE_SOURCES = ("text", "jsonl", "parquet")
+MOST_PARTS = 1000  # of a mixture, so that each has some of its 10,000 sequences
+FILE_SOURCES = ("text", "jsonl", "parquet", "tokens")
 # So that a slip of the finger does not fill the memory, or end in a crash of PyTorch.
 MOST_SITES = 100_000
 MOST_THREADS = 1024
@@ -200,6 +201,7 @@ def check_combinations(config: RunConfig) -> None:
     ):
         if device is not None and not is_device(device):
             raise ConfigError(f"{key}={device:.80}: allowed are {DEVICE_RULE}")
+    check_mix(data)
     shared = data.partition != "own" and any(site.data_path is None for site in config.federation.sites)
     if data.source in FILE_SOURCES and data.path is None and (shared or train.eval_batches):
         raise ConfigError(
@@ -251,13 +253,40 @@ def check_source(data: DataConfig) -> None:
     """
     if data.path is not None and data.source == "stdlib":
         raise ConfigError(
-            f"data.path={data.path}: data.source=stdlib reads no path; give data=text (or jsonl, parquet, huggingface)"
+            f"data.path={data.path}: data.source=stdlib reads no path; give data=text (or jsonl, parquet, tokens, "
+            "huggingface)"
         )
+    if data.stream:
+        usual = DataConfig()
+        if data.source != "huggingface":
+            raise ConfigError(
+                f"data.stream=true: needs data=huggingface; data.source={data.source} is read whole"
+            )
+        for key in ("partition", "mix", "max_documents", "domain_key"):
+            if (value := getattr(data, key)) != getattr(usual, key):
+                raise ConfigError(
+                    f"data.stream=true: not with data.{key}={value}, for which all is read before"
+                )
     for key in ("name", "config_name"):
         if (value := getattr(data, key)) is not None and data.source != "huggingface":
             raise ConfigError(
                 f"data.{key}={value}: data.source={data.source} has none; give data=huggingface"
             )
+
+
+def check_mix(data: DataConfig) -> None:
+    """Whether the weights of domains are weights.
+
+    Raises:
+        ConfigError: the first that is none, or too many.
+    """
+    for domain, weight in data.mix.items():
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(
+                f"data.mix: {domain:.80}={weight}: must be above 0; leave out what is not wanted"
+            )
+    if len(data.mix) > MOST_PARTS:
+        raise ConfigError(f"data.mix: {len(data.mix)} domains; at most {MOST_PARTS}")
 
 
 def check_outer(strategy: StrategyConfig) -> None:

@@ -318,7 +318,7 @@ def check_job(composed: Composed) -> None:
             raise ConfigError(
                 f"federation.sites: data_path={site.data_path} of site {site.name}: no such file or folder"
             )
-    open_validation(config)
+    open_validation(config, whole=True)
 
 
 _failed: list[Path] = []  # jobs of this process

@@ -289,9 +289,13 @@ class DataConfig:
 
     name: str | None = None  # data=huggingface: name of the data set
     # stdlib: the source text of Python's standard library, for trying out.
-    source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "huggingface")
+    # tokens: ids of data.tokenizer, in .npy as OLMo writes them or .bin with .idx as Megatron does; they are not copied
+    source: str = choice("stdlib", "stdlib", "text", "jsonl", "parquet", "tokens", "huggingface")
     path: str | None = a_path()  # file or folder
     config_name: str | None = None  # data=huggingface: configuration of the data set
+    stream: bool = (
+        False  # data=huggingface: read it as it comes, in its own order; nothing is downloaded before
+    )
     split: str = "train"  # data=huggingface: which split to read
     text_key: str = "text"  # field with the text (jsonl, parquet, huggingface)
     domain_key: str | None = None  # field with the domain; where it is null, the domain is that of the file
@@ -300,6 +304,9 @@ class DataConfig:
     # How the common corpus is dealt to the sites; own: there is none, every site has text of its own.
     partition: str = choice("iid", "iid", "domain", "dirichlet", "own")
     dirichlet_alpha: float = at_least(0.5, 0.0)  # with partition=dirichlet: the smaller, the more uneven
+    # Weights by domain, {web: 3, code: 1}: sequences are drawn from these domains alone, by these weights. Empty: from
+    # all, as much as there is of each.
+    mix: dict[str, float] = field(default_factory=dict, hash=False)
     val_fraction: float = at_least(0.05, 0.0)  # share of each domain's bytes kept for validation
     cache_dir: str | None = a_path()  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 

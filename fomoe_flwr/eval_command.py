@@ -21,7 +21,14 @@ from fomoe_flwr.checks import FILE_SOURCES
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import DataConfig, ModelConfig, TrainConfig
 from fomoe_flwr.console import Parser, at_least_1
-from fomoe_flwr.data import LabelledBatch, TokenCorpus, check_vocabulary, load_tokenizer, prepare
+from fomoe_flwr.data import (
+    LabelledBatch,
+    TokenCorpus,
+    check_vocabulary,
+    load_tokenizer,
+    prepare,
+    validation_documents,
+)
 from fomoe_flwr.data.tokenizer import Tokenizer, at_hand
 from fomoe_flwr.engine.device import resolve_device, use_cpu
 from fomoe_flwr.errors import CheckpointError, ConfigError, DataError, WireError
@@ -262,13 +269,13 @@ def choose_text(saved: Saved, data: DataConfig, share_given: bool) -> tuple[Toke
     if any(getattr(own, key) != getattr(data, key) for key in place):
         whole = prepare(dataclasses.replace(data, val_fraction=1.0))
         if saved.inputs.corpus != short(whole.digest):
-            return (prepare(data), "validation") if share_given else (whole, "whole")
+            return (prepare(data, validation_documents), "validation") if share_given else (whole, "whole")
     if data.val_fraction > own.val_fraction:
         raise ConfigError(
             f"data.val_fraction={data.val_fraction}: the run kept {own.val_fraction} of this corpus from training; "
             f"at most that"
         )
-    corpus = prepare(data)
+    corpus = prepare(data, validation_documents)
     now = Inputs(tokenizer=short(corpus.tokenizer), corpus=short(corpus.digest))
     for difference in differences(saved.inputs, now):
         if difference.part == "corpus":

@@ -34,7 +34,7 @@ class Inputs:
     model: str = ""  # digest of its configuration
     tokenizer: str = ""  # digest
     val_fraction: str = ""
-    corpus: str = ""  # digest of the tokens of all documents
+    corpus: str = ""  # what of all documents it is of, and digest
     split: str = ""  # digest of which of them are kept for validation
     partition: str = ""  # how the corpus is dealt, and digest of which site claims what
     seq_len: str = ""
@@ -81,8 +81,9 @@ def digest_of(values: Any) -> str:
 
 
 def short(digest: str) -> str:
-    """The first 16 digits of a digest in hex."""
-    return digest[:16]
+    """The first 16 digits of a digest in hex, and before them what it is of, if it says so."""
+    kind, colon, digits = digest.rpartition(":")
+    return f"{kind}{colon}{digits[:16]}"
 
 
 def run_inputs(config: RunConfig, tokenizer: str, corpus: TokenCorpus | None, deals: Any) -> Inputs:
@@ -106,7 +107,7 @@ def run_inputs(config: RunConfig, tokenizer: str, corpus: TokenCorpus | None, de
         val_fraction=f"{data.val_fraction:g}",
         corpus=short(corpus.digest) if corpus else "",
         split=short(corpus.split) if corpus else "",
-        partition=f"{data.partition} {digest_of([alpha, deals])}",
+        partition=f"{data.partition} {digest_of([alpha, deals, data.mix] if data.mix else [alpha, deals])}",
         seq_len=f"{config.train.seq_len} tokens",
     )
 
@@ -128,8 +129,9 @@ def inputs_of(values: object) -> Inputs:
 def differences(before: Inputs, now: Inputs) -> list[Difference]:
     """What is known on both sides and not equal.
 
-    The digest of the tokens depends on the tokenizer, and that of the split on the share and the text: where what they
-    depend on differs, they say nothing more.
+    The digest of the split depends on the share and the text: where one of those differs, it says nothing more. A run
+    of an earlier version has a digest of the tokens for its corpus, which depends on the tokenizer and cannot be
+    compared with one of the text.
     """
     found = [
         Difference(part, was, is_)
@@ -137,7 +139,8 @@ def differences(before: Inputs, now: Inputs) -> list[Difference]:
         if (was := getattr(before, part)) and (is_ := getattr(now, part)) and was != is_
     ]
     parts = {difference.part for difference in found}
-    if "tokenizer" in parts:
+    of_tokens = {":" not in corpus for corpus in (before.corpus, now.corpus)}
+    if len(of_tokens) > 1 or ("tokenizer" in parts and of_tokens == {True}):
         parts -= {"corpus"}
     if parts & {"corpus", "val_fraction"}:
         parts -= {"split"}

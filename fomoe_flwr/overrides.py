@@ -187,8 +187,10 @@ def setting(key: str, value: Any) -> Override:
 
 
 def _is_open(key: str) -> bool:
-    """Whether it is one of those, below model.hf, of which transformers and not the schema says which there are."""
-    return key == "model.hf" or re.fullmatch(r"model\.hf\.\w{1,64}", key, re.ASCII) is not None
+    """Whether it is one of those of which the schema does not say what is below: model.hf, of which transformers does,
+    and the domains of data.mix.
+    """
+    return key in ("model.hf", "data.mix") or re.fullmatch(r"model\.hf\.\w{1,64}", key, re.ASCII) is not None
 
 
 def _open(override: Override) -> Override:

@@ -204,6 +204,7 @@ ALONE = [
     ("strategy.min_available_nodes", 3, []),
     ("data.path", "/some/where", ["data=text"]),
     ("data.partition", "domain", []),
+    ("data.stream", True, ["data=huggingface", "data.name=a/set"]),
     ("data.dirichlet_alpha", 0.1, []),
     ("plan.measured", "/runs/before", []),
     ("runtime.workers", 2, []),
@@ -227,13 +228,40 @@ def test_keys_can_be_set_together() -> None:
 
 @pytest.mark.parametrize(("key", "value", "company"), ALONE, ids=[key for key, _, _ in ALONE])
 def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
-    check_set(config_of(f"{key}={value}", *company), key, value)
+    text = str(value).lower() if isinstance(value, bool) else value
+    check_set(config_of(f"{key}={text}", *company), key, value)
 
 
 def test_no_key_is_left_out_of_the_tables_above() -> None:
     sections = {field.name for field in dataclasses.fields(RunConfig)} - {"seed", "resume"}
     tested_below = {"federation.path", "federation.sites", "model.hf", "model.expert_layers", "model.init"}
+    tested_below |= {"data.mix"}
     assert set(known_keys()) - sections - tested_below == {*TOGETHER, *(key for key, _, _ in ALONE)}
+
+
+def test_a_mixture_is_weights_by_domain() -> None:
+    assert config_of("data.mix={web: 3, the_code: 0.5}").data.mix == {"web": 3.0, "the_code": 0.5}
+    assert config_of().data.mix == {}
+    for weight in ("0", "-1", "nan", "inf"):
+        assert f"data.mix: web={float(weight)}: must be above 0" in refusal(f"data.mix={{web: {weight}}}")
+    refusal("data.mix={web: much}")
+    refusal("data.mix=[web]")
+    many = ",".join(f"d{index}: 1" for index in range(1001))
+    assert "1001 domains; at most 1000" in refusal(f"data.mix={{{many}}}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data=stdlib", "data.stream=true: needs data=huggingface"),
+        ("data.partition=dirichlet", "not with data.partition=dirichlet"),
+        ("data.mix={web: 1}", "not with data.mix="),
+        ("data.max_documents=3", "not with data.max_documents=3"),
+        ("data.domain_key=lang", "not with data.domain_key=lang"),
+    ],
+)
+def test_a_stream_has_only_what_can_be_known_of_it(override: str, said: str) -> None:
+    assert said in refusal("data=huggingface", "data.name=a/set", "data.stream=true", override)
 
 
 def test_an_architecture_of_transformers_says_its_sizes_itself() -> None:
@@ -336,7 +364,7 @@ def test_data_parallel_synchronises_every_step() -> None:
     assert config_of("strategy=ddp", "train.local_steps=4").train.local_steps == 4
 
 
-@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
 def test_corpora_on_disk(source: str) -> None:
     assert config_of(f"data={source}", "data.path=x").data.source == source
 
@@ -355,6 +383,7 @@ def test_each_option_in_conf_is_a_valid_one(group: str, tmp_path: Path) -> None:
         "text": ["data.path=x"],
         "jsonl": ["data.path=x"],
         "parquet": ["data.path=x"],
+        "tokens": ["data.path=x"],
         "huggingface": ["data.name=x"],
         "hf": [f"model.path={tmp_path}"],
         "file": [f"federation.path={tmp_path / 'sites.yaml'}"],

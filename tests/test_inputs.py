@@ -48,6 +48,7 @@ def test_what_is_not_inputs_is_refused(values: object) -> None:
         ("model.d_model=64", "model"),
         ("data.val_fraction=0.5", "val_fraction"),
         ("data.partition=domain", "partition"),
+        ("data.mix={web: 1}", "partition"),
         ("train.seq_len=64", "seq_len"),
     ],
 )
@@ -56,3 +57,11 @@ def test_every_key_that_they_stand_for_changes_them(override: str, part: str) ->
     assert [difference.part for difference in differences(before, now)] == [part]
     free = config_of("model.experts_impl=loop", "train.lr=0.5", "train.batch_size=4")
     assert run_inputs(free, "t", None, []) == before
+
+
+def test_a_digest_of_tokens_of_an_earlier_version_says_nothing_of_the_text() -> None:
+    before = Inputs(corpus="0123", split="s", tokenizer="t")
+    assert differences(before, Inputs(corpus="text:4567", split="s", tokenizer="t")) == []
+    # The text does not depend on the tokenizer, so that both are said.
+    found = differences(Inputs(corpus="text:0123", tokenizer="t"), Inputs(corpus="text:4567", tokenizer="u"))
+    assert [difference.part for difference in found] == ["tokenizer", "corpus"]

@@ -2,19 +2,25 @@
 
 from fomoe_flwr.data.corpus import Document, read_documents
 from fomoe_flwr.data.partition import deal_documents
-from fomoe_flwr.data.shards import TokenCorpus, prepare
+from fomoe_flwr.data.shards import TokenCorpus, prepare, validation_documents
 from fomoe_flwr.data.stream import (
     LabelledBatch,
+    MixedStream,
+    Stream,
     TokenStream,
     bytes_per_target,
     labelled_batches,
     validation_batches,
 )
+from fomoe_flwr.data.streamed import StreamedText
 from fomoe_flwr.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
     "Document",
     "LabelledBatch",
+    "MixedStream",
+    "Stream",
+    "StreamedText",
     "TokenCorpus",
     "TokenStream",
     "Tokenizer",
@@ -26,4 +32,5 @@ __all__ = [
     "prepare",
     "read_documents",
     "validation_batches",
+    "validation_documents",
 ]

@@ -1,4 +1,4 @@
-"""Documents from five sources, each in an order that never changes.
+"""Documents from five sources of text, each in an order that never changes.
 
 Notable: reading is lazy everywhere, so a corpus may be larger than memory; and `source_digest` names what
 would be read by its content, so that the token cache is found again after a move and missed after an edit.
@@ -26,10 +26,16 @@ from fomoe_flwr.files import expanded
 
 log = logging.getLogger("fomoe")
 
-SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",)}
+SUFFIXES = {
+    "text": ("",),
+    "jsonl": (".jsonl", ".jsonl.gz", ".json"),
+    "parquet": (".parquet",),
+    "tokens": (".npy", ".bin"),
+}
 STDLIB_SKIPPED = {"__phello__", "idlelib", "test", "tests"}  # __phello__ tests frozen modules
 PIECE = 16_384  # characters; length at which a corpus kept in one text file is cut into documents
 ROWS = 1024  # rows in memory at a time
+STREAMED_BYTES = 4_000_000  # of validation text that is taken from a stream
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ Warn = Callable[[str], None]
 
 def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Document]:
     """Yield at most `max_documents` documents; those without text (empty, blank or null) are passed over.
+
+    Of a stream they are those for validation, and not all of them (`STREAMED_BYTES`).
 
     Args:
         warn: is told what could not be read and was passed over, in one line.
@@ -63,7 +71,7 @@ def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Doc
         case "parquet":
             documents = _parquet_documents(config, warn)
         case _:
-            documents = _huggingface_documents(config)
+            documents = _validation_of_stream(config) if config.stream else _huggingface_documents(config)
     with_text = (document for document in documents if document.text and not document.text.isspace())
     empty = True
     for document in itertools.islice(with_text, config.max_documents):
@@ -83,23 +91,27 @@ def read_documents(config: DataConfig, warn: Warn = log.warning) -> Iterator[Doc
 def source_digest(config: DataConfig) -> str:
     """SHA-256 (hex) of everything the source holds: names and contents of local files.
 
-    A Hugging Face data set is named by its own fingerprint instead, which saves reading it.
+    A Hugging Face data set is named by its own fingerprint instead, which saves reading it; a stream by its name.
 
     Raises:
         DataError: the source cannot be read.
     """
     digest = hashlib.sha256()
+    if config.stream:
+        names = (config.name, config.config_name, config.path, config.split)
+        digest.update(f"stream\0{names}".encode())
+        return digest.hexdigest()
     if config.source == "huggingface":
         digest.update(f"{config.name or ''}\0{_load_huggingface(config)._fingerprint}".encode())
         return digest.hexdigest()
-    root, files = _stdlib_files() if config.source == "stdlib" else _local_files(config, lambda _: None)
+    root, files = _stdlib_files() if config.source == "stdlib" else local_files(config, lambda _: None)
     digest.update(b"file" if root.is_file() else b"folder")  # a lone text file is cut into pieces
     closed = (PermissionError,) if config.source == "text" and root.is_dir() else ()  # as in reading
     for file in files:
         content = b""
-        with _readable(file), suppress(*closed), file.open("rb") as stream:
+        with readable(file), suppress(*closed), file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").digest()
-        digest.update(f"{_relative(file, root)}\0".encode() + content)
+        digest.update(f"{relative(file, root)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -122,10 +134,15 @@ def _stdlib_files() -> tuple[Path, list[Path]]:
     packages = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.isidentifier()]
     found = itertools.chain(root.glob("*.py"), *(folder.rglob("*.py") for folder in packages))
     kept = (file for file in found if not STDLIB_SKIPPED.intersection(file.relative_to(root).parts))
-    return root, sorted(kept, key=lambda file: _relative(file, root))
+    return root, sorted(kept, key=lambda file: relative(file, root))
 
 
-def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
+def local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
+    """`data.path`, and the files of the source in it in an order that never changes.
+
+    Raises:
+        DataError: there is none.
+    """
     root = expanded(str(config.path))
     if root.is_file():
         return root, [root]
@@ -162,21 +179,22 @@ def _local_files(config: DataConfig, warn: Warn) -> tuple[Path, list[Path]]:
             str(file).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"data.path: the name {os.fsencode(file)!r} is not UTF-8; rename it") from error
-    return root, sorted(files, key=lambda file: _relative(file, root))
+    return root, sorted(files, key=lambda file: relative(file, root))
 
 
-def _relative(file: Path, root: Path) -> str:
+def relative(file: Path, root: Path) -> str:
+    """A file's name below the root; of a lone file its own."""
     return file.name if file == root else file.relative_to(root).as_posix()
 
 
-def _domain(file: Path, root: Path) -> str:
+def domain_of(file: Path, root: Path) -> str:
     """The first folder below the root, or the file's own name without suffix."""
-    parts = Path(_relative(file, root)).parts
+    parts = Path(relative(file, root)).parts
     return parts[0] if len(parts) > 1 else Path(file.name.removesuffix(".gz")).stem
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
     """Turn what goes wrong while reading `file` into one line that names it."""
     try:
         yield
@@ -189,7 +207,7 @@ def _readable(file: Path) -> Iterator[None]:
 def _stdlib_documents() -> Iterator[Document]:
     root, files = _stdlib_files()
     for file in files:
-        with _readable(file):
+        with readable(file):
             content = file.read_bytes()
         try:
             text = content.decode()
@@ -204,23 +222,23 @@ def _text_documents(config: DataConfig, warn: Warn, passed_over: list[Path]) -> 
 
     A lone file is cut instead, for one document could be neither split nor dealt.
     """
-    root, files = _local_files(config, warn)
+    root, files = local_files(config, warn)
     if root.is_file():
-        with _readable(root), root.open(encoding="utf-8", newline="") as lines:
+        with readable(root), root.open(encoding="utf-8", newline="") as lines:
             for text in _pieces(lines):
                 if "\0" in text:
                     raise DataError(f"data.path: {root} is binary, not text (it holds a zero byte)")
-                yield Document(text, _domain(root, root))
+                yield Document(text, domain_of(root, root))
         return
     for file in files:
         # Not text, whatever comes of reading it.
         text = "\0"
-        with _readable(file), suppress(PermissionError, UnicodeDecodeError):
+        with readable(file), suppress(PermissionError, UnicodeDecodeError):
             text = file.read_bytes().decode()
         if "\0" in text:
             passed_over.append(file)
         else:
-            yield Document(text, _domain(file, root))
+            yield Document(text, domain_of(file, root))
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -237,10 +255,10 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _jsonl_documents(config: DataConfig, warn: Warn) -> Iterator[Document]:
-    root, files = _local_files(config, warn)
+    root, files = local_files(config, warn)
     for file in files:
-        domain = _domain(file, root)
-        with _readable(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        domain = domain_of(file, root)
+        with readable(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
                     where = f"{file}, line {number}"
@@ -263,11 +281,11 @@ def _parquet_documents(config: DataConfig, warn: Warn) -> Iterator[Document]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError("data.source=parquet: needs pyarrow; pip install 'fomoe-flwr[data]'") from error
-    root, files = _local_files(config, warn)
+    root, files = local_files(config, warn)
     for file in files:
-        domain = _domain(file, root)
+        domain = domain_of(file, root)
         try:
-            with _readable(file), pq.ParquetFile(file) as table:
+            with readable(file), pq.ParquetFile(file) as table:
                 columns = _columns(config, table.schema_arrow.names, str(file))
                 for batch in table.iter_batches(ROWS, columns=columns):
                     for row in batch.to_pylist():
@@ -285,6 +303,60 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
             yield _document(dict(zip(columns, values, strict=True)), config, Path(name).name, name)
 
 
+def load_streamed(config: DataConfig, place: int = 0, sites: int = 1) -> Any:
+    """The `datasets.IterableDataset`, or the part of it that one of so many sites has.
+
+    Where the files can be shared out evenly a site reads its own, else each reads all and takes its rows.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    dataset = _load_huggingface(config)
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(dataset, place, sites)
+
+
+def streamed_documents(config: DataConfig, dataset: Any) -> Iterator[Document]:
+    """The documents of an opened stream, from where it is; those without text are passed over.
+
+    Raises:
+        DataError: it cannot be read, or lacks the column of the text.
+    """
+    import datasets
+
+    name = str(config.name or config.path)
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise DataError(f"data.name={name}: the stream cannot be read: {reason}") from error
+        if row is None:
+            return
+        document = _document(row, config, Path(name).name, name)
+        if document.text and not document.text.isspace():
+            yield document
+
+
+def is_validation(document: Document, val_fraction: float) -> bool:
+    """Whether a document of a stream is kept out of training; equal ones share a side."""
+    digest = hashlib.sha256(document.text.encode()).digest()
+    return int.from_bytes(digest[:8]) < val_fraction * 2**64
+
+
+def _validation_of_stream(config: DataConfig) -> Iterator[Document]:
+    """The first documents of the whole stream that are kept for validation."""
+    size = 0
+    for document in streamed_documents(config, load_streamed(config)):
+        if size < STREAMED_BYTES and is_validation(document, config.val_fraction):
+            size += len(document.text.encode())
+            yield document
+        if size >= STREAMED_BYTES:
+            return
+
+
 def _is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or (
@@ -293,9 +365,10 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _load_huggingface(config: DataConfig) -> Any:
-    """The `datasets.Dataset`: `data.name` is one on the hub, a local folder, or a loader of `data.path`.
+    """The `datasets.Dataset`; with `data.stream` an `IterableDataset`, which is read as it comes.
 
-    Without a name `data.path` is a folder that `save_to_disk` wrote; a name may be one, too.
+    `data.name` is one on the hub, a local folder, or a loader of `data.path`. Without a name `data.path` is a folder
+    that `save_to_disk` wrote; a name may be one, too.
     """
     try:
         import datasets
@@ -310,13 +383,13 @@ def _load_huggingface(config: DataConfig) -> Any:
     try:
         if _is_saved_dataset(saved):
             loaded = datasets.load_from_disk(str(saved))
-            if isinstance(loaded, datasets.Dataset):
-                return loaded
-            if config.split not in loaded:
-                raise ValueError(f"it has {name_some(loaded)}")
-            return loaded[config.split]
+            if not isinstance(loaded, datasets.Dataset):
+                if config.split not in loaded:
+                    raise ValueError(f"it has {name_some(loaded)}")
+                loaded = loaded[config.split]
+            return loaded.to_iterable_dataset() if config.stream else loaded
         return datasets.load_dataset(
-            str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=False
+            str(config.name), config.config_name, data_dir=folder, split=config.split, streaming=config.stream
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())  # "while generating the dataset" says little

@@ -1,8 +1,8 @@
 """Which site trains on which documents.
 
-Notable: sites are balanced by tokens and not by documents, for documents differ in length by a factor of 500.
-The deal depends on the corpus, the sites and the seed alone, so every process works it out for itself and all
-agree.
+Notable: sites are balanced by bytes of text and not by documents, for documents differ in length by a factor of 500;
+and not by tokens, so that a site need not tokenise what it is not dealt. The deal depends on the corpus, the sites and
+the seed alone, so every process works it out for itself and all agree.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ def deal_documents(
 ) -> list[Documents]:
     """Deal every training document to one site, as `data.partition` says; `own`: all of them to each.
 
+    With `data.mix` a site keeps of its documents those of the domains that are named.
+
     `seq_len` is the length of a sequence in tokens, of which each site must be able to form one. The result
-    has one array of document indices a site, ascending; together they are `corpus.train_documents`.
+    has one array of document indices a site, ascending; without `data.mix` together they are
+    `corpus.train_documents`.
 
     Raises:
-        ConfigError: a site asks for a domain the corpus does not have, or `dirichlet_alpha` is not positive.
-        DataError: a site ends up with less than one sequence.
+        ConfigError: a site or `data.mix` asks for a domain the corpus does not have, or `dirichlet_alpha` is not
+            positive.
+        DataError: a site must end up with less than one sequence.
     """
     shares = share_out(corpus, sites, config, seed)
     for site, share in zip(sites, shares, strict=True):
-        num_tokens = _count_tokens(corpus, share)
-        if num_tokens < seq_len + 1:
+        # A token stands for a byte at least; how many there are the site finds out.
+        most = _size(corpus, share)
+        if most < seq_len + 1:
             raise DataError(
-                f"data.partition={config.partition}: site {site.name!r} gets {len(share)} documents with "
-                f"{num_tokens} tokens, less than one sequence of {seq_len + 1}; use fewer sites, "
+                f"data.partition={config.partition}: site {site.name!r} gets {len(share)} documents with at most "
+                f"{most} tokens, less than one sequence of {seq_len + 1}; use fewer sites, "
                 f"a larger corpus or another partition"
             )
     return shares
@@ -53,6 +58,21 @@ def share_out(
     Raises:
         ConfigError: as `deal_documents`.
     """
+    shares = _share_out_all(corpus, sites, config, seed)
+    if not config.mix:
+        return shares
+    # A site's own text need not have all of them.
+    if config.partition != "own" and (missing := sorted(set(config.mix) - set(corpus.domains))):
+        raise ConfigError(
+            f"data.mix: {missing[0]:.80} is not a domain of the corpus; allowed are {name_some(sorted(corpus.domains))}"
+        )
+    named = [index for index, domain in enumerate(corpus.domains) if domain in config.mix]
+    return [share[np.isin(corpus.doc_domain[share], named)] for share in shares]
+
+
+def _share_out_all(
+    corpus: TokenCorpus, sites: Sequence[SiteConfig], config: DataConfig, seed: int
+) -> list[Documents]:
     rng = np.random.default_rng(seed)
     match config.partition:
         case "iid":
@@ -68,15 +88,15 @@ def share_out(
 def _deal_balanced(
     corpus: TokenCorpus, documents: Documents, num_sites: int, rng: np.random.Generator
 ) -> list[Documents]:
-    """Each document in random order to the site with the fewest tokens so far, long ones first.
+    """Each document in random order to the site with the fewest bytes so far, long ones first.
 
     Long means by power of two: within one size the order stays random, and the short documents at the end
     even out what the long ones left.
     """
     order = rng.permutation(documents)
-    size = np.log2(corpus.doc_lengths[order]).astype(np.int64)
+    size = np.log2(corpus.doc_sizes[order]).astype(np.int64)
     order = order[np.argsort(-size, kind="stable")]
-    site = np.array(_emptiest(corpus.doc_lengths[order].tolist(), [0] * num_sites), dtype=np.int64)
+    site = np.array(_emptiest(corpus.doc_sizes[order].tolist(), [0] * num_sites), dtype=np.int64)
     return [np.sort(order[site == index]) for index in range(num_sites)]
 
 
@@ -92,8 +112,8 @@ def _emptiest(weights: Iterable[int], filled: Sequence[int]) -> list[int]:
     return chosen
 
 
-def _count_tokens(corpus: TokenCorpus, documents: Documents) -> int:
-    return int(corpus.doc_lengths[documents].sum())
+def _size(corpus: TokenCorpus, documents: Documents) -> int:
+    return int(corpus.doc_sizes[documents].sum())
 
 
 def _join(*parts: Documents) -> Documents:
@@ -131,10 +151,10 @@ def _deal_by_domain(
             shares[index] = share
     takers = [index for index, site in enumerate(sites) if site.domain is None] or list(range(len(sites)))
     unclaimed = [documents for name, documents in members.items() if name not in claims]
-    unclaimed.sort(key=lambda documents: -_count_tokens(corpus, documents))
+    unclaimed.sort(key=lambda documents: -_size(corpus, documents))
     chosen = _emptiest(
-        (_count_tokens(corpus, documents) for documents in unclaimed),
-        [_count_tokens(corpus, shares[index]) for index in takers],
+        (_size(corpus, documents) for documents in unclaimed),
+        [_size(corpus, shares[index]) for index in takers],
     )
     for taker, documents in zip(chosen, unclaimed, strict=True):
         shares[takers[taker]] = _join(shares[takers[taker]], documents)
@@ -147,7 +167,7 @@ def _deal_dirichlet(
     """Each domain in random shares drawn from a Dirichlet distribution: the smaller `alpha`, the more uneven.
 
     Not by flwr-datasets' DirichletPartitioner: that one shares out numbers of documents where we share out
-    tokens, wants the corpus as a `datasets.Dataset`, and draws anew when a site is left with too little.
+    bytes, wants the corpus as a `datasets.Dataset`, and draws anew when a site is left with too little.
     """
     if not 0 < alpha < np.inf:
         raise ConfigError(f"data.dirichlet_alpha={alpha}: must be above 0")
@@ -155,7 +175,7 @@ def _deal_dirichlet(
     for documents in _by_domain(corpus).values():
         bounds = np.cumsum(rng.dirichlet(np.full(num_sites, alpha)))[:-1]
         order = rng.permutation(documents)
-        lengths = corpus.doc_lengths[order]
+        lengths = corpus.doc_sizes[order]
         middle = (np.cumsum(lengths) - lengths / 2) / lengths.sum()  # of each document in its domain, 0 to 1
         for part, dealt in zip(parts, np.split(order, np.searchsorted(middle, bounds)), strict=True):
             part.append(dealt)

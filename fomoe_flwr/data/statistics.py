@@ -29,7 +29,8 @@ Figures = dict[str, int]
 def domain_statistics(corpus: TokenCorpus) -> list[dict[str, Any]]:
     """Documents, bytes of text and tokens of the whole corpus and of each domain, for training and validation.
 
-    The whole has the domain null. The largest domains are first.
+    The whole has the domain null. The largest domains are first. Tokens of documents that are not tokenised here are an
+    estimate by those that are.
     """
     sides = {"train": ~corpus.is_val, "validation": corpus.is_val}
     whole = {"domain": None} | {side: _count(corpus, np.flatnonzero(here)) for side, here in sides.items()}
@@ -37,7 +38,7 @@ def domain_statistics(corpus: TokenCorpus) -> list[dict[str, Any]]:
     counted = {
         side: [
             np.bincount(corpus.doc_domain[here], weights, number).astype(np.int64)
-            for weights in (None, corpus.doc_bytes[here], corpus.doc_lengths[here])
+            for weights in (None, corpus.doc_bytes[here], corpus.doc_tokens[here])
         ]
         for side, here in sides.items()
     }
@@ -98,7 +99,7 @@ def warn_of_own_text(run: str, site: str, passes: float) -> None:
 
 def _count(corpus: TokenCorpus, documents: NDArray[np.int64]) -> Figures:
     return _figures(
-        len(documents), int(corpus.doc_bytes[documents].sum()), int(corpus.doc_lengths[documents].sum())
+        len(documents), int(corpus.doc_bytes[documents].sum()), int(corpus.doc_tokens[documents].sum())
     )
 
 

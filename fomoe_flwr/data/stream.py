@@ -8,8 +8,9 @@ Shapes: B sequences in a batch, T = seq_len + 1 tokens (inputs and targets overl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,31 @@ from numpy.typing import NDArray
 
 from fomoe_flwr.data.shards import TokenCorpus
 from fomoe_flwr.errors import DataError
+
+log = logging.getLogger("fomoe.site")
+
+BLOCK = 10_000  # sequences of a mixture among which each domain has its share exactly
+
+
+class Stream(Protocol):
+    """A site's documents as sequences, of which there is no end."""
+
+    corpus: TokenCorpus
+
+    def batch(self, position: int, batch_size: int) -> torch.Tensor:
+        """The sequences after the first `position`: tokens_BT, int64, [batch_size, seq_len + 1]."""
+
+    def passes(self, position: int) -> float:
+        """How often all of the text was read when so many sequences are consumed; of a mixture the part most read."""
+
+    def passes_by_domain(self, position: int) -> dict[str, float]:
+        """The same of each part of a mixture."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that spare another process reading all that is before the position; empty: it need not."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take such a state. Batches are the same without it."""
 
 
 class _Concatenation(NamedTuple):
@@ -66,12 +92,134 @@ class TokenStream:
         """How often all of the text was read when so many sequences are consumed."""
         return position / self.num_windows
 
+    def passes_by_domain(self, position: int) -> dict[str, float]:
+        """Nothing, for it is no mixture."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing, for the position says all."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The order of the windows in this epoch. Only the latest is kept: epochs are passed one by one."""
         if epoch != self._drawn:
             self._order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.num_windows)
             self._drawn = epoch
         return self._order
+
+
+class MixedStream:
+    """The documents of one site, drawn by the weights of their domains: a `TokenStream` of each.
+
+    Of each `BLOCK` sequences every domain has its share, rounded to whole sequences and at least one, in an order that
+    is another for each block. So from the position follow the domain of a sequence and its place in the stream of that
+    domain. Domains of which the site has less than one sequence are left out, and the others drawn the more.
+
+    Args:
+        mix: weights by domain.
+
+    Raises:
+        DataError: none of the domains has one sequence here.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        documents: NDArray[np.int64],
+        seq_len: int,
+        seed: int,
+        mix: Mapping[str, float],
+    ) -> None:
+        self.corpus, self.seed = corpus, seed
+        self.streams: dict[str, TokenStream] = {}
+        places = {name: index for index, name in enumerate(corpus.domains)}
+        short = []
+        for domain in sorted(mix.keys() & places.keys()):
+            own = documents[corpus.doc_domain[documents] == places[domain]]
+            if corpus.doc_lengths[own].sum() > seq_len:
+                self.streams[domain] = TokenStream(corpus, own, seq_len, seed)
+            elif len(own):
+                short.append(domain)
+        if not self.streams:
+            raise DataError(
+                f"data.mix: a site has not one sequence of train.seq_len={seq_len} of any of its "
+                f"{len(mix)} domains"
+            )
+        if short:
+            log.warning(
+                "data.mix: %d domains are left out, for a site has less than one sequence of each", len(short)
+            )
+        self.quota_D = _quotas(np.array([mix[domain] for domain in self.streams]))
+        self._drawn = -1  # the block whose order is kept
+        self._domain = self._rank = np.empty(0, dtype=np.int64)
+
+    def batch(self, position: int, batch_size: int) -> torch.Tensor:
+        """As `Stream`."""
+        place_B = np.arange(position, position + batch_size)
+        domain_B, rank_B = np.empty_like(place_B), np.empty_like(place_B)
+        block_B, offset_B = np.divmod(place_B, BLOCK)
+        for block in np.unique(block_B):
+            here = block_B == block
+            self._draw(int(block))
+            domain_B[here] = self._domain[offset_B[here]]
+            rank_B[here] = self._rank[offset_B[here]] + block * self.quota_D[domain_B[here]]
+        tokens = None
+        for domain, stream in enumerate(self.streams.values()):
+            here = domain_B == domain
+            if here.any():
+                # Those of one domain follow each other in its own stream.
+                own = stream.batch(int(rank_B[here][0]), int(here.sum()))
+                tokens = own.new_empty(batch_size, own.shape[1]) if tokens is None else tokens
+                tokens[torch.from_numpy(here)] = own
+        assert tokens is not None
+        return tokens
+
+    def passes(self, position: int) -> float:
+        """As `Stream`."""
+        return max(self.passes_by_domain(position).values())
+
+    def passes_by_domain(self, position: int) -> dict[str, float]:
+        """As `Stream`."""
+        block, offset = divmod(position, BLOCK)
+        self._draw(block)
+        drawn_D = block * self.quota_D + np.bincount(self._domain[:offset], minlength=len(self.quota_D))
+        return {
+            domain: stream.passes(int(drawn))
+            for (domain, stream), drawn in zip(self.streams.items(), drawn_D, strict=True)
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Nothing, for the position says all."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def _draw(self, block: int) -> None:
+        """Of each sequence of this block its domain, and how many of that domain are before it in the block."""
+        if block != self._drawn:
+            ordered = np.repeat(np.arange(len(self.quota_D)), self.quota_D)
+            self._domain = np.random.default_rng([self.seed, 2, block]).permutation(ordered)
+            self._rank = np.empty_like(self._domain)
+            self._rank[np.argsort(self._domain, kind="stable")] = np.concatenate(
+                [np.arange(quota) for quota in self.quota_D]
+            )
+            self._drawn = block
+
+
+def _quotas(weight_D: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Of `BLOCK` sequences those of each domain, at least one."""
+    exact_D = weight_D / weight_D.sum() * BLOCK
+    quota_D: NDArray[np.int64] = exact_D.astype(np.int64)
+    left = BLOCK - int(quota_D.sum())
+    quota_D[np.argsort(quota_D - exact_D, kind="stable")[:left]] += 1
+    for domain in np.flatnonzero(quota_D == 0):
+        quota_D[quota_D.argmax()] -= 1
+        quota_D[domain] = 1
+    return quota_D
 
 
 def validation_batches(
@@ -137,6 +285,8 @@ def labelled_batches(
 
 def _concatenate(corpus: TokenCorpus, documents: NDArray[np.int64]) -> _Concatenation:
     lengths = corpus.doc_lengths[documents]
+    if not lengths.all():
+        raise ValueError("documents that are not tokenised here")
     ends = np.cumsum(lengths)
     starts = ends - lengths
     return _Concatenation(starts, corpus.doc_starts[documents] - starts, int(lengths.sum()))

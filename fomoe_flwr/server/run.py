@@ -38,6 +38,7 @@ from fomoe_flwr.data import (
     load_tokenizer,
     prepare,
     validation_batches,
+    validation_documents,
 )
 from fomoe_flwr.data.corpus import name_some
 from fomoe_flwr.data.statistics import FREE_PASSES, domain_statistics, repetition, site_statistics
@@ -175,7 +176,8 @@ def open_run(composed: Composed) -> Iterator[Run]:
     warn_of_memory(plan, config)
     if note := groups_note(config):
         log.warning("%s", note)
-    if corpus is not None:
+    # How much there is of a stream nobody knows.
+    if corpus is not None and not config.data.stream:
         describe_corpus(corpus, plan, config, run_dir)
     last = checkpoint.manifest["metrics"] if checkpoint else None
     telemetry = Telemetry(config, run_dir, name, last)
@@ -591,11 +593,16 @@ def inputs_of_run(config: RunConfig, corpus: TokenCorpus | None) -> Inputs:
     return run_inputs(config, tokenizer, corpus, dealt)
 
 
-def open_validation(config: RunConfig) -> TokenCorpus | None:
+def open_validation(config: RunConfig, whole: bool = False) -> TokenCorpus | None:
     """The corpus for the server's evaluation; None where it is switched off.
+
+    Args:
+        whole: whether all of it is tokenised, for simulated sites, which share the cache of this machine.
 
     Raises:
         ConfigError, DataError: before anything starts.
     """
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
-    return prepare(config.data) if config.train.eval_batches else None
+    if not config.train.eval_batches:
+        return None
+    return prepare(config.data, None if whole else validation_documents)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fomoe_flwr.codecs import CodecState
-from fomoe_flwr.data import TokenStream
+from fomoe_flwr.data import Stream
 from fomoe_flwr.engine import Engine, EngineState, Report
 from fomoe_flwr.messages import Task
 from fomoe_flwr.site.state import SiteState
@@ -34,6 +34,7 @@ class Trained:
     engine: EngineState
     encoder: CodecState
     position: int  # in the site's data
+    stream: dict[str, Any]  # and how that is found again
     # As in `SiteState`.
     local: dict[str, Tensor]
     pending: dict[str, Tensor]
@@ -52,7 +53,7 @@ class Memory:
     _state: SiteState | None = None  # that of the newest file in the folder
     _engine: Engine | None = None
     _engine_is_for: Any = None
-    _stream: TokenStream | None = None
+    _stream: Stream | None = None
     _stream_is_for: Any = None
     # The task of a round that was begun before its message came, and what it came to; None: it is in work.
     begun: tuple[Task, Trained | None] | None = None
@@ -108,7 +109,7 @@ class Memory:
             self._engine_is_for = wanted
         return self._engine
 
-    def stream(self, wanted: object, open_stream: Callable[[], TokenStream]) -> TokenStream:
+    def stream(self, wanted: object, open_stream: Callable[[], Stream]) -> Stream:
         """The site's data; opened anew for other data."""
         if self._stream is None or self._stream_is_for != wanted:
             self._stream, self._stream_is_for = open_stream(), wanted

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -58,6 +59,9 @@ class SiteState:
     # their updates since they were synchronised.
     local: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Tensor] = field(default_factory=dict)
+    stream: dict[str, Any] = field(
+        default_factory=dict
+    )  # how its data is found again at `position`, if that helps
     lost: bool = False  # what the site had kept of this round was missing or damaged, so it begins without
 
 
@@ -146,6 +150,7 @@ def _read(path: Path, counted_round: int) -> SiteState:
             Sent(parts, **facts.get("sent", {})),
             local,
             pending,
+            facts.get("stream", {}),
         )
 
 
@@ -176,6 +181,7 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
     facts = json.dumps(
         {
             "position": state.position,
+            "stream": state.stream,
             "steps": steps,
             "last_round": state.last_round,
             "routers": {"bias": state.engine.bias, "load": state.engine.load},

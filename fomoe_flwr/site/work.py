@@ -19,6 +19,9 @@ from fomoe_flwr.bundle_file import bundle_digests
 from fomoe_flwr.codecs import decode, down_codec, down_differences, received, up_codec
 from fomoe_flwr.config import DataConfig, SiteConfig
 from fomoe_flwr.data import (
+    MixedStream,
+    Stream,
+    StreamedText,
     TokenCorpus,
     TokenStream,
     check_vocabulary,
@@ -26,7 +29,9 @@ from fomoe_flwr.data import (
     load_tokenizer,
     prepare,
     validation_batches,
+    validation_documents,
 )
+from fomoe_flwr.data.shards import Choose
 from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.deploy.channel import Answer
 from fomoe_flwr.engine import EngineState
@@ -57,6 +62,8 @@ DATA = "data"
 WORK = "work"
 # Waiting for bytes to or from an object store.
 TRANSFER = "transfer"
+
+MOST_SAID = 32  # parts of a mixture, in a reply
 
 # Kept open in a process: simulated sites may each have text of their own.
 CORPORA = 64
@@ -283,6 +290,7 @@ def train_round(
         public,
         local=trained.local,
         pending=trained.pending,
+        stream=trained.stream,
     )
     if delayed:
         new_state.sent = delay.sent(task, blobs)
@@ -296,13 +304,19 @@ def train_round(
         task.round,
         task.name,
         report.tokens,
-        {**report.metrics, "passes": stream.passes(new_state.position), **metrics},
+        {**report.metrics, **_passes(stream, new_state.position), **metrics},
         start or trained.start,
         report.load_LE,
         bundle_digests(blobs),
         inputs,
     )
     return blobs, reply
+
+
+def _passes(stream: Stream, position: int) -> dict[str, float]:
+    """How often the site has read its text, and of a mixture those parts that it has read most."""
+    parts = sorted(stream.passes_by_domain(position).items(), key=lambda part: -part[1])[:MOST_SAID]
+    return {"passes": stream.passes(position)} | {f"passes/{domain:.50}": number for domain, number in parts}
 
 
 def _state_of(task: Task, folder: Path, memory: Memory) -> SiteState:
@@ -316,7 +330,7 @@ def _train(
     shard: dict[str, Tensor],
     came: Collection[str],
     state: SiteState,
-    stream: TokenStream,
+    stream: Stream,
     settings: NodeSettings,
     memory: Memory,
     beat: Beat,
@@ -329,6 +343,7 @@ def _train(
         state: what it goes on from; what is changed of it in place is not in it afterwards.
     """
     batch, steps = task.train.batch_size, task.train.local_steps
+    stream.restore(state.stream)
 
     def batches() -> Iterator[Tensor]:
         for step in range(steps):
@@ -361,7 +376,16 @@ def _train(
     # The engine holds the moments now.
     state.engine, state.encoder, state.local, state.pending = EngineState(), {}, {}, {}
     return Trained(
-        state, start, report, blobs, engine.state(), encoder | left, position, engine.kept(), pending
+        state,
+        start,
+        report,
+        blobs,
+        engine.state(),
+        encoder | left,
+        position,
+        stream.state(),
+        engine.kept(),
+        pending,
     )
 
 
@@ -428,7 +452,10 @@ def evaluate_shard(
         corpus = stream.corpus
         text: Iterator[Tensor] = (stream.batch(step * batch, batch) for step in range(task.train.local_steps))
     else:
-        corpus = open_corpus(data_of(task, settings), task.model.vocab_size)
+        data = data_of(task, settings)
+        corpus = open_corpus(
+            data, task.model.vocab_size, None if shares_cache(settings) else validation_documents
+        )
         most = max(task.train.eval_batches, 1)
         text = validation_batches(corpus, None, task.train.seq_len, batch, most)
     inputs = own_inputs(task, corpus, settings)
@@ -486,7 +513,7 @@ def own_inputs(task: Task, corpus: TokenCorpus, settings: NodeSettings) -> Input
 # A process that serves many messages (simulation, `runtime=local`) opens and deals its corpus once.
 
 
-def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStream:
+def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> Stream:
     """The site's own text, or its part of the common corpus.
 
     Raises:
@@ -495,9 +522,19 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
     data, vocab_size, seq_len = data_of(task, settings), task.model.vocab_size, task.train.seq_len
     deal = OWN if data.partition == "own" else task.deal
 
-    def open_stream() -> TokenStream:
-        dealt = _dealt(data, vocab_size, replace(deal, place=0), seq_len, task.seed)
-        stream = TokenStream(open_corpus(data, vocab_size), dealt[deal.place], seq_len, task.seed)
+    def own_documents(corpus: TokenCorpus) -> NDArray[np.int64]:
+        return _dealt(corpus, data, replace(deal, place=0), seq_len, task.seed)[deal.place]
+
+    def open_stream() -> Stream:
+        if data.stream:
+            return StreamedText(open_corpus(data, vocab_size), data, deal.place, deal.sites, seq_len)
+        corpus = open_corpus(data, vocab_size, None if shares_cache(settings) else own_documents)
+        documents = own_documents(corpus)
+        stream: Stream = (
+            MixedStream(corpus, documents, seq_len, task.seed, data.mix)
+            if data.mix
+            else TokenStream(corpus, documents, seq_len, task.seed)
+        )
         # Of other text the server says it.
         if data.partition == "own":
             sequences = task.train.rounds * task.train.local_steps * task.train.batch_size
@@ -507,21 +544,31 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> TokenStre
     return memory.stream((data, vocab_size, deal, seq_len, task.seed), open_stream)
 
 
+def shares_cache(settings: NodeSettings) -> bool:
+    """Whether this is one of the sites of a simulation: they tokenise the common corpus once, for all of them."""
+    return settings.partition is not None
+
+
 @functools.lru_cache(maxsize=CORPORA)
-def open_corpus(data: DataConfig, vocab_size: int) -> TokenCorpus:
+def open_corpus(data: DataConfig, vocab_size: int, choose: Choose | None = None) -> TokenCorpus:
     """The tokenised corpus, once its tokenizer is known to fit the vocabulary.
+
+    Args:
+        choose: the documents that must be tokenised; None: all.
 
     Raises:
         ConfigError: the vocabulary is too small.
         DataError: the corpus or tokenizer cannot be read.
     """
     check_vocabulary(load_tokenizer(data.tokenizer), vocab_size)
-    return prepare(data)
+    return prepare(data, choose)
 
 
 @functools.lru_cache(maxsize=CORPORA)
-def _dealt(data: DataConfig, vocab_size: int, deal: Deal, seq_len: int, seed: int) -> list[NDArray[np.int64]]:
+def _dealt(
+    corpus: TokenCorpus, data: DataConfig, deal: Deal, seq_len: int, seed: int
+) -> list[NDArray[np.int64]]:
     sites = [
         SiteConfig(name=f"{i + 1} of {deal.sites}", domain=domain) for i, domain in enumerate(deal.domains())
     ]
-    return deal_documents(open_corpus(data, vocab_size), sites, data, seed, seq_len)
+    return deal_documents(corpus, sites, data, seed, seq_len)

@@ -51,7 +51,6 @@ def corpus_of() -> Callable[..., TokenCorpus]:
             digest="",
             split="",
             shards=tuple(tokens[i : i + shard_tokens] for i in range(0, len(tokens), shard_tokens)),
-            shard_tokens=shard_tokens,
         )
 
     return build

@@ -86,12 +86,12 @@ def test_a_site_without_a_sequence_is_named(corpus_of: CorpusOf, partition: str)
     corpus = corpus_of([10, 10, 10])
     config = DataConfig(partition=partition)
     with pytest.raises(
-        DataError, match=rf"data\.partition={partition}: site 'site-\d' gets 0 documents with 0 tok"
+        DataError, match=rf"data\.partition={partition}: site 'site-\d' gets 0 documents with at most 0 tok"
     ):
         deal_documents(corpus, sites_of(*[None] * 4), config, seed=0)
     deal_documents(corpus, sites_of(None), config, seed=0, seq_len=29)
     with pytest.raises(
-        DataError, match=r"'site-0' gets 3 documents with 30 tokens, less than one sequence of 31"
+        DataError, match=r"'site-0' gets 3 documents with at most 30 tokens, less than one sequence of 31"
     ):
         deal_documents(corpus, sites_of(None), config, seed=0, seq_len=30)
 

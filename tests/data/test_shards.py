@@ -257,7 +257,7 @@ def test_a_cache_with_a_flipped_bit_anywhere_is_built_anew_and_never_used(
 def test_a_cache_is_read_whole_once_in_a_process(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(config)
     monkeypatch.setattr(shards, "_digest_of_file", lambda *_: pytest.fail("read again"))
-    assert shards._open(cache_of(config)[0]) is not None
+    assert shards._open(cache_of(config)[0], config) is not None
 
 
 def test_an_interrupted_build_is_not_a_cache(config: DataConfig) -> None:

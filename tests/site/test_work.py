@@ -117,11 +117,13 @@ def test_text_of_its_own_may_change_where_an_operator_gave_it(
     config: RunConfig = small("data.partition=own").config
     config.federation.sites[1].data_path = str(corpus_dir)
     corpus = open_corpus(dataclasses.replace(config.data, partition="own"), 264)
-    task = dataclasses.replace(site_task(config, 1), inputs=Inputs(corpus="before", split="the server's"))
+    task = dataclasses.replace(
+        site_task(config, 1), inputs=Inputs(corpus="text:before", split="the server's")
+    )
     operated = dataclasses.replace(settings(tmp_path), partition=None)
     found = own_inputs(task, corpus, operated)
     assert (found.corpus, found.partition) == (short(corpus.digest), "own")
-    with pytest.raises(ConfigError, match="before before"):
+    with pytest.raises(ConfigError, match="before text:before"):
         own_inputs(task, corpus, dataclasses.replace(operated, partition=1))
 
 
