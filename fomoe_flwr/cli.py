@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         hint = (
-            "; resume=, and the run's directory, goes on from its last checkpoint"
+            "; resume=RUN_DIR goes on from the last checkpoint"
             if arguments[:1] in (["train"], ["submit"])
             else ""
         )

@@ -351,10 +351,12 @@ def test_a_store_that_goes_down_ends_the_run_in_one_line_and_it_is_resumed(
     hurry(monkeypatch, server_s=0.5, site_s=0.5)
     real = StoredMessages.put
 
-    def put(self: StoredMessages, bundles: Any, longest: Any, round_: int, seconds: float) -> Any:
+    def put(
+        self: StoredMessages, bundles: Any, longest: Any, round_: int, seconds: float, afresh: bool
+    ) -> Any:
         if (when, round_) == ("before", 2):
             line.go_down()
-        shards = real(self, bundles, longest, round_, seconds)
+        shards = real(self, bundles, longest, round_, seconds, afresh)
         if (when, round_) == ("after", 2):
             line.go_down()
         return shards
