@@ -376,6 +376,27 @@ def test_a_store_that_goes_down_ends_the_run_in_one_line_and_it_is_resumed(
     assert_nothing_left(bucket_url, done)
 
 
+def test_objects_that_are_damaged_in_the_store_cost_one_round(
+    small: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the size that they should have; after the round that came to nothing all are written afresh."""
+    real, folder = StoredMessages.put, tmp_path / "a store"
+
+    def put(self: StoredMessages, *given: Any, afresh: bool) -> Any:
+        shards = real(self, *given, afresh=afresh)
+        if given[2] == 2:
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    path.write_bytes(bytes(path.stat().st_size))
+        return shards
+
+    monkeypatch.setattr(StoredMessages, "put", put)
+    done = run(by_store(small, tmp_path, folder.as_uri()))
+    assert [line["committed"] for line in metrics(done)[1:]] == [True, False, True]
+    monkeypatch.undo()
+    assert_same_model(done, lacking(small, tmp_path, [(f"site-{site}", 2) for site in range(4)]))
+
+
 # ----- resuming
 
 
