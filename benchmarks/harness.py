@@ -53,16 +53,18 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
-def paired(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def paired(
+    variants: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each variant, taken in turn (A B A B …) after one warm-up each, so that drift hits all alike."""
     for run in variants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 

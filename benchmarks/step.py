@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import options, ratio, write_result
+from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.engine.device import use_cpu
@@ -176,13 +176,7 @@ def in_turn(variants: Mapping[str, Step], repeats: int) -> dict[str, list[float]
     losses = {name: step() for name, step in variants.items()}
     if max(losses.values()) - min(losses.values()) > 2e-2:
         raise SystemExit(f"these are not the same model: {losses}")
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, step in variants.items():
-            before = time.process_time()
-            step()
-            seconds[name].append(time.process_time() - before)
-    return seconds
+    return paired(variants, repeats, time.process_time)
 
 
 def main() -> None:
@@ -224,14 +218,7 @@ def main() -> None:
         flops = token_flops(model, seq_len)
         counts = {share: round(model.num_experts * (1 - share)) for share in (0.0, 0.25, 0.5, 0.75)}
         steps = {str(share): ours(model, tokens_BT, "fp32", held) for share, held in counts.items()}
-        for step in steps.values():
-            step()
-        seconds: dict[str, list[float]] = {key: [] for key in steps}
-        for _ in range(chosen.repeats):
-            for key, step in steps.items():
-                before = time.process_time()
-                step()
-                seconds[key].append(time.process_time() - before)
+        seconds = paired(steps, chosen.repeats, time.process_time)
         whole = sum(flops)
         for share, held in counts.items():
             if share:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,22 +24,26 @@ log = logging.getLogger("fomoe.site")
 BLOCK = 10_000  # sequences of a mixture among which each domain has its share exactly
 
 
-class Stream(Protocol):
-    """A site's documents as sequences, of which there is no end."""
+class Stream:
+    """A site's documents as sequences, of which there is no end. By default the position says all of where it is."""
 
     corpus: TokenCorpus
 
     def batch(self, position: int, batch_size: int) -> torch.Tensor:
         """The sequences after the first `position`: tokens_BT, int64, [batch_size, seq_len + 1]."""
+        raise NotImplementedError
 
     def passes(self, position: int) -> float:
         """How often all of the text was read when so many sequences are consumed; of a mixture the part most read."""
+        raise NotImplementedError
 
     def passes_by_domain(self, position: int) -> dict[str, float]:
-        """The same of each part of a mixture."""
+        """The same of each part of a mixture; empty: it is none."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """JSON values that spare another process reading all that is before the position; empty: it need not."""
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take such a state. Batches are the same without it."""
@@ -53,7 +57,7 @@ class _Concatenation(NamedTuple):
     num_tokens: int
 
 
-class TokenStream:
+class TokenStream(Stream):
     """The documents of one site, concatenated in a random order and cut into windows of seq_len + 1 tokens.
 
     Windows begin every `seq_len` tokens; what is left at the end is shorter than one and not used. Each epoch
@@ -92,17 +96,6 @@ class TokenStream:
         """How often all of the text was read when so many sequences are consumed."""
         return position / self.num_windows
 
-    def passes_by_domain(self, position: int) -> dict[str, float]:
-        """Nothing, for it is no mixture."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing, for the position says all."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
-
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The order of the windows in this epoch. Only the latest is kept: epochs are passed one by one."""
         if epoch != self._drawn:
@@ -111,7 +104,7 @@ class TokenStream:
         return self._order
 
 
-class MixedStream:
+class MixedStream(Stream):
     """The documents of one site, drawn by the weights of their domains: a `TokenStream` of each.
 
     Of each `BLOCK` sequences every domain has its share, rounded to whole sequences and at least one, in an order that
@@ -190,13 +183,6 @@ class MixedStream:
             domain: stream.passes(int(drawn))
             for (domain, stream), drawn in zip(self.streams.items(), drawn_D, strict=True)
         }
-
-    def state(self) -> dict[str, Any]:
-        """Nothing, for the position says all."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
 
     def _draw(self, block: int) -> None:
         """Of each sequence of this block its domain, and how many of that domain are before it in the block."""

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.data.corpus import Document, is_validation, load_streamed, streamed_documents
 from fomoe_flwr.data.shards import TokenCorpus
+from fomoe_flwr.data.stream import Stream
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import DataError
 
 State = dict[str, Any]
 
 
-class StreamedText:
+class StreamedText(Stream):
     """A site's part of the stream: every so-manieth file, or row, as the data set's files allow.
 
     Args:
@@ -55,10 +56,6 @@ class StreamedText:
     def passes(self, position: int) -> float:
         """Whole passes so far; how much there is in one is known when it is over."""
         return float(self._epoch)
-
-    def passes_by_domain(self, position: int) -> dict[str, float]:
-        """Nothing, for it is no mixture."""
-        return {}
 
     def state(self) -> State:
         """JSON values, with which another process goes on from here (`restore`)."""

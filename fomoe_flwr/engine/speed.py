@@ -66,12 +66,10 @@ def active_flops(
     model = module.config
     whole = token_flops(model, seq_len)
     layers = module.moe_layers
-    computed = sum(
-        load
-        for moe, load_C in zip(layers, loads_LC, strict=True)
-        for expert, load in zip(moe.candidates, load_C, strict=True)
-        if expert in set(moe.resident_experts)
-    )
+    computed = 0.0
+    for moe, load_C in zip(layers, loads_LC, strict=True):
+        held = set(moe.resident_experts)
+        computed += sum(load for expert, load in zip(moe.candidates, load_C, strict=True) if expert in held)
     rows = sum(len(moe.candidates) for moe in layers) / (len(layers) * model.num_experts)
     of_experts = whole.experts / (len(layers) * model.top_k)
     return tokens * (whole.dense + rows * whole.router) + computed * of_experts

@@ -528,7 +528,12 @@ def site_stream(task: Task, settings: NodeSettings, memory: Memory) -> Stream:
     def open_stream() -> Stream:
         if data.stream:
             return StreamedText(open_corpus(data, vocab_size), data, deal.place, deal.sites, seq_len)
-        corpus = open_corpus(data, vocab_size, None if shares_cache(settings) else own_documents)
+        # Its own share is opened once, with the stream.
+        corpus = (
+            open_corpus(data, vocab_size)
+            if shares_cache(settings)
+            else open_corpus.__wrapped__(data, vocab_size, own_documents)
+        )
         documents = own_documents(corpus)
         stream: Stream = (
             MixedStream(corpus, documents, seq_len, task.seed, data.mix)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -29,9 +26,9 @@ from fomoe_flwr.data import (
 from fomoe_flwr.data.shards import Choose
 from fomoe_flwr.data.tokenizer import load_tokenizer
 from fomoe_flwr.errors import DataError
+from tests.data.helpers import lines_of
 from tests.data.test_tokenizer import train_bpe
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FACTS = ("doc_bytes", "doc_domain", "is_val", "token_bytes", "domains", "digest", "split", "tokenizer")
 
 
@@ -204,22 +201,7 @@ def test_a_stream_that_is_killed_goes_on_with_the_same_tokens(config: DataConfig
     """By the position alone, in a process that has nothing else of the one before."""
 
     def read(position: int, kill_after: int | None = None) -> list[list[object]]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", READER, json.dumps(asdict(config)), str(position)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(json.loads(line))
-            if len(lines) == kill_after:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        process.wait(60)
-        return lines
+        return lines_of(READER, json.dumps(asdict(config)), str(position), kill_after=kill_after)
 
     killed = read(0, 41)
     assert len(killed) == 41

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,8 +13,8 @@ import torch
 from fomoe_flwr.config import DataConfig
 from fomoe_flwr.data import StreamedText, corpus, prepare
 from fomoe_flwr.errors import DataError
+from tests.data.helpers import lines_of
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SEQ_LEN = 16
 
 
@@ -124,22 +120,7 @@ for position in range(state.get("position", 0), 240, 4):
 
 def test_a_stream_that_is_killed_goes_on_with_the_same_tokens(config: DataConfig) -> None:
     def read(state: object, kill_after: int | None = None) -> list[list[object]]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", READER, json.dumps(asdict(config)), json.dumps(state)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(json.loads(line))
-            if len(lines) == kill_after:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        process.wait(60)
-        return lines
+        return lines_of(READER, json.dumps(asdict(config)), json.dumps(state), kill_after=kill_after)
 
     killed = read({}, 23)
     resumed = read(killed[-1][1])
