@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from fomoe_flwr.codecs import LOSSY
 from fomoe_flwr.config import (
     DEVICE_RULE,
+    DEVICES_RULE,
     NAME_RULE,
     PLANNED,
     DataConfig,
@@ -21,6 +22,7 @@ from fomoe_flwr.config import (
     StrategyConfig,
     TrainConfig,
     is_device,
+    is_devices,
     is_name,
 )
 from fomoe_flwr.errors import ConfigError
@@ -201,6 +203,14 @@ def check_combinations(config: RunConfig) -> None:
     ):
         if device is not None and not is_device(device):
             raise ConfigError(f"{key}={device:.80}: allowed are {DEVICE_RULE}")
+    for key, devices in (
+        ("train.devices", train.devices),
+        *((f"{s.name}.devices", s.devices) for s in config.federation.sites),
+    ):
+        if devices is not None and not is_devices(devices):
+            raise ConfigError(f"{key}={devices:.80}: allowed are {DEVICES_RULE}")
+    if not is_devices(train.ep_domain):
+        raise ConfigError(f"train.ep_domain={train.ep_domain:.80}: allowed are {DEVICES_RULE}")
     check_mix(data)
     shared = data.partition != "own" and any(site.data_path is None for site in config.federation.sites)
     if data.source in FILE_SOURCES and data.path is None and (shared or train.eval_batches):

@@ -35,8 +35,8 @@ OUTER_MOMENTUM = 0.9
 PLANNED = ("planned", "memory", "affine", "equal")
 
 
-def choice(default: str, *allowed: str) -> Any:
-    """A string field that takes one of `allowed` (OmegaConf has no Literal)."""
+def choice(default: str | None, *allowed: str) -> Any:
+    """A string field that takes one of `allowed` (OmegaConf has no Literal), or null where that is the default."""
     return field(default=default, metadata={"allowed": allowed})
 
 
@@ -72,11 +72,17 @@ NAME_RULE = "1 to 64 letters, digits, '_', '-' and '.', beginning with a letter,
 
 
 DEVICE_RULE = "auto, cpu, cuda, cuda:N"
+DEVICES_RULE = "auto or a number from 1 to 1024"
 
 
 def is_device(text: str) -> bool:
     """Whether this names a device of any machine; `engine.device` knows whether it is there."""
     return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text, re.ASCII) is not None
+
+
+def is_devices(text: str) -> bool:
+    """Whether this says how many devices a site has."""
+    return text == "auto" or (re.fullmatch(r"\d{1,4}", text, re.ASCII) is not None and 1 <= int(text) <= 1024)
 
 
 def is_name(text: str) -> bool:
@@ -145,6 +151,8 @@ class SiteConfig:
     count: int = at_least(1, 1)  # so many sites NAME-0, NAME-1, ...
     memory_gib: float | None = above(None, 0.0)  # accelerator memory, GiB
     device: str | None = None  # overrides train.device: auto, cpu, cuda, cuda:1
+    devices: str | None = None  # overrides train.devices
+    parallel: str | None = choice(None, "ddp", "fsdp", "ep")  # overrides train.parallel
     up_mbps: float | None = above(None, 0.0)  # link to the server, Mbit/s
     down_mbps: float | None = above(None, 0.0)  # from the server, Mbit/s
     latency_ms: float | None = at_least(None, 0.0)  # of a message, one way
@@ -269,6 +277,12 @@ class TrainConfig:
     decay_steps: int | None = at_least(None, 1)  # with schedule=wsd; null: a fifth of decay_until
     final_lr: float = at_least(0.1, 0.0)  # with cosine and wsd: share of lr at the end
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    devices: str = "1"  # of a site, one process for each; auto: all GPUs that it sees
+    # How a site's devices share its work. ddp: each has the whole model; fsdp: each a part of every tensor; ep: each
+    # has the whole dense part and some of the experts.
+    parallel: str = choice("ddp", "ddp", "fsdp", "ep")
+    # With parallel=ep: within domains of so many devices experts travel, between them tokens. It must divide devices.
+    ep_domain: str = "1"
     dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
     compile: bool = False  # torch.compile
     # A step's batch is worked on in so many pieces, one after the other; its gradient is their mean. So a step needs

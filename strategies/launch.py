@@ -82,8 +82,15 @@ def _run_locally(composed: Composed) -> None:
 
 def local_workers(config: RunConfig) -> int:
     """Sites that work at a time in this process: one a core's worth of threads, one on a GPU."""
+    several = any((site.devices or config.train.devices) != "1" for site in config.federation.sites)
     if config.runtime.workers is not None:
+        if several and config.runtime.workers > 1:
+            raise ConfigError(
+                f"runtime.workers={config.runtime.workers}: with train.devices above 1 one site works at a time"
+            )
         return config.runtime.workers
+    if several:
+        return 1
     if resolve_device(config.train.device) != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

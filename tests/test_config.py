@@ -141,6 +141,9 @@ TOGETHER = {
     "train.final_lr": 0.2,
     "train.expert_warmup_steps": 0,
     "train.device": "cpu",
+    "train.devices": "2",
+    "train.parallel": "ep",
+    "train.ep_domain": "2",
     "train.dtype": "bf16",
     "train.compile": True,
     "train.micro_batches": 2,
@@ -659,6 +662,10 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             ["federation.num_sites=null", "federation.sites=[{name: a, count: 0}]"],
             "federation.sites[0].count=0: must be at least 1",
         ),
+        (["train.devices=0"], "train.devices=0: allowed are auto or a number from 1 to 1024"),
+        (["train.devices=all"], "train.devices=all: allowed are auto or a number from 1 to 1024"),
+        (["train.ep_domain=-1"], "train.ep_domain=-1: allowed are auto or a number from 1 to 1024"),
+        (["train.parallel=tp"], "train.parallel=tp: allowed are ddp, fsdp, ep"),
         (["train.device=tpu"], "train.device=tpu: allowed are auto, cpu, cuda, cuda:N"),
         (["train.device='c\npu'"], "train.device=c pu: allowed are auto, cpu, cuda, cuda:N"),
         # impossible combinations
@@ -838,6 +845,10 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["federation.num_sites=null", "federation.sites=[{name: a, count: 2}, {name: a-1}]"],
             "federation.sites: two sites are named 'a-1'",
+        ),
+        (
+            ["federation.num_sites=null", "strategy.overlap=1", "federation.sites=[{name: a, devices: 0}]"],
+            "a.devices=0: allowed are auto or a number from 1 to 1024",
         ),
         (
             ["federation.num_sites=null", "strategy.overlap=1", "federation.sites=[{name: a, device: tpu}]"],

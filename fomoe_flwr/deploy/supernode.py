@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe_flwr.config import DEVICE_RULE, NAME_RULE, is_device, is_name
+from fomoe_flwr.config import DEVICE_RULE, DEVICES_RULE, NAME_RULE, is_device, is_devices, is_name
 from fomoe_flwr.console import Parser
 from fomoe_flwr.deploy.flower import toml_string
 from fomoe_flwr.deploy.processes import Process
@@ -45,6 +45,8 @@ class Options:
     data_path: Path | None
     store_dir: Path | None
     device: str | None
+    devices: str | None
+    parallel: str | None
     stall_s: float | None
     stopped_s: float
     port: int | None  # of the SuperNode's own interface on the loopback address; None: any free one
@@ -91,6 +93,8 @@ def parse(arguments: Sequence[str]) -> Options:
         help="with store=file:///… at the server: what that folder is called here",
     )
     add("--device", type=_device, help="cpu, cuda, cuda:1, …; default: the run's")
+    add("--devices", type=_devices, metavar="N", help="of this site, or auto: all GPUs; default: the run's")
+    add("--parallel", choices=("ddp", "fsdp", "ep"), help="how they share the work; default: the run's")
     add("--stall-s", type=_seconds, help="seconds without progress after which a round is given up")
     add(
         "--stopped-s", type=_seconds, default=STOPPED_S,
@@ -133,6 +137,10 @@ def _device(text: str) -> str:
     return _checked(text, is_device, f"a device; allowed are {DEVICE_RULE}")
 
 
+def _devices(text: str) -> str:
+    return _checked(text, is_devices, f"a number of devices; allowed are {DEVICES_RULE}")
+
+
 def _seconds(text: str) -> float:
     return float(
         _checked(text, lambda number: 0 < float(number) < float("inf"), "a number of seconds above 0")
@@ -165,6 +173,8 @@ def node_config(options: Options) -> str:
         "site": options.name,
         "state-dir": options.state_dir,
         "device": options.device,
+        "devices": options.devices,
+        "parallel": options.parallel,
         "cache-dir": options.cache_dir,
         "data-path": options.data_path,
         "store-dir": options.store_dir,

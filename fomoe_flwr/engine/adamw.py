@@ -1,20 +1,22 @@
 """AdamW over a module's parameters, where a stack of experts is one tensor and each of its slots has its own age.
 
 The update itself is PyTorch's (`torch.optim.adamw`, fused). Neighbouring slots of one age are updated together, so a
-stack costs one call as long as all its experts have been at the site for equally long. Nothing in here looks at
-single experts but the step counts, which are small tensors: what is sharded by expert can be updated shard by shard.
+stack costs one call as long as all its experts have been at the site for equally long. Where several devices share a
+parameter, each updates the rows that it has.
 
 Moments are kept by tensor name outside of a round, because an expert may leave the site or come back.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from fomoe_flwr.config import TrainConfig
@@ -51,6 +53,28 @@ class Schedule:
     newcomer_reset_at: int
 
 
+class Piece(NamedTuple):
+    """What of a parameter is on this device: all of it, or some rows.
+
+    `views` has the slots of a stack that are here, counted from the first of them.
+    """
+
+    parameter: nn.Parameter
+    views: list[NamedView]
+
+
+def pieces_of(module: LanguageModel) -> list[Piece]:
+    """The parameters of a module that has them all."""
+    grouped = groupby(named_views(module), key=lambda view: id(view.parameter))
+    return [Piece(views[0].parameter, views) for views in (list(group) for _, group in grouped)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that are on this device."""
+    own: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own
+
+
 @dataclass
 class _Run:
     """Neighbouring slots of one age: views of the parameter and of its moments, or the whole of them."""
@@ -66,14 +90,23 @@ class _Run:
     def of(self, tensor: Tensor) -> Tensor:
         return tensor if self.slots is None else tensor[self.slots]
 
+    @property
+    def value(self) -> Tensor:
+        return self.of(local(self.parameter.data))
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return None if self.parameter.grad is None else self.of(local(self.parameter.grad))
+
 
 class StackedAdamW:
     """AdamW with CompleteP's learning rates and weight decays, and a warm-up of its own for what is new to the site.
 
     Args:
-        moments: by name; emptied while they are taken over, so that a model's moments are not held twice. A name
-            without any starts afresh.
+        moments: by name, of what is on this device; emptied while they are taken over, so that a model's moments are
+            not held twice. A name without any starts afresh.
         adopt: moments may be changed in place; those of a whole parameter are then used where they are.
+        pieces: what is on this device; None: all.
     """
 
     def __init__(
@@ -83,22 +116,25 @@ class StackedAdamW:
         schedule: Schedule,
         moments: MutableMapping[str, Moments],
         adopt: bool = False,
+        pieces: Sequence[Piece] | None = None,
     ) -> None:
         self.train, self.schedule, self._adopt = train, schedule, adopt
         self.step_number: float = schedule.first_step
         self._given = set(moments)
-        self._views: list[list[NamedView]] = []
-        self._runs: list[list[_Run]] = []
+        self._pieces = pieces_of(module) if pieces is None else pieces
+        self.averages: list[tuple[Tensor, Tensor]] = []  # of each piece: exp_avg and exp_avg_sq
         table = parameters(module.config, module.resident_experts, module.routing)
-        for _, group in groupby(named_views(module), key=lambda view: id(view.parameter)):
-            views = list(group)
-            self._views.append(views)
-            self._runs.append(self._take_over(views, table[views[0].name], moments))
+        self._runs = [self._take_over(piece, table, moments) for piece in self._pieces]
 
     def _take_over(
-        self, views: list[NamedView], param: Param, moments: MutableMapping[str, Moments]
+        self, piece: Piece, table: Mapping[str, Param], moments: MutableMapping[str, Moments]
     ) -> list[_Run]:
-        parameter = views[0].parameter
+        parameter, views = piece
+        if not views:
+            # A stack none of whose slots is here.
+            self.averages.append((local(parameter.data),) * 2)
+            return []
+        param = table[views[0].name]
         known = [moments.pop(view.name, None) for view in views]
         ages = [
             (0, self.schedule.newcomer_reset_at) if own is None else (own.step, own.reset_at) for own in known
@@ -107,11 +143,12 @@ class StackedAdamW:
             exp_avg = known[0].exp_avg.to(parameter.device, torch.float32)
             exp_avg_sq = known[0].exp_avg_sq.to(parameter.device, torch.float32)
         else:
-            exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            exp_avg, exp_avg_sq = (torch.zeros_like(local(parameter.data)) for _ in range(2))
             for view, own in zip(views, known, strict=True):
                 if own is not None:
                     view.of(exp_avg).copy_(own.exp_avg)
                     view.of(exp_avg_sq).copy_(own.exp_avg_sq)
+        self.averages.append((exp_avg, exp_avg_sq))
         runs, start = [], 0
         for (step, reset_at), members in groupby(ages):
             end = start + len(list(members))
@@ -135,13 +172,13 @@ class StackedAdamW:
         """One update from the gradients of the module; a parameter without one stays as it is."""
         groups: dict[tuple[float, float], list[_Run]] = {}
         for run in [run for runs in self._runs for run in runs]:
-            if run.parameter.grad is not None and run.parameter.numel():
+            if run.gradient is not None and run.value.numel():
                 lr = self.learning_rate(run.reset_at) * run.param.lr
                 groups.setdefault((lr, self.train.weight_decay * run.param.decay), []).append(run)
         for (lr, weight_decay), runs in groups.items():
             adamw(
-                [run.of(run.parameter) for run in runs],
-                [run.of(run.parameter.grad) for run in runs if run.parameter.grad is not None],
+                [run.value for run in runs],
+                [run.gradient for run in runs if run.gradient is not None],
                 [run.exp_avg for run in runs],
                 [run.exp_avg_sq for run in runs],
                 [],
@@ -160,8 +197,8 @@ class StackedAdamW:
     def moments(self) -> dict[str, Moments]:
         """State by name, of every tensor that was ever updated or came with moments; views, no copies."""
         found: dict[str, Moments] = {}
-        for views, runs in zip(self._views, self._runs, strict=True):
-            names = iter(views)
+        for piece, runs in zip(self._pieces, self._runs, strict=True):
+            names = iter(piece.views)
             for run in runs:
                 slots = len(run.exp_avg) if run.slots is not None else 1
                 for slot in range(slots):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -38,8 +39,39 @@ def resolve_device(device: str, key: str = "train.device") -> str:
     return device
 
 
+class Devices(NamedTuple):
+    """What a site computes on."""
+
+    device: str  # cpu, cuda or cuda:N; of several: cpu or cuda
+    number: int = 1
+    parallel: str = "ddp"
+    domain: str = "1"
+
+
+def resolve_devices(device: str, devices: str, key: str = "train.devices") -> int:
+    """How many devices a site has; `auto`: all GPUs that PyTorch sees, one CPU.
+
+    Args:
+        device: as `resolve_device` gave it.
+        key: where the number was given, for the error line.
+
+    Raises:
+        ConfigError: so many are not there.
+    """
+    # A GPU that is called by its number is one.
+    single = device.startswith("cuda:")
+    if devices == "auto":
+        return torch.cuda.device_count() if device == "cuda" else 1
+    count = int(devices)
+    if single and count > 1:
+        raise ConfigError(f"{key}={count}: {device} is one device; give cuda")
+    if device == "cuda" and count > (there := torch.cuda.device_count()):
+        raise ConfigError(f"{key}={count}: PyTorch sees {there} GPU{'s' * (there > 1)} here")
+    return count
+
+
 def gpus_of_a_site(config: RunConfig) -> float:
-    """GPUs that Ray gives a simulated site (runtime=flower): by default one where sites compute on a GPU, else none.
+    """GPUs that Ray gives a simulated site (runtime=flower): by default as many as its devices, on a CPU none.
 
     Ray hides every other GPU from a site, and waits for ever for what the machine does not have.
 
@@ -57,7 +89,8 @@ def gpus_of_a_site(config: RunConfig) -> float:
         raise ConfigError(f"runtime.cpus_per_site={runtime.cpus_per_site}: at most this machine's {cores}")
     share = runtime.gpus_per_site
     if share is None:
-        share = 1.0 if on_gpu else 0.0
+        devices = [site.devices or config.train.devices for site in config.federation.sites]
+        share = float(max(1 if count == "auto" else int(count) for count in devices)) if on_gpu else 0.0
     if on_gpu and share == 0:
         key, device = next(iter(on_gpu.items()))
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A site's model on one device, behind four verbs: load, train, update, state."""
+"""A site's model behind four verbs: load, train, update, state. On one device; `engine.several` has it on more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
+from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, local
 from fomoe_flwr.engine.device import autocast
 from fomoe_flwr.engine.speed import active_flops, known_peak
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.load import Shares, averaged, difference
 from fomoe_flwr.messages import Task
-from fomoe_flwr.model.base import Losses, load_shard, named_views, read_shard
+from fomoe_flwr.model.base import LanguageModel, Losses, load_shard, named_views, read_shard
 from fomoe_flwr.model.build import build
 from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name
 from fomoe_flwr.units import in_bytes, percent
@@ -56,9 +57,12 @@ class Engine:
     sent.
     """
 
+    devices = 1
+
     def __init__(self, model: ModelConfig, residents: Residents, routing: str, device: str) -> None:
         self.device = device
         self.module = build(model, residents, routing, None, device)
+        self._optimizer: StackedAdamW | None = None
 
     def load(self, task: Task, shard: Mapping[str, Tensor], state: EngineState) -> None:
         """Take over what the server sent, parameters and with LocalAdamW their moments, and the site's own state.
@@ -73,7 +77,7 @@ class Engine:
         self._task = task
         self._sent = {name: value for name, value in shard.items() if not is_moment(name)}
         self._shard_bytes = sum(tensor.numel() * tensor.itemsize for tensor in shard.values())
-        load_shard(self.module, self._sent)
+        self._put(self._sent)
         self.module.begin_round(state.bias, difference(task.global_load, state.load))
         self._own_load, self._update, self._optimizer = state.load, dict[str, Tensor](), None
         self._kept: dict[str, Tensor] = {}
@@ -87,14 +91,21 @@ class Engine:
         newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
         self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
         schedule = Schedule(task.first_step, task.lr_stride, task.schedule, newcomer)
-        self._optimizer = StackedAdamW(
-            self.module, task.train, schedule, moments, adopt=not task.moments_travel
-        )
+        self._optimizer = self._new_optimizer(schedule, moments)
 
     def loaded(self) -> dict[str, Tensor]:
         """What `load` took over, read back: views, by name."""
         travelling = self._moments_by_name() if self._task.moments_travel else {}
-        return read_shard(self.module) | travelling
+        return self._read() | travelling
+
+    def evaluator(self, shard: Mapping[str, Tensor]) -> LanguageModel:
+        """A model with these parameters, to evaluate with. What was loaded before is lost.
+
+        Raises:
+            WireError: the shard is not one of this site.
+        """
+        load_shard(self.module, shard)
+        return self.module
 
     def train(self, batches: Iterable[Tensor], keep: Collection[str] = ()) -> Report:
         """One local step for each batch tokens_BT; with inner=gradient the mean gradient over them and no step.
@@ -113,7 +124,7 @@ class Engine:
         for moe in module.moe_layers:
             moe.gate.load_C.zero_()
         losses = _Losses(torch.zeros((), device=self.device))
-        compiled: Callable[[Tensor], Losses] = torch.compile(module) if train.compile else module
+        compiled: Callable[[Tensor], Losses] = torch.compile(self._model) if train.compile else self._model
         tokens = 0
         for tokens_BT in batches:
             self._backward(compiled, tokens_BT, losses)
@@ -125,9 +136,7 @@ class Engine:
         else:
             # Before their place is taken.
             self._kept = {
-                name: value.to("cpu", copy=True)
-                for name, value in read_shard(self.module).items()
-                if name in keep
+                name: value.to("cpu", copy=True) for name, value in self._read().items() if name in keep
             }
             self._update = self._pseudo_gradient()
         self._sent = {}  # with it goes the message whose memory it is
@@ -149,8 +158,57 @@ class Engine:
         """What the next `load` at this site wants back."""
         kept: dict[str, Moments] = {}
         if self._optimizer is not None and self._task.strategy.keep_moments and not self._task.moments_travel:
-            kept = self._optimizer.moments()
+            kept = self._moments()
         return EngineState(kept, self.module.biases(), self._own_load)
+
+    # ----- what is done in another way on several devices
+
+    @property
+    def _model(self) -> Callable[[Tensor], Losses]:
+        return self.module
+
+    def _put(self, shard: Mapping[str, Tensor]) -> None:
+        load_shard(self.module, shard)
+
+    def _read(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return read_shard(self.module)
+
+    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedAdamW:
+        train, adopt = self._task.train, not self._task.moments_travel
+        return StackedAdamW(self.module, train, schedule, moments, adopt)
+
+    def _moments(self) -> dict[str, Moments]:
+        """The optimizer's by name."""
+        return {} if self._optimizer is None else self._optimizer.moments()
+
+    def _rows(self, piece_BT: Tensor) -> Tensor:
+        """What of a piece of a batch is worked on here."""
+        return piece_BT
+
+    def _of_a_piece(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a piece of a batch."""
+        return nullcontext()
+
+    def _averaged(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def _clip(self, most: float) -> None:
+        """Scale the gradients such that their norm is at most so large."""
+        nn.utils.clip_grad_norm_(self.module.parameters(), most)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradients by name, zeros where there are none; may be changed in place."""
+        gradients = {
+            parameter: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self.module.parameters()
+        }
+        self.module.zero_grad(set_to_none=True)
+        return {view.name: view.of(gradients[view.parameter]) for view in named_views(self.module)}
+
+    def _largest(self, number: int) -> int:
+        """Of any device."""
+        return number
 
     # ----- steps
 
@@ -158,17 +216,19 @@ class Engine:
         """The gradient of a batch, added to what is there; a piece of it after the other (train.micro_batches)."""
         tokens_BT = tokens_BT.to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
-        for piece_BT in tokens_BT.tensor_split(self._task.train.micro_batches):
+        pieces = tokens_BT.tensor_split(self._task.train.micro_batches)
+        for number, piece_BT in enumerate(pieces, 1):
             share = len(piece_BT) / len(tokens_BT)
-            with autocast(self.device, self._task.train.dtype):
-                loss = module(piece_BT)
-            torch.autograd.backward(share * (loss.cross_entropy + loss.balance))
+            with self._of_a_piece(number == len(pieces)):
+                with autocast(self.device, self._task.train.dtype):
+                    loss = module(self._rows(piece_BT))
+                torch.autograd.backward(share * (loss.cross_entropy + loss.balance))
             total += share * loss.cross_entropy.detach()
-        losses.add(total)
+        losses.add(self._averaged(total))
 
     def _step(self, optimizer: StackedAdamW, losses: _Losses, tokens: int) -> None:
         if clip := self._task.train.grad_clip:
-            nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+            self._clip(clip)
         optimizer.step()
         self.module.zero_grad(set_to_none=True)
         if losses.steps % STEPS_A_LOG_LINE == 0:
@@ -189,9 +249,14 @@ class Engine:
         loads_LC = [moe.gate.load_C.tolist() for moe in self.module.moe_layers]
         return active_flops(self.module, self._task.train.seq_len, tokens, loads_LC)
 
+    def _peak(self) -> float | None:
+        """FLOP/s of the devices, where it is known."""
+        peak = known_peak(self.device, self._task.train.dtype)
+        return None if peak is None else self.devices * peak
+
     def _speed_in_words(self, tokens: int, seconds: float) -> str:
         per_second = self.flops(tokens) / seconds
-        peak = known_peak(self.device, self._task.train.dtype)
+        peak = self._peak()
         return f"{per_second / 1e12:.3g} Tflop/s" + (
             "" if peak is None else f" (MFU {percent(per_second / peak)})"
         )
@@ -199,12 +264,7 @@ class Engine:
     @torch.no_grad()
     def _mean_gradients(self, steps: int) -> dict[str, Tensor]:
         # In place: there is no room for the gradients twice.
-        means = {
-            parameter: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.div_(steps)
-            for parameter in self.module.parameters()
-        }
-        self.module.zero_grad(set_to_none=True)
-        return {view.name: view.of(means[view.parameter]) for view in named_views(self.module)}
+        return {name: gradient.div_(steps) for name, gradient in self._gradients().items()}
 
     @torch.no_grad()
     def _pseudo_gradient(self) -> dict[str, Tensor]:
@@ -212,14 +272,14 @@ class Engine:
 
         In the place of the parameters, which the next round overwrites anyway.
         """
-        update = read_shard(self.module)
+        update = self._read()
         for name, value in self._sent.items():
             update[name].neg_().add_(value.to(update[name].device))
         return update
 
     def _moments_by_name(self) -> dict[str, Tensor]:
         """Moments under the names under which they travel; zeros of tensors without any are left out."""
-        moments = {} if self._optimizer is None else self._optimizer.moments()
+        moments = self._moments()
         return {
             moment_name(moment, name): getattr(state, moment)
             for moment in MOMENTS
@@ -254,11 +314,11 @@ class Engine:
             "last_loss": last,
             "seconds": seconds,
             "resident_share": resident / assigned if assigned else 1.0,
-            "memory_bytes": self._memory_bytes(),
+            "memory_bytes": self._largest(self._memory_bytes()),
             "new_experts": self.new_tensors,
             "flops": self.flops(tokens),
         }
-        if (peak := known_peak(self.device, self._task.train.dtype)) is not None:
+        if (peak := self._peak()) is not None:
             metrics["peak_flops"] = peak  # a second
         return Report(tokens, load_LE, metrics)
 
@@ -270,10 +330,10 @@ class Engine:
         """
         if self.device.startswith("cuda"):
             return torch.cuda.max_memory_allocated(self.device)
-        parameters, moments = self.module.parameters(), self._moments_by_name().values()
+        moments = {} if self._optimizer is None else self._optimizer.moments()
         return (
-            2 * sum(parameter.numel() * parameter.itemsize for parameter in parameters)
-            + sum(moment.numel() * moment.itemsize for moment in moments)
+            2 * sum(local(parameter).nbytes for parameter in self.module.parameters())
+            + sum(moment.exp_avg.nbytes + moment.exp_avg_sq.nbytes for moment in moments.values())
             + self._shard_bytes
         )
 

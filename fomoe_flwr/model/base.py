@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.model.cross_entropy import linear_cross_entropy
-from fomoe_flwr.model.moe import Experts, Router
+from fomoe_flwr.model.moe import Experts, Reach, Router
 from fomoe_flwr.model.spec import Residents, slots
 
 
@@ -36,6 +36,7 @@ class MoELayer:
     resident_experts: Sequence[int]
     candidates: Sequence[int]  # the experts that the router chooses among
     experts: Experts  # of the residents
+    reach: Reach
 
 
 class LanguageModel(nn.Module):
@@ -51,6 +52,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.routing = model, routing
         self.resident_experts = [list(experts) for experts in residents]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, from the bottom."""
+        raise NotImplementedError
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -155,15 +161,21 @@ def load_shard(module: LanguageModel, shard: Mapping[str, Tensor]) -> None:
         WireError: a name missing, left over, or of another shape.
     """
     views = named_views(module)
-    expected = {view.name for view in views}
+    targets = {view.name: view.of(view.parameter.data) for view in views}
+    check_shard({name: target.shape for name, target in targets.items()}, shard)
+    for name, target in targets.items():
+        target.copy_(shard[name])
+
+
+def check_shard(shapes: Mapping[str, Sequence[int]], shard: Mapping[str, Tensor]) -> None:
+    """Raises WireError for a name missing, left over, or of another shape."""
+    expected = set(shapes)
     for problem, names in (("lacks", expected - set(shard)), ("has an unexpected", set(shard) - expected)):
         if names:
             raise WireError(f"shard {problem} {min(names)} ({len(names)} such names)")
-    for view in views:
-        target, value = view.of(view.parameter.data), shard[view.name]
-        if target.shape != value.shape:
-            raise WireError(f"{view.name}: shape {tuple(value.shape)}, expected {tuple(target.shape)}")
-        target.copy_(value)
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(shard[name].shape):
+            raise WireError(f"{name}: shape {tuple(shard[name].shape)}, expected {tuple(shape)}")
 
 
 def read_shard(module: LanguageModel) -> dict[str, Tensor]:

@@ -16,15 +16,22 @@ from fomoe_flwr.model.spec import Residents, expert_name, is_standin, parameters
 
 
 def build(
-    model: ModelConfig, residents: Residents, routing: str, shard: Mapping[str, Tensor] | None, device: str
+    model: ModelConfig,
+    residents: Residents,
+    routing: str,
+    shard: Mapping[str, Tensor] | None,
+    device: str,
+    divide: Callable[[LanguageModel], None] = lambda _: None,
 ) -> LanguageModel:
     """A site's model on its device.
 
     Args:
         shard: its parameters; None: they are whatever the memory holds, until `load_shard`.
+        divide: leaves of a module that has no memory yet what this device of several is to hold.
     """
     with torch.device("meta"):  # skip PyTorch's own initialisation: the shard overwrites all of it
         module = _architecture(model)(model, residents, routing)
+    divide(module)
     module.to_empty(device=device)
     module.finish_building(device)
     if shard is not None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ from fomoe_flwr.model.experts import (
 )
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
 from fomoe_flwr.model.recompute import kept_or_again
+from fomoe_flwr.model.shared_batch import averaged, collected, devices_in, summed
 from fomoe_flwr.model.standins import StandIns, standins_of
 
 # What a batch needs for its resident share drifts as the router learns, in one direction for many steps, and whoever
@@ -112,6 +115,7 @@ class Router(nn.Module):
     bias: Tensor  # of this site and layer; never sent, and only there with locality
     trend: Tensor  # of what the batches need of it
     needed: Tensor  # by the batch before; nan before the first of a round
+    devices: dist.ProcessGroup | None = None  # of the site, where they share each batch
 
     def __init__(
         self, model: ModelConfig, num_candidates: int, residents: Sequence[int] | None = None
@@ -178,8 +182,9 @@ class Router(nn.Module):
             load_C = torch.zeros_like(scores_TC[0]).scatter_add(
                 0, chosen_TK.flatten(), torch.ones_like(chosen_TK, dtype=scores_TC.dtype).flatten()
             )
-            share_C = (scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0)
-            assigned_C = load_C / chosen_TK.numel()
+            load_C = summed(load_C, self.devices)
+            share_C = averaged((scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0), self.devices)
+            assigned_C = load_C / (chosen_TK.numel() * devices_in(self.devices))
             if self.offset_C is not None:
                 assigned_C = assigned_C + self.offset_C.to(scores_TC.dtype)
             balance_loss = scores_TC.shape[1] * (assigned_C * share_C).sum()
@@ -187,7 +192,7 @@ class Router(nn.Module):
             if self.locality == "loss":
                 local_loss = locality_loss(share_C, self.resident_C, self.config.locality_epsilon)
         if self.training:
-            self.load_C += load_C.detach()
+            self.load_C += load_C
         return Routing(weights_TK, chosen_TK, balance_loss, local_loss)
 
     def _choose_with_bias(self, logits_TC: Tensor) -> Tensor:
@@ -198,7 +203,8 @@ class Router(nn.Module):
         target = self.config.locality_target
         assert target is not None
         chosen_TK = (logits_TC + self.bias * self.resident_C).topk(self.top_k, dim=-1).indices
-        needed = bias_for(entry_biases(logits_TC, self.resident_C, self.top_k), target).to(self.bias.dtype)
+        entries_TK = collected(entry_biases(logits_TC, self.resident_C, self.top_k), self.devices)
+        needed = bias_for(entries_TK, target).to(self.bias.dtype)
         # The first batch of a round says no trend: before it the router was another.
         step = torch.where(self.needed.isnan(), self.trend, needed - self.needed)
         self.trend.lerp_(step, _TREND)
@@ -352,6 +358,20 @@ def _through(
     return torch.zeros_like(x_TD).index_add(0, tokens_P, y_PD)
 
 
+@dataclass
+class Reach:
+    """How a device comes to experts that other devices of its site hold (train.parallel=ep); alone it needs nothing."""
+
+    # From its own weights to those of all experts that it computes.
+    gather: Callable[[Tensor], Tensor] = lambda weight_E: weight_E
+    # Sends rows to where their experts are computed, and brings back the outputs. None: all of them are here.
+    exchange: Callable[[Experts, Tensor, Tensor], Tensor] | None = None
+
+    def through(self, experts: Experts, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
+        """Outputs of the rows, wherever they are computed."""
+        return experts(x_PD, offsets_E) if self.exchange is None else self.exchange(experts, x_PD, offsets_E)
+
+
 # ----- the σ-MoE
 
 
@@ -363,14 +383,21 @@ class SigmaExperts(nn.Module):
         self.up_EHD = nn.Parameter(torch.empty(num_local, model.d_expert, model.d_model))
         self.down_EDH = nn.Parameter(torch.empty(num_local, model.d_model, model.d_expert))
         self.linear = LINEARS[model.experts_impl]
+        self.reach = Reach()
 
     @property
     def projections(self) -> Projections | None:
         """For `experts_of_tokens`; None: this implementation goes without."""
-        return Projections(SILU, self.down_EDH, [self.up_EHD]) if self.linear is grouped_linear else None
+        if self.linear is not grouped_linear or self.reach.exchange is not None:
+            return None
+        return Projections(SILU, self.reach.gather(self.down_EDH), [self.reach.gather(self.up_EHD)])
 
     def forward(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
-        return plain_experts(self.linear, x_PD, self.up_EHD, self.down_EDH, offsets_E)
+        return self.reach.through(self._compute, x_PD, offsets_E)
+
+    def _compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
+        up_EHD, down_EDH = self.reach.gather(self.up_EHD), self.reach.gather(self.down_EDH)
+        return plain_experts(self.linear, x_PD, up_EHD, down_EDH, offsets_E)
 
 
 class SharedExperts(nn.Module):

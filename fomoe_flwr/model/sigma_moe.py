@@ -112,15 +112,21 @@ class Transformer(LanguageModel):
         self.model = Backbone(model, residents, routing)
 
     @property
-    def blocks(self) -> list[Block]:
-        """From the bottom."""
+    def blocks(self) -> Sequence[Block]:
         return list(self.model.layers)  # type: ignore[arg-type]
 
     @property
     def moe_layers(self) -> list[MoELayer]:
         layers = [block.mlp for block in self.blocks]
         return [
-            MoELayer(moe.gate, moe.num_experts, moe.resident_experts, moe.candidates, moe.experts)
+            MoELayer(
+                moe.gate,
+                moe.num_experts,
+                moe.resident_experts,
+                moe.candidates,
+                moe.experts,
+                moe.experts.reach,
+            )
             for moe in layers
         ]
 

@@ -33,7 +33,7 @@ from fomoe_flwr.model.base import LanguageModel, MoELayer
 from fomoe_flwr.model.experts import LINEARS, SWIGLU, Projections, grouped_linear, rows_of
 from fomoe_flwr.model.families import FAMILIES, family_of
 from fomoe_flwr.model.families.family import Family, gated
-from fomoe_flwr.model.moe import Router, Routing, routed, slots_of
+from fomoe_flwr.model.moe import Reach, Router, Routing, routed, slots_of
 from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents, standin_rows
 from fomoe_flwr.model.standins import standins_of
@@ -424,6 +424,7 @@ class StockExperts(nn.Module):
         self.num_slots, self.slots = e, slots_of(residents, candidates)
         self.register_buffer("slot_C", torch.tensor(self.slots), persistent=False)
         self.linear = LINEARS[model.experts_impl]
+        self.reach = Reach()
         self.standins = standins_of(model, residents)
         self.again = False  # whether to compute them again in the backward pass
 
@@ -447,16 +448,24 @@ class StockExperts(nn.Module):
     def projections(self) -> Projections | None:
         """For `experts_of_tokens`, where they are SwiGLU without biases; None: they are not."""
         usual = self.family.activation is gated and self.settings.hidden_act in ("silu", "swish")
-        if self.family.biases or not usual or self.linear is not grouped_linear:
+        apart = self.linear is not grouped_linear or self.reach.exchange is not None
+        if self.family.biases or not usual or apart:
             return None
-        gate_EHD, up_EHD, down_EDH = (self.get_parameter(part) for part in ("gate", "up", "down"))
+        gate_EHD, up_EHD, down_EDH = (self._weight(part) for part in ("gate", "up", "down"))
         return Projections(SWIGLU, down_EDH, [gate_EHD, up_EHD])
 
+    def _weight(self, part: str) -> Tensor:
+        return self.reach.gather(self.get_parameter(part))
+
     def compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
+        """Outputs of the rows by their experts, wherever these are."""
+        return self.reach.through(self._compute, x_PD, offsets_E)
+
+    def _compute(self, x_PD: Tensor, offsets_E: Tensor) -> Tensor:
         def project(part: str, x: Tensor) -> Tensor:
-            y = self.linear(x, getattr(self, part), offsets_E)
+            y = self.linear(x, self._weight(part), offsets_E)
             if self.family.biases:
-                y = y + rows_of(getattr(self, f"{part}_bias"), offsets_E, len(x)).to(y.dtype)
+                y = y + rows_of(self._weight(f"{part}_bias"), offsets_E, len(x)).to(y.dtype)
             return y
 
         hidden_PH = self.family.activation(self.settings, project("gate", x_PD), project("up", x_PD))
@@ -478,14 +487,18 @@ class StockModel(LanguageModel):
                 model, config, getattr(block, family.router), candidates, held if whole else None
             )
             setattr(block, family.router, StockGate(router))
-            block.experts = StockExperts(model, config, held, candidates, routing)
-            layer = MoELayer(router, model.num_experts, held, candidates, block.experts.compute)
+            experts = block.experts = StockExperts(model, config, held, candidates, routing)
+            layer = MoELayer(router, model.num_experts, held, candidates, experts.compute, experts.reach)
             self._layers.append((block, layer))
         self._family = family
         # Wrapped once: what is computed again may change from round to round.
         self._attention_again = False
         for layer in stock.model.layers:
             layer.self_attn.forward = functools.partial(self._attend, layer.self_attn.forward)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.stock.model.layers)
 
     @property
     def moe_layers(self) -> list[MoELayer]:

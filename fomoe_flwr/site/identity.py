@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.checks import check_own_source
-from fomoe_flwr.config import DataConfig
+from fomoe_flwr.config import DEVICES_RULE, DataConfig, is_devices
+from fomoe_flwr.engine.device import Devices, resolve_device, resolve_devices
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import expanded, state_home
 from fomoe_flwr.messages import Task
 
-KEYS = ("site", "device", "state-dir", "cache-dir", "data-path", "stall-s", "store-dir")
+KEYS = (
+    "site",
+    "device",
+    "devices",
+    "parallel",
+    "state-dir",
+    "cache-dir",
+    "data-path",
+    "stall-s",
+    "store-dir",
+)
+PARALLEL = ("ddp", "fsdp", "ep")
 
 
 @dataclass(frozen=True)
@@ -29,13 +41,15 @@ class NodeSettings:
     data_path: str | None
     stall_s: float = 600.0  # its worker is ended when it has given no sign of life for so long
     store_dir: str | None = None  # the folder of store=file:///…, as it is called on this machine
+    devices: str | None = None
+    parallel: str | None = None
 
 
 def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     """Read `--node-config 'site="a" device="cuda:1" state-dir="/data/fomoe" …'`.
 
     Raises:
-        ConfigError: an unknown key.
+        ConfigError: an unknown key, or a value that is not allowed.
     """
     simulation = {"partition-id", "num-partitions"}
     if unknown := sorted(set(node_config) - set(KEYS) - simulation):
@@ -47,6 +61,10 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     stall = node_config.get("stall-s", NodeSettings.stall_s)
     if isinstance(stall, bool) or not isinstance(stall, int | float) or not 0 < stall < math.inf:
         raise ConfigError(f"node-config stall-s={stall}: must be a number of seconds above 0")
+    if (devices := text("devices")) is not None and not is_devices(devices):
+        raise ConfigError(f"node-config devices={devices:.80}: allowed are {DEVICES_RULE}")
+    if (parallel := text("parallel")) not in (None, *PARALLEL):
+        raise ConfigError(f"node-config parallel={parallel:.80}: allowed are {', '.join(PARALLEL)}")
     partition = node_config.get("partition-id")
     return NodeSettings(
         site=text("site"),
@@ -57,6 +75,8 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
         data_path=text("data-path"),
         stall_s=float(stall),
         store_dir=text("store-dir"),
+        devices=devices,
+        parallel=parallel,
     )
 
 
@@ -72,13 +92,24 @@ def own_task(text: str, settings: NodeSettings) -> Task:
     return task
 
 
-def device_of(task: Task, settings: NodeSettings) -> tuple[str, str]:
-    """The node's own setting first, then the federation file's, then train.device; and which of them it is."""
-    if settings.device:
-        return settings.device, "fomoe site --device"
-    if task.site.device:
-        return task.site.device, f"federation.sites: device of {task.name}"
-    return task.train.device, "train.device"
+def devices_of(task: Task, settings: NodeSettings) -> Devices:
+    """What this site computes on: the node's own settings first, then the federation file's, then those of `train`.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+
+    def first(key: str) -> tuple[str, str]:
+        if own := getattr(settings, key):
+            return own, f"fomoe site --{key}"
+        if own := getattr(task.site, key):
+            return own, f"federation.sites: {key} of {task.name}"
+        return getattr(task.train, key), f"train.{key}"
+
+    device = resolve_device(*first("device"))
+    devices, key = first("devices")
+    count = resolve_devices(device, devices, key)
+    return Devices(device, count, first("parallel")[0], task.train.ep_domain if count > 1 else "1")
 
 
 def data_of(task: Task, settings: NodeSettings) -> DataConfig:

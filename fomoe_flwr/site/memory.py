@@ -14,6 +14,7 @@ from torch import Tensor
 from fomoe_flwr.codecs import CodecState
 from fomoe_flwr.data import Stream
 from fomoe_flwr.engine import Engine, EngineState, Report
+from fomoe_flwr.engine.device import Devices
 from fomoe_flwr.messages import Task
 from fomoe_flwr.site.state import SiteState
 
@@ -98,14 +99,35 @@ class Memory:
         """The state as it was just written to the folder."""
         self._folder, self._state = folder, state
 
-    def engine(self, task: Task, device: str) -> Engine:
-        """The site's engine; built anew only for another shape or device, for torch.compile's work takes long."""
-        wanted = (task.model, task.strategy.routing, task.residents, device)
+    def engine(self, task: Task, devices: Devices) -> Engine:
+        """The site's engine; built anew only for another shape or devices, for torch.compile's work takes long.
+
+        Raises:
+            WorkerError: the processes of several devices do not start.
+        """
+        team = None
+        if devices.number > 1:
+            # Only here: a site with one device need not wait for PyTorch's distributed part.
+            from fomoe_flwr.engine.several import Member
+            from fomoe_flwr.engine.team import team_of
+
+            team = team_of(devices.number, devices.device)
+        wanted = (task.model, task.strategy.routing, task.residents, devices, team)
         if self._engine is None or self._engine_is_for != wanted:
             # The old one first: two at a time may be more than the device holds.
             self._engine = None
             log.info("site %s builds its model", task.name)
-            self._engine = Engine(task.model, task.residents, task.strategy.routing, device)
+            if team is None:
+                self._engine = Engine(task.model, task.residents, task.strategy.routing, devices.device)
+            else:
+                self._engine = Member(
+                    task.model,
+                    task.residents,
+                    task.strategy.routing,
+                    devices.parallel,
+                    int(devices.domain),
+                    team=team,
+                )
             self._engine_is_for = wanted
         return self._engine
 

@@ -35,16 +35,16 @@ from fomoe_flwr.data.shards import Choose
 from fomoe_flwr.data.statistics import warn_of_own_text
 from fomoe_flwr.deploy.channel import Answer
 from fomoe_flwr.engine import EngineState
-from fomoe_flwr.engine.device import resolve_device, use_cpu
+from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.errors import ConfigError, WireError
 from fomoe_flwr.evaluation import evaluate, survey
 from fomoe_flwr.files import expanded
 from fomoe_flwr.inputs import OWN_TEXT, Inputs, differences, short
 from fomoe_flwr.messages import AHEAD, OWN, STATE_LOST, Deal, Reply, Task
-from fomoe_flwr.model.base import load_shard, read_shard
+from fomoe_flwr.model.base import read_shard
 from fomoe_flwr.model.spec import expert_layers, parameters
 from fomoe_flwr.site import delay
-from fomoe_flwr.site.identity import NodeSettings, data_of, device_of, own_task, state_folder, state_root
+from fomoe_flwr.site.identity import NodeSettings, data_of, devices_of, own_task, state_folder, state_root
 from fomoe_flwr.site.memory import Memory, Trained
 from fomoe_flwr.site.state import SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr.store.at_site import fetch_shard, forget, send_reply
@@ -351,7 +351,7 @@ def _train(
             yield stream.batch(state.position + step * batch, batch)
         beat(WORK)
 
-    engine = memory.engine(task, resolve_device(*device_of(task, settings)))
+    engine = memory.engine(task, devices_of(task, settings))
     engine.load(task, shard, state.engine)
     shard.clear()
     start = b""
@@ -444,7 +444,7 @@ def evaluate_shard(
     text that round 1 will train on, with what its tokens ask for and stand-ins for its residents.
     """
     use_cpu(task.train.threads)
-    device = resolve_device(*device_of(task, settings))
+    devices = devices_of(task, settings)
     beat(DATA)
     batch, first = task.train.batch_size, task.round == 0
     if first:
@@ -460,8 +460,8 @@ def evaluate_shard(
         text = validation_batches(corpus, None, task.train.seq_len, batch, most)
     inputs = own_inputs(task, corpus, settings)
     beat(WORK)
-    module = memory.engine(task, device).module
-    load_shard(module, shard)
+    engine = memory.engine(task, devices)
+    module, device = engine.evaluator(shard), engine.device
     shard.clear()
     start = wire.digests(read_shard(module), down_codec(task.strategy))
 

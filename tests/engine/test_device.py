@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fomoe_flwr.cli import check_job
-from fomoe_flwr.engine.device import gpus_of_a_site, resolve_device
+from fomoe_flwr.engine.device import Devices, gpus_of_a_site, resolve_device, resolve_devices
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.site.identity import device_of, node_settings
+from fomoe_flwr.site.identity import devices_of, node_settings
 from tests.clients.helpers import task_of
 from tests.conftest import Compose
 
@@ -56,7 +58,51 @@ def test_a_site_says_where_its_device_was_given(small: Compose, gpus) -> None:
     gpus(1)
     task = task_of(small().config, 0, residents=[], run="abc")
     with pytest.raises(ConfigError, match=r"^fomoe site --device=cuda:1: PyTorch sees 1 GPU"):
-        resolve_device(*device_of(task, node_settings({"device": "cuda:1"})))
+        devices_of(task, node_settings({"device": "cuda:1"}))
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "number"),
+    [("cpu", "auto", 1), ("cpu", "3", 3), ("cuda", "auto", 4), ("cuda", "2", 2), ("cuda:3", "auto", 1)],
+)
+def test_how_many_devices_a_site_has(gpus, device: str, devices: str, number: int) -> None:
+    gpus(4)
+    assert resolve_devices(device, devices) == number
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "line"),
+    [
+        ("cuda", "5", "train.devices=5: PyTorch sees 4 GPUs here"),
+        ("cuda:1", "2", "train.devices=2: cuda:1 is one device; give cuda"),
+    ],
+)
+def test_devices_that_are_not_there(gpus, device: str, devices: str, line: str) -> None:
+    gpus(4)
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        resolve_devices(device, devices)
+
+
+def test_the_node_has_the_first_word_on_its_devices(small: Compose) -> None:
+    overrides = ["train.devices=2", "train.parallel=ep", "train.ep_domain=2"]
+    task = task_of(small(*overrides).config, 0, residents=[], run="abc")
+    assert devices_of(task, node_settings({})) == Devices("cpu", 2, "ep", "2")
+    told = node_settings({"devices": 3, "parallel": "fsdp"})
+    assert devices_of(task, told) == Devices("cpu", 3, "fsdp", "2")
+    of_the_file = replace(task, site=replace(task.site, devices="4"))
+    assert devices_of(of_the_file, node_settings({})) == Devices("cpu", 4, "ep", "2")
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"devices": "0"}, "node-config devices=0: allowed are auto or a number"),
+        ({"parallel": "tp"}, "node-config parallel=tp: allowed are ddp, fsdp, ep"),
+    ],
+)
+def test_devices_that_no_node_can_have(config: dict[str, str], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        node_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +113,7 @@ def test_a_site_says_where_its_device_was_given(small: Compose, gpus) -> None:
         (1, ["train.device=cuda"], 1.0),
         (1, ["train.device=cpu"], 0.0),
         (1, ["train.device=auto", "runtime.gpus_per_site=0.25"], 0.25),
+        (4, ["train.device=cuda", "train.devices=2"], 2.0),
         (4, ["train.device=cuda:3", "runtime.gpus_per_site=4"], 4.0),
     ],
 )

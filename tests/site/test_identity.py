@@ -8,7 +8,7 @@ import pytest
 
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
-from fomoe_flwr.site.identity import data_of, device_of, node_settings, state_folder
+from fomoe_flwr.site.identity import data_of, devices_of, node_settings, state_folder
 from tests.clients.helpers import task_of
 from tests.conftest import Compose
 
@@ -24,9 +24,13 @@ def test_the_nodes_word_goes_before_the_files_and_the_files_before_the_defaults(
         "federation.num_sites=null", "federation.sites=[{name: a, device: cuda}, {name: b}]"
     ).config
     first, second = (task_of(config, site, residents=[], run="abc") for site in (0, 1))
-    assert device_of(first, node_settings({"device": "cuda:1"})) == ("cuda:1", "fomoe site --device")
-    assert device_of(first, node_settings({})) == ("cuda", "federation.sites: device of a")
-    assert device_of(second, node_settings({})) == ("cpu", "train.device")
+    for task, told, line in (
+        (first, {"device": "cuda:1"}, "fomoe site --device=cuda:1"),
+        (first, {}, "federation.sites: device of a=cuda"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{line}: PyTorch sees no GPU here"):
+            devices_of(task, node_settings(told))
+    assert devices_of(second, node_settings({})).device == "cpu"
 
 
 def test_a_node_may_keep_its_data_and_cache_elsewhere(task: Task) -> None:

@@ -1,0 +1,179 @@
+"""Experts that are spread over the devices of a site: tokens are sent to them, or they to the tokens.
+
+The devices form domains of S neighbours (HybridEP, arXiv 2510.19470, section 4). Within a domain the experts' weights
+are gathered, so that each device computes all experts of its domain; tokens for another domain's experts go to the
+device at the same place there, and their outputs come back. S = 1 is plain expert parallelism, with S = G devices no
+token travels. Every S gives the same numbers.
+
+Each device holds a run of neighbouring slots of each layer's stack. So does each domain, and rows that are sorted by
+expert are sorted by domain, too.
+
+Letters: E slots of a layer, H those of a domain, P rows here, R rows that came, D d_model, G devices, S of a domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe_flwr.model.experts import compute_dtype
+from fomoe_flwr.model.moe import Experts
+
+
+@dataclass
+class Traffic:
+    """Bytes that this device has sent to other devices."""
+
+    tokens: int = 0  # rows, their outputs and their gradients
+    experts: int = 0  # weights and their gradients
+    counts: int = 0  # how many rows come for each expert
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The devices of a site as this one sees them.
+
+    Args:
+        rank: of this device.
+        inside: the devices of its domain, in their order.
+        across: of each domain the device at this one's place, in their order.
+    """
+
+    rank: int
+    inside: dist.ProcessGroup
+    across: dist.ProcessGroup
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.inside.size()
+
+
+def domains_of(rank: int, devices: int, size: int) -> Domains:
+    """Divide the devices into domains of `size` neighbours. All devices must call it.
+
+    Args:
+        size: divides `devices`.
+    """
+    inside, across = [], []
+    # Every device must make every group, also those that it is not in.
+    for first in range(0, devices, size):
+        inside.append(dist.new_group(list(range(first, first + size))))
+    for place in range(size):
+        across.append(dist.new_group(list(range(place, devices, size))))
+    return Domains(rank, inside[rank // size], across[rank % size])
+
+
+def gathered(weight_E: Tensor, domains: Domains, ends: Sequence[int]) -> Tensor:
+    """The weights of all experts of the domain, [H, ...], in the dtype of the computation.
+
+    The gradient of each comes back to the device that holds it, summed over the devices of the domain.
+
+    Args:
+        weight_E: those of this device.
+        ends: end of each device's slots in the stack, by rank.
+    """
+    first = domains.rank // domains.size * domains.size
+    bounds = [*([0] if first == 0 else [ends[first - 1]]), *ends[first : first + domains.size]]
+    counts = [end - start for start, end in pairwise(bounds)]
+    whole: Tensor = _Gather.apply(weight_E.to(compute_dtype(weight_E)), domains, counts)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def exchanged(
+    experts: Experts, x_PD: Tensor, offsets_E: Tensor, *, domains: Domains, ends: Sequence[int]
+) -> Tensor:
+    """Outputs of rows whose experts may be computed on other devices, y_PD.
+
+    Args:
+        experts: outputs of rows in the order of the experts of this domain, and the ends of each expert's.
+        x_PD: rows in the order of their experts.
+        offsets_E: int32, end of each expert's rows, over all slots of the layer.
+        ends: as in `gathered`.
+    """
+    size, group = domains.size, domains.across
+    own, num_domains = domains.rank // size, group.size()
+    starts = [0, *ends[size - 1 :: size]]
+    slots = [end - start for start, end in pairwise(starts)]
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+    # Of each domain's device at this place, how many rows it has for each expert here.
+    counts_GH = counts_E.new_empty(num_domains * slots[own])
+    dist.all_to_all_single(counts_GH, counts_E, [slots[own]] * num_domains, slots, group=group)
+    domains.traffic.counts += counts_E.itemsize * (len(counts_E) - slots[own])
+    counts_GH = counts_GH.view(num_domains, slots[own])
+    # How many rows go and come must be known to the host.
+    going = [int(part.sum()) for part in torch.split(counts_E, slots)]
+    coming = [int(count) for count in counts_GH.sum(1).tolist()]
+    x_RD = _Exchange.apply(x_PD.to(compute_dtype(x_PD)), domains, going, coming)  # type: ignore[no-untyped-call]
+    if not slots[own]:
+        # Of no expert there are no rows.
+        y_RD = x_RD
+    else:
+        # They came by domain and within it by expert.
+        slot_GH = torch.arange(slots[own], device=x_PD.device).repeat(num_domains)
+        slot_R = slot_GH.repeat_interleave(counts_GH.flatten(), output_size=sum(coming))
+        order_R = slot_R.argsort(stable=True)
+        ends_H = counts_GH.sum(0).cumsum(0).to(torch.int32)
+        sorted_RD = experts(x_RD.index_select(0, order_R), ends_H)
+        y_RD = torch.zeros_like(sorted_RD).index_copy(0, order_R, sorted_RD)
+    y_PD: Tensor = _Exchange.apply(y_RD, domains, coming, going)  # type: ignore[no-untyped-call]
+    return y_PD
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the devices at the same place of the other domains, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, domains: Domains, going: list[int], coming: list[int]) -> Tensor:
+        ctx.of = domains, going, coming
+        return _sent(x_PD, domains, going, coming)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        domains, going, coming = ctx.of
+        return _sent(grad_RD, domains, coming, going), None, None, None
+
+
+def _sent(x_PD: Tensor, domains: Domains, going: list[int], coming: list[int]) -> Tensor:
+    x_RD = x_PD.new_empty(sum(coming), x_PD.shape[1])
+    dist.all_to_all_single(x_RD, x_PD.contiguous(), coming, going, group=domains.across)
+    others = sum(going) - going[domains.rank // domains.size]
+    domains.traffic.tokens += others * x_PD.shape[1] * x_PD.itemsize
+    return x_RD
+
+
+class _Gather(torch.autograd.Function):
+    """The domain's stack from its devices' parts, and the sum of its gradients back to these."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_E: Tensor, domains: Domains, counts: list[int]) -> Tensor:
+        ctx.of = domains, counts
+        most, shape = max(counts), weight_E.shape[1:]
+        # Collectives want equal parts; only the last devices have fewer.
+        padded_E = weight_E.new_zeros(most, *shape)
+        padded_E[: len(weight_E)] = weight_E
+        parts = [torch.empty_like(padded_E) for _ in counts]
+        dist.all_gather(parts, padded_E, group=domains.inside)
+        domains.traffic.experts += (domains.size - 1) * padded_E.nbytes
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_H: Tensor) -> tuple[Tensor | None, ...]:
+        domains, counts = ctx.of
+        most, shape = max(counts), grad_H.shape[1:]
+        parts = [grad_H.new_zeros(most, *shape) for _ in counts]
+        for padded, part in zip(parts, torch.split(grad_H, counts), strict=True):
+            padded[: len(part)] = part
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=domains.inside)
+        domains.traffic.experts += (domains.size - 1) * own.nbytes
+        return own[: counts[domains.rank % domains.size]], None, None
