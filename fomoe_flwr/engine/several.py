@@ -12,6 +12,7 @@ ep    as ddp, but each device has a share of the experts; tokens travel, or expe
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,19 +25,26 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.engine.adamw import Moments, Piece, Schedule, StackedAdamW, local
 from fomoe_flwr.engine.device import use_cpu
+from fomoe_flwr.engine.domain import best_size, measured
 from fomoe_flwr.engine.local import Engine, EngineState, Report
 from fomoe_flwr.engine.team import Team, together
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.base import LanguageModel, Losses, NamedView, check_shard, named_views
 from fomoe_flwr.model.build import build
-from fomoe_flwr.model.exchange import Domains, domains_of, exchanged, gathered
+from fomoe_flwr.model.exchange import Domains, Gathering, domains_of, exchanged
+from fomoe_flwr.model.moe import Reach
 from fomoe_flwr.model.shared_batch import averaged
-from fomoe_flwr.model.spec import Residents, is_moment, parameter_shapes, slots
+from fomoe_flwr.model.spec import Residents, expert_layers, is_moment, parameter_shapes, slots
+from fomoe_flwr.plan.hybridep import ExchangeCase
+from fomoe_flwr.units import in_bytes
+
+log = logging.getLogger("fomoe.site")
 
 
 class _Part(NamedTuple):
@@ -62,7 +70,10 @@ class Member(Engine):
 
     Args:
         parallel: ddp, fsdp or ep.
-        domain: with ep, devices of a domain; divides their number.
+        domain: with ep, devices of a domain, or `auto`.
+
+    Raises:
+        ConfigError: domains of another size than the devices can be divided into.
     """
 
     def __init__(
@@ -71,7 +82,7 @@ class Member(Engine):
         residents: Residents,
         routing: str,
         parallel: str,
-        domain: int,
+        domain: str,
         *,
         team: Team,
     ) -> None:
@@ -81,13 +92,17 @@ class Member(Engine):
         self._handed: dict[str, Moments] = {}
         self._here: dict[str, Moments] | None = None
         self.domains: Domains | None = None
-        with self._all("build", model, residents, routing, parallel, domain):
+        self._gatherings: list[Gathering] = []
+        self._hooks: list[RemovableHandle] = []
+        self._choose = parallel == "ep" and domain == "auto"
+        if parallel == "ep" and domain != "auto" and team.size % int(domain):
+            raise ConfigError(f"train.ep_domain={domain}: must divide train.devices={team.size}")
+        with self.all_do("build", model, residents, routing, parallel, domain):
             self.module = build(model, residents, routing, None, self.device, self._divide)
             for moe in self.module.moe_layers:
                 moe.gate.devices = dist.group.WORLD
             if parallel == "ep":
-                self.domains = domains_of(team.rank, team.size, domain)
-                self._reach_experts(self.domains)
+                self.divide_domains(1 if self._choose else int(domain))
             self._parts = self._divided()
             self._runner: nn.Module = self.module
             if parallel != "fsdp":
@@ -133,21 +148,56 @@ class Member(Engine):
             parts.append(_Part(parameter, own, ends))
         return parts
 
-    def _reach_experts(self, domains: Domains) -> None:
-        for moe in self.module.moe_layers:
+    def divide_domains(self, size: int) -> None:
+        """From now on have domains of so many devices (with ep). All devices must call it."""
+        for hook in self._hooks:
+            hook.remove()
+        self.domains = domains_of(self.team.rank, self.devices, size)
+        self._gatherings, self._hooks = [], []
+        stacks = {id(self.module.get_parameter(path)) for path in self._stacks}
+        blocks = [self.module.blocks[layer] for layer in expert_layers(self._config[0])]
+        for block, moe in zip(blocks, self.module.moe_layers, strict=True):
             ends = shares(len(moe.resident_experts), self.devices)
-            if domains.size > 1:
-                moe.reach.gather = partial(gathered, domains=domains, ends=ends)
-            if domains.size < self.devices:
-                moe.reach.exchange = partial(exchanged, domains=domains, ends=ends)
+            moe.reach.gather, moe.reach.exchange = Reach().gather, None
+            weights = [parameter for parameter in block.parameters() if id(parameter) in stacks]
+            if size == 1:
+                # Of the sum over the tokens of all devices' means.
+                self._hooks += [weight.register_hook(self._of_the_mean) for weight in weights]  # type: ignore[no-untyped-call]
+            else:
+                gathering = Gathering(self.domains, weights, ends)
+                moe.reach.gather = gathering
+                self._gatherings.append(gathering)
+                self._hooks.append(block.register_forward_pre_hook(partial(_begin, gathering)))
+            if size < self.devices:
+                moe.reach.exchange = partial(exchanged, domains=self.domains, ends=ends)
+
+    def exchange_case(self, task: Task) -> ExchangeCase:
+        """What HybridEP's model wants to know of this model on these devices, while each is its own domain."""
+        assert self.domains is not None
+        experts = sum(self.module.get_parameter(path).numel() for path in self._stacks)
+        return measured(self.module, task, self.domains, self.device, experts)
+
+    def _choose_domain(self, task: Task) -> None:
+        case = self.exchange_case(task)
+        size = best_size(case)
+        log.info(
+            "site %s: domains of %d of %d devices: a layer sends %s of tokens or gathers %s of experts, at %s/s, "
+            "%.2f ms before the experts",
+            task.name,
+            size,
+            self.devices,
+            in_bytes(case.dispatch_bytes),
+            in_bytes(case.expert_bytes),
+            in_bytes(case.bandwidth_bytes_per_s),
+            1e3 * case.pre_expert_s,
+        )
+        self.divide_domains(size)
 
     def _replicated(self) -> nn.Module:
-        """The module, whose gradients are averaged; those of experts that are held once are sums over all tokens."""
+        """The module, whose gradients are averaged but for those of experts that are held once."""
         divided = {id(part.parameter) for part in self._parts if part.ends is not None}
         ignored = []
         for path, parameter in self.module.named_parameters():
-            if id(parameter) in divided:
-                parameter.register_hook(self._of_the_mean)  # type: ignore[no-untyped-call]
             if id(parameter) in divided or not parameter.numel():
                 ignored.append(path)
         # What a router counts or goes by is the same on all devices.
@@ -161,7 +211,7 @@ class Member(Engine):
 
     # ----- verbs
 
-    def _all(self, *work: Any) -> AbstractContextManager[None]:
+    def all_do(self, *work: Any) -> AbstractContextManager[None]:
         """Around a verb: all devices do it."""
         if self.team.rank:
             return nullcontext()
@@ -185,26 +235,29 @@ class Member(Engine):
             check_shard(parameter_shapes(*self._config), parameters)
             again = bool(state.moments) and state.moments is self._handed and self._optimizer is not None
         self._handed = {}
-        with self._all("load", task, {}, EngineState({}, state.bias, state.load), again):
+        with self.all_do("load", task, {}, EngineState({}, state.bias, state.load), again):
             if self.team.rank:
                 use_cpu(task.train.threads)
             self._here = self._optimizer.moments() if again and self._optimizer is not None else None
             super().load(task, shard, state)
+            if self._choose:
+                self._choose = False
+                self._choose_domain(task)
 
     def loaded(self) -> dict[str, Tensor]:
-        with self._all("loaded"):
+        with self.all_do("loaded"):
             return super().loaded()
 
     def train(self, batches: Iterable[Tensor], keep: Collection[str] = ()) -> Report:
-        with self._all("train", (), list(keep)):
+        with self.all_do("train", (), list(keep)):
             return super().train(self._shared(batches), keep)
 
     def update(self) -> dict[str, Tensor]:
-        with self._all("update"):
+        with self.all_do("update"):
             return super().update()
 
     def state(self) -> EngineState:
-        with self._all("state"):
+        with self.all_do("state"):
             state = super().state()
         self._handed = state.moments
         return state
@@ -381,11 +434,14 @@ class Member(Engine):
     def _rows(self, piece_BT: Tensor) -> Tensor:
         return piece_BT.chunk(self.devices)[self.team.rank]
 
-    def _of_a_piece(self, is_last: bool) -> AbstractContextManager[None]:
-        if isinstance(self._runner, DistributedDataParallel) and not is_last:
-            # Gradients of all pieces are averaged together.
-            return cast(AbstractContextManager[None], self._runner.no_sync())
-        return nullcontext()
+    @contextmanager
+    def _of_a_piece(self, is_last: bool) -> Iterator[None]:
+        # Gradients of all pieces are averaged together.
+        waits = isinstance(self._runner, DistributedDataParallel) and not is_last
+        with self._runner.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            yield
+        for gathering in self._gatherings:
+            gathering.finish(self.devices)
 
     def _averaged(self, loss: Tensor) -> Tensor:
         return averaged(loss, dist.group.WORLD)
@@ -422,6 +478,10 @@ class Member(Engine):
         most = torch.tensor(number)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.team.control)
         return int(most)
+
+
+def _begin(gathering: Gathering, *_: Any) -> None:
+    gathering.begin()
 
 
 @contextmanager

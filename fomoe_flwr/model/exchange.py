@@ -5,6 +5,9 @@ are gathered, so that each device computes all experts of its domain; tokens for
 device at the same place there, and their outputs come back. S = 1 is plain expert parallelism, with S = G devices no
 token travels. Every S gives the same numbers.
 
+Weights are gathered while the block computes what comes before its experts, and their gradients are brought back while
+it computes that backward.
+
 Each device holds a run of neighbouring slots of each layer's stack. So does each domain, and rows that are sorted by
 expert are sorted by domain, too.
 
@@ -20,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomoe_flwr.model.experts import compute_dtype
 from fomoe_flwr.model.moe import Experts
@@ -33,6 +36,7 @@ class Traffic:
     tokens: int = 0  # rows, their outputs and their gradients
     experts: int = 0  # weights and their gradients
     counts: int = 0  # how many rows come for each expert
+    dispatched: int = 0  # rows on their way to an expert, those that stay here too
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,81 @@ def domains_of(rank: int, devices: int, size: int) -> Domains:
     return Domains(rank, inside[rank // size], across[rank % size])
 
 
-def gathered(weight_E: Tensor, domains: Domains, ends: Sequence[int]) -> Tensor:
-    """The weights of all experts of the domain, [H, ...], in the dtype of the computation.
-
-    The gradient of each comes back to the device that holds it, summed over the devices of the domain.
+class Gathering:
+    """The experts of a layer, of all devices of the domain.
 
     Args:
-        weight_E: those of this device.
+        weights: of this device, slots first.
         ends: end of each device's slots in the stack, by rank.
     """
-    first = domains.rank // domains.size * domains.size
-    bounds = [*([0] if first == 0 else [ends[first - 1]]), *ends[first : first + domains.size]]
-    counts = [end - start for start, end in pairwise(bounds)]
-    whole: Tensor = _Gather.apply(weight_E.to(compute_dtype(weight_E)), domains, counts)  # type: ignore[no-untyped-call]
-    return whole
+
+    def __init__(self, domains: Domains, weights: Sequence[nn.Parameter], ends: Sequence[int]) -> None:
+        first = domains.rank // domains.size * domains.size
+        bounds = [ends[first - 1] if first else 0, *ends[first : first + domains.size]]
+        self.domains, self.weights = domains, weights
+        self.counts = [end - start for start, end in pairwise(bounds)]
+        self._coming: dict[int, tuple[dist.Work, list[Tensor]]] = {}
+        self._going: list[tuple[Tensor, dist.Work, Tensor]] = []
+
+    def begin(self) -> None:
+        """Have them come, in the dtype of the computation."""
+        for weight in self.weights:
+            self._coming[id(weight)] = self._start(weight)
+
+    def _start(self, weight_E: Tensor) -> tuple[dist.Work, list[Tensor]]:
+        # Collectives want equal parts; only the last devices have fewer.
+        part = weight_E.new_zeros(
+            max(self.counts), *weight_E.shape[1:], dtype=compute_dtype(weight_E), requires_grad=False
+        )
+        part[: len(weight_E)] = weight_E.detach()
+        parts = [torch.empty_like(part) for _ in self.counts]
+        work = dist.all_gather(parts, part, group=self.domains.inside, async_op=True)
+        self.domains.traffic.experts += (self.domains.size - 1) * part.nbytes
+        return work, parts
+
+    def __call__(self, weight_E: Tensor) -> Tensor:
+        """Those of one of the weights, [H, ...]; its gradient is there after `finish`."""
+        whole: Tensor = _Gather.apply(weight_E, self)  # type: ignore[no-untyped-call]
+        return whole
+
+    def take(self, weight_E: Tensor) -> Tensor:
+        """What was begun, or is begun now: when experts are computed again, nobody has asked for them before."""
+        begun = self._coming.pop(id(weight_E)) if id(weight_E) in self._coming else self._start(weight_E)
+        work, parts = begun
+        work.wait()
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+
+    def bring_back(self, weight_E: Tensor, grad_H: Tensor) -> None:
+        """Send each device the gradients of its experts, which are added up there."""
+        parts = [grad_H.new_zeros(max(self.counts), *grad_H.shape[1:]) for _ in self.counts]
+        for padded, part in zip(parts, torch.split(grad_H, self.counts), strict=True):
+            padded[: len(part)] = part
+        own = torch.empty_like(parts[0])
+        work = dist.reduce_scatter(own, parts, group=self.domains.inside, async_op=True)
+        self.domains.traffic.experts += (self.domains.size - 1) * own.nbytes
+        self._going.append((weight_E, work, own))
+
+    def finish(self, devices: int) -> None:
+        """Wait for the gradients, and add them, over the number of devices, to those of this device's weights."""
+        for weight_E, work, own in self._going:
+            work.wait()
+            gradient = own[: len(weight_E)].to(weight_E.dtype) / devices
+            weight_E.grad = gradient if weight_E.grad is None else weight_E.grad + gradient
+        self._going.clear()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_E: Tensor, gathering: Gathering) -> Tensor:
+        ctx.of = weight_E, gathering
+        return gathering.take(weight_E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_H: Tensor) -> tuple[None, None]:
+        weight_E, gathering = ctx.of
+        gathering.bring_back(weight_E, grad_H)
+        return None, None
 
 
 def exchanged(
@@ -96,7 +161,7 @@ def exchanged(
         experts: outputs of rows in the order of the experts of this domain, and the ends of each expert's.
         x_PD: rows in the order of their experts.
         offsets_E: int32, end of each expert's rows, over all slots of the layer.
-        ends: as in `gathered`.
+        ends: as in `Gathering`.
     """
     size, group = domains.size, domains.across
     own, num_domains = domains.rank // size, group.size()
@@ -111,7 +176,9 @@ def exchanged(
     # How many rows go and come must be known to the host.
     going = [int(part.sum()) for part in torch.split(counts_E, slots)]
     coming = [int(count) for count in counts_GH.sum(1).tolist()]
-    x_RD = _Exchange.apply(x_PD.to(compute_dtype(x_PD)), domains, going, coming)  # type: ignore[no-untyped-call]
+    x_PD = x_PD.to(compute_dtype(x_PD))
+    domains.traffic.dispatched += x_PD.nbytes
+    x_RD = _Exchange.apply(x_PD, domains, going, coming)  # type: ignore[no-untyped-call]
     if not slots[own]:
         # Of no expert there are no rows.
         y_RD = x_RD
@@ -148,32 +215,3 @@ def _sent(x_PD: Tensor, domains: Domains, going: list[int], coming: list[int]) -
     others = sum(going) - going[domains.rank // domains.size]
     domains.traffic.tokens += others * x_PD.shape[1] * x_PD.itemsize
     return x_RD
-
-
-class _Gather(torch.autograd.Function):
-    """The domain's stack from its devices' parts, and the sum of its gradients back to these."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_E: Tensor, domains: Domains, counts: list[int]) -> Tensor:
-        ctx.of = domains, counts
-        most, shape = max(counts), weight_E.shape[1:]
-        # Collectives want equal parts; only the last devices have fewer.
-        padded_E = weight_E.new_zeros(most, *shape)
-        padded_E[: len(weight_E)] = weight_E
-        parts = [torch.empty_like(padded_E) for _ in counts]
-        dist.all_gather(parts, padded_E, group=domains.inside)
-        domains.traffic.experts += (domains.size - 1) * padded_E.nbytes
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_H: Tensor) -> tuple[Tensor | None, ...]:
-        domains, counts = ctx.of
-        most, shape = max(counts), grad_H.shape[1:]
-        parts = [grad_H.new_zeros(most, *shape) for _ in counts]
-        for padded, part in zip(parts, torch.split(grad_H, counts), strict=True):
-            padded[: len(part)] = part
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=domains.inside)
-        domains.traffic.experts += (domains.size - 1) * own.nbytes
-        return own[: counts[domains.rank % domains.size]], None, None

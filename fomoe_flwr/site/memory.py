@@ -125,7 +125,7 @@ class Memory:
                     task.residents,
                     task.strategy.routing,
                     devices.parallel,
-                    int(devices.domain),
+                    devices.domain,
                     team=team,
                 )
             self._engine_is_for = wanted

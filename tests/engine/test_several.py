@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.engine import Engine, EngineState, Report
 from fomoe_flwr.engine.adamw import local
 from fomoe_flwr.engine.several import Member, shares
@@ -26,7 +25,7 @@ from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.model.spec import expert_name, parameter_shapes
 from fomoe_flwr.server.outer import with_moments
 from fomoe_flwr.site.state import SiteState, load_state, save_state
-from tests.engine.helpers import MODEL, batches, task_of
+from tests.engine.helpers import MODEL, task_of
 from tests.model.stock_models import stock
 
 Named = Mapping[str, Tensor]
@@ -53,7 +52,7 @@ def no_process_is_left() -> Iterator[None]:
 
 def member(task: Task, devices: int, parallel: str, domain: int = 1) -> Member:
     return Member(
-        task.model, task.residents, task.strategy.routing, parallel, domain, team=team_of(devices, "cpu")
+        task.model, task.residents, task.strategy.routing, parallel, str(domain), team=team_of(devices, "cpu")
     )
 
 

@@ -82,9 +82,9 @@ def test_one_that_died_between_rounds_is_replaced() -> None:
 def test_one_that_fails_says_why() -> None:
     task = shared_task()
     engine = member(task, 2, "ddp")
-    with pytest.raises(WorkerError, match=r"^device 2 of 2: AttributeError: .* has no attribute 'fly'$"):
-        with engine._all("fly"):
-            engine._largest(1)
+    line = r"^device 2 of 2: AttributeError: .* has no attribute 'fly'$"
+    with pytest.raises(WorkerError, match=line), engine.all_do("fly"):
+        engine._largest(1)
     assert ranks() == []
 
 

@@ -1,0 +1,260 @@
+"""HybridEP over links of a given bandwidth: the time of a step for every domain size, and which one a site chooses.
+
+    sudo python -m benchmarks.domains --name domains
+
+Four processes, each in a network namespace of its own, whose one link the kernel throttles (`tc`, token bucket). They
+train with train.parallel=ep; the sizes take turns step by step. Needs root, iproute2, and Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import spread, write_result
+from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.engine import EngineState
+from fomoe_flwr.engine.domain import best_size, layer_s
+from fomoe_flwr.engine.several import Member
+from fomoe_flwr.engine.team import join
+from fomoe_flwr.model.build import initial_state
+from fomoe_flwr.placement import full_residents
+from fomoe_flwr.units import in_bytes
+from tests.engine.helpers import task_of
+
+DEVICES = 4
+SIZES = (1, 2, 4)
+# A device's experts of a layer are 0.5 MB, and so are its tokens' rows.
+MODEL = ModelConfig(
+    name="exchange",
+    vocab_size=64,
+    d_model=128,
+    num_layers=4,
+    num_heads=4,
+    num_experts=8,
+    d_expert=512,
+    top_k=1,
+)
+SEQUENCES, POSITIONS = 4, 1024
+STEPS = 3
+MBITS = (25, 100, 400)
+
+
+# ----- namespaces, one a device, on a switch
+
+
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True)
+
+
+@contextmanager
+def network(mbit: float) -> Iterator[list[str]]:
+    """Names of the namespaces; each one's link `eth` sends and receives at most so much."""
+    names = [f"fomoe-{index}" for index in range(DEVICES)]
+    hub = "fomoe-hub"
+    with ExitStack() as stack:
+        for name in (hub, *names):
+            _run("ip", "netns", "add", name)
+            stack.callback(_run, "ip", "netns", "delete", name)
+        _run("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
+        _run("ip", "-n", hub, "link", "set", "switch", "up")
+        for index, name in enumerate(names):
+            port = f"port{index}"
+            _run("ip", "-n", hub, "link", "add", port, "type", "veth", "peer", "name", "eth", "netns", name)
+            _run("ip", "-n", hub, "link", "set", port, "master", "switch", "up")
+            _run("ip", "-n", name, "address", "add", f"10.77.0.{index + 1}/24", "dev", "eth")
+            _run("ip", "-n", name, "link", "set", "eth", "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+            bucket = ("tbf", "rate", f"{mbit}mbit", "burst", "32kb", "latency", "4s")
+            _run("tc", "-n", name, "qdisc", "add", "dev", "eth", "root", *bucket)
+            _run("tc", "-n", hub, "qdisc", "add", "dev", port, "root", *bucket)
+        yield names
+
+
+# ----- the first device
+
+
+def first(file: str, mbit: float, repeats: int) -> dict[str, Any]:
+    """What the sizes take, and what the model says of them."""
+    torch.set_num_threads(1)
+    residents = full_residents(MODEL.num_layers, MODEL.num_experts)
+    train = {"batch_size": SEQUENCES, "seq_len": POSITIONS, "grad_clip": 0.0, "lr": 0.0}
+    task = task_of(residents=residents, train=train, model={**vars(MODEL)})
+    team = join(0, DEVICES, "cpu", file)
+    engine = Member(task.model, residents, "skip", "ep", "1", team=team)
+    engine.load(task, initial_state(task.model, residents, "skip", 0), EngineState())
+    with engine.all_do("exchange_case", task):
+        case = engine.exchange_case(task)
+    generator = torch.Generator().manual_seed(0)
+
+    def steps(number: int) -> list[float]:
+        """Seconds of each but the first: from one batch to the next."""
+        asked: list[float] = []
+
+        def batches() -> Iterator[torch.Tensor]:
+            for _ in range(number + 1):
+                asked.append(time.perf_counter())
+                yield torch.randint(MODEL.vocab_size, (SEQUENCES, POSITIONS + 1), generator=generator)
+            asked.append(time.perf_counter())
+
+        engine.train(batches())
+        return [after - before for before, after in pairwise(asked)][1:]
+
+    def divide(size: int) -> None:
+        with engine.all_do("divide_domains", size):
+            engine.divide_domains(size)
+
+    seconds: dict[int, list[float]] = {size: [] for size in SIZES}
+    sent: dict[int, list[int]] = {}
+    for repeat in range(repeats + 1):
+        for size in SIZES:
+            divide(size)
+            took = steps(STEPS)
+            assert engine.domains is not None
+            traffic = engine.domains.traffic
+            sent[size] = [traffic.tokens // (STEPS + 1), traffic.experts // (STEPS + 1)]
+            if repeat:
+                seconds[size] += took
+    return {
+        "mbit": mbit,
+        "case": vars(case),
+        "chosen": best_size(case),
+        "model_s": {size: MODEL.num_layers * layer_s(case, size) for size in SIZES},
+        "seconds": seconds,
+        "sent": sent,
+    }
+
+
+# ----- all of it
+
+
+def measure(mbit: float, repeats: int) -> dict[str, Any]:
+    """One bandwidth."""
+    with network(mbit) as names, tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(DEVICES),
+            "FOMOE_RANKS": str(Path(folder) / "store"),
+            "FOMOE_DEVICE": "cpu",
+            "GLOO_SOCKET_IFNAME": "eth",
+            "OMP_NUM_THREADS": "1",
+        }
+        others = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, sys.executable, "-m", "fomoe_flwr.engine.rank"],
+                stdin=subprocess.PIPE,
+                env={**environment, "RANK": str(rank)},
+                # Each says at the end that the first is gone.
+                stderr=subprocess.DEVNULL,
+            )
+            for rank, name in enumerate(names)
+            if rank
+        ]
+        module = ["-m", "benchmarks.domains", "--first", str(mbit), "--repeats", str(repeats)]
+        try:
+            output = subprocess.run(
+                ["ip", "netns", "exec", names[0], sys.executable, *module],
+                env=environment,
+                check=True,
+                stdout=subprocess.PIPE,
+            ).stdout
+        finally:
+            for process in others:
+                assert process.stdin is not None
+                process.stdin.close()
+                process.wait()
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| link | S | step, ms | exchange by the model, ms | tokens, experts sent by a device a step | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        medians = {size: statistics.median(one["seconds"][str(size)]) for size in SIZES}
+        fastest = min(medians.values())
+        for size in SIZES:
+            milliseconds = [1e3 * second for second in one["seconds"][str(size)]]
+            tokens, experts = one["sent"][str(size)]
+            says = ""
+            if size == one["chosen"]:
+                says = f"**chosen**, {100 * (medians[size] / fastest - 1):.1f} % from the fastest"
+            lines.append(
+                f"| {one['mbit']:g} Mbit/s | {size} | {spread(milliseconds, '.0f')} | "
+                f"{1e3 * one['model_s'][str(size)]:.0f} | {in_bytes(tokens)}, {in_bytes(experts)} | {says} |"
+            )
+        case = one["case"]
+        lines.append(
+            f"| | | | | measured: {in_bytes(case['dispatch_bytes'])} of tokens to dispatch and "
+            f"{in_bytes(case['expert_bytes'])} of experts a layer, {in_bytes(case['bandwidth_bytes_per_s'])}/s, "
+            f"{1e3 * case['pre_expert_s']:.1f} ms before the experts | |"
+        )
+    return "\n".join(lines)
+
+
+def picture(found: Sequence[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.2), layout="constrained")
+    for panel, one in zip(axes, found, strict=True):
+        medians = [1e3 * statistics.median(one["seconds"][str(size)]) for size in SIZES]
+        model = [1e3 * one["model_s"][str(size)] for size in SIZES]
+        # The model knows nothing of what is the same for every S.
+        rest = min(medians) - model[medians.index(min(medians))]
+        panel.plot(SIZES, medians, "o-", label="measured")
+        panel.plot(
+            SIZES, [value + rest for value in model], "x--", label="model, moved up by what it leaves out"
+        )
+        panel.axvline(one["chosen"], color="grey", linestyle=":", label="chosen")
+        panel.set(title=f"{one['mbit']:g} Mbit/s", xlabel="devices of a domain, S", xticks=SIZES)
+        panel.set_ylim(bottom=0)
+    axes[0].set_ylabel("step, ms")
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="domains")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mbits", type=float, nargs="+", default=MBITS)
+    parser.add_argument("--first", type=float, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.first is not None:
+        print(json.dumps(first(os.environ["FOMOE_RANKS"], chosen.first, chosen.repeats)))
+        return
+    if os.geteuid():
+        raise SystemExit("network namespaces and tc need root")
+    found = [measure(mbit, chosen.repeats) for mbit in chosen.mbits]
+    body = (
+        f"{DEVICES} processes on this machine's cores, each in a network namespace whose link is throttled in both "
+        f"directions; {MODEL.num_layers} layers, d {MODEL.d_model}, {MODEL.num_experts} experts of {MODEL.d_expert}, "
+        f"top {MODEL.top_k}, {SEQUENCES} sequences of {POSITIONS} tokens a step, fp32. Domain sizes in turn, "
+        f"{STEPS * chosen.repeats} steps each, after one warm-up; median and range.\n\n" + table(found)
+    )
+    path = write_result(
+        chosen.name, "Domains of experts over slow links", body, "GPUs; links between machines."
+    )
+    picture(found, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
