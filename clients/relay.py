@@ -142,7 +142,8 @@ def _ask(
             raise WorkerError(f"site {site.name} gave up after {now - began:.1f} s: the round's time is over")
         silence = math.inf if takes_its_time else heard + stall_s - now
         if silence <= 0:
-            processes.kill(*worker)
+            # With the processes of its other devices, of which one may be what hangs.
+            processes.kill(*worker, group=True)
             raise WorkerError(
                 f"the worker of site {site.name} gave no sign of life for {stall_s:g} s (node-config stall-s) and "
                 f"was ended; {site.log_file} ends: {_tail(site)}"

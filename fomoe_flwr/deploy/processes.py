@@ -104,12 +104,16 @@ class Marked:
         return environment.get(self._name) == self._value if environment else None
 
 
-def kill(pid: int, started: float, signum: int = signal.SIGKILL) -> bool:
-    """Send a signal to this process unless its number belongs to another one by now; whether it was sent."""
+def kill(pid: int, started: float, signum: int = signal.SIGKILL, group: bool = False) -> bool:
+    """Send a signal to this process unless its number belongs to another one by now; whether it was sent.
+
+    Args:
+        group: it leads a process group, all of which is meant.
+    """
     if not is_alive(pid, started):
         return False
     try:
-        os.kill(pid, signum)
+        (os.killpg if group else os.kill)(pid, signum)
     except (ProcessLookupError, PermissionError):
         return False
     return True

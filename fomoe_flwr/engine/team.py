@@ -102,6 +102,10 @@ def _any_ended(team: Team) -> bool:
 
 
 def _started(size: int, kind: str) -> Team:
+    if dist.is_initialized():
+        raise WorkerError(
+            "this process lost a device, and cannot be connected with others again: start it again"
+        )
     # They find each other by a file and not by a port: nobody else can come in.
     folder = tempfile.TemporaryDirectory(prefix="fomoe-ranks-")
     file = str(Path(folder.name) / "store")
@@ -151,8 +155,12 @@ def join(rank: int, size: int, kind: str, file: str) -> Team:
     return Team(rank, size, device, store, control)
 
 
-def end_team() -> None:
-    """End the other processes of this site, if there are any."""
+def end_team(failed: bool = False) -> None:
+    """End the other processes of this site, if there are any.
+
+    Args:
+        failed: some device may wait for another for ever.
+    """
     global _team
     if _team is None:
         return
@@ -162,12 +170,16 @@ def end_team() -> None:
         with suppress(OSError):
             process.stdin.close()
     for process in ending.others:
+        if failed:
+            process.kill()
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    dist.destroy_process_group()
+    # To leave in peace, NCCL would wait for those that are gone.
+    if not (failed and ending.kind == "cuda"):
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -175,16 +187,17 @@ def together(team: Team) -> Iterator[None]:
     """Around work of all devices: if it fails at the first, the others are somewhere in the middle of it, so they end.
 
     Raises:
-        WorkerError: another one failed.
+        WorkerError: another one failed, between CPUs; between GPUs RuntimeError: this process can have no others any
+            more and should end.
     """
     try:
         yield
     except BaseException as error:
         # Only a lost connection is another one's fault.
         reason = team.reason() if isinstance(error, RuntimeError) else ""
-        end_team()
+        end_team(failed=True)
         if reason:
-            raise WorkerError(reason) from error
+            raise (WorkerError if team.kind == "cpu" else RuntimeError)(reason) from error
         raise
 
 

@@ -247,6 +247,52 @@ def test_a_client_that_gives_up_or_is_told_to_end_and_a_worker_that_hangs(
     assert site.worker != pid
 
 
+def ranks_of(worker: int) -> list[int]:
+    """The processes of a worker's other devices."""
+    return [
+        child.pid
+        for child in psutil.Process(worker).children()
+        if "fomoe_flwr.engine.rank" in child.cmdline()
+    ]
+
+
+def test_a_device_that_dies_or_hangs_costs_a_round_and_leaves_no_process(site: Site, small: Compose) -> None:
+    config = small("train.devices=2", "train.parallel=fsdp", "strategy.overlap=2").config
+    busy = with_steps(config, MANY_STEPS)
+    task, long_task = (site_task(each, 1, run="several") for each in (config, busy))
+    site.end()
+    site.ask("train", config, task)
+    pid = site.worker
+    (rank,) = ranks_of(pid)
+
+    site.mark()
+    with (
+        site.when_it_trains(lambda: os.kill(rank, signal.SIGKILL)),
+        pytest.raises(WorkerError, match=r"^the process of device 2 of 2 ended \(code -9\)$"),
+    ):
+        site.ask("train", busy, long_task)
+    _, reply = site.ask("train", config, task)
+    assert reply.num_examples > 0
+    assert site.worker == pid
+    (other,) = ranks_of(pid)
+    assert other != rank
+
+    site.mark()
+    site.stall_s = 2.0
+    with (
+        site.when_it_trains(lambda: os.kill(other, signal.SIGSTOP)),
+        pytest.raises(WorkerError, match="gave no sign of life for 2 s"),
+    ):
+        site.ask("train", busy, long_task)
+    until(lambda: not psutil.pid_exists(other))
+    site.stall_s = 60.0
+    assert site.ask("train", config, task)[1].load_LE == reply.load_LE
+    new = ranks_of(site.worker)
+    assert site.worker != pid
+    site.end()
+    until(lambda: not any(psutil.pid_exists(pid) for pid in new))
+
+
 def test_clients_that_die_and_clients_that_wait(site: Site, small: Compose, tmp_path: Path) -> None:
     """Two at the same moment start one worker; a client that waits longer than stall-s for the other kills nothing;
     a client that is killed takes its work with it, and leaves no state.
