@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import spread, write_result
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine import EngineState
+from fomoe_flwr.engine import EngineState, rank
 from fomoe_flwr.engine.domain import best_size, layer_s
 from fomoe_flwr.engine.several import Member
 from fomoe_flwr.engine.team import join
 from fomoe_flwr.model.build import initial_state
+from fomoe_flwr.model.moe import SigmaRouter
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.units import in_bytes
 from tests.engine.helpers import task_of
@@ -45,12 +47,18 @@ MODEL = ModelConfig(
     num_layers=4,
     num_heads=4,
     num_experts=8,
-    d_expert=512,
+    d_expert=256,
     top_k=1,
 )
 SEQUENCES, POSITIONS = 4, 1024
 STEPS = 3
-MBITS = (25, 100, 400)
+MBITS = (50, 100, 400)
+
+
+def spread_evenly(router: SigmaRouter, x_TD: Tensor, scores_TC: Tensor) -> tuple[Tensor, Tensor]:
+    """Choices that are equally likely, as the stream model supposes: a router that is new has favourites."""
+    chosen_TK = torch.rand_like(scores_TC).topk(router.top_k, dim=-1).indices
+    return scores_TC.gather(1, chosen_TK), chosen_TK
 
 
 # ----- namespaces, one a device, on a switch
@@ -104,11 +112,12 @@ def first(file: str, mbit: float, repeats: int) -> dict[str, Any]:
         """Seconds of each but the first: from one batch to the next."""
         asked: list[float] = []
 
-        def batches() -> Iterator[torch.Tensor]:
+        def batches() -> Iterator[Tensor]:
             for _ in range(number + 1):
                 asked.append(time.perf_counter())
                 yield torch.randint(MODEL.vocab_size, (SEQUENCES, POSITIONS + 1), generator=generator)
             asked.append(time.perf_counter())
+            wire.append(_sent_by_link())
 
         engine.train(batches())
         return [after - before for before, after in pairwise(asked)][1:]
@@ -118,14 +127,18 @@ def first(file: str, mbit: float, repeats: int) -> dict[str, Any]:
             engine.divide_domains(size)
 
     seconds: dict[int, list[float]] = {size: [] for size in SIZES}
+    wire: list[int] = []
     sent: dict[int, list[int]] = {}
     for repeat in range(repeats + 1):
         for size in SIZES:
             divide(size)
+            before = _sent_by_link()
             took = steps(STEPS)
             assert engine.domains is not None
             traffic = engine.domains.traffic
-            sent[size] = [traffic.tokens // (STEPS + 1), traffic.experts // (STEPS + 1)]
+            sent[size] = [
+                number // (STEPS + 1) for number in (traffic.tokens, traffic.experts, wire[-1] - before)
+            ]
             if repeat:
                 seconds[size] += took
     return {
@@ -136,6 +149,10 @@ def first(file: str, mbit: float, repeats: int) -> dict[str, Any]:
         "seconds": seconds,
         "sent": sent,
     }
+
+
+def _sent_by_link() -> int:
+    return int(Path("/sys/class/net/eth/statistics/tx_bytes").read_text())
 
 
 # ----- all of it
@@ -154,14 +171,14 @@ def measure(mbit: float, repeats: int) -> dict[str, Any]:
         }
         others = [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, "-m", "fomoe_flwr.engine.rank"],
+                ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.domains", "--other"],
                 stdin=subprocess.PIPE,
-                env={**environment, "RANK": str(rank)},
+                env={**environment, "RANK": str(number)},
                 # Each says at the end that the first is gone.
                 stderr=subprocess.DEVNULL,
             )
-            for rank, name in enumerate(names)
-            if rank
+            for number, name in enumerate(names)
+            if number
         ]
         module = ["-m", "benchmarks.domains", "--first", str(mbit), "--repeats", str(repeats)]
         try:
@@ -182,27 +199,29 @@ def measure(mbit: float, repeats: int) -> dict[str, Any]:
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| link | S | step, ms | exchange by the model, ms | tokens, experts sent by a device a step | |",
-        "|---|---|---|---|---|---|",
+        "| link | S | step, ms | exchange by the model, ms | tokens, experts a device sends a step "
+        "| all that its link sends | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in found:
         medians = {size: statistics.median(one["seconds"][str(size)]) for size in SIZES}
         fastest = min(medians.values())
         for size in SIZES:
             milliseconds = [1e3 * second for second in one["seconds"][str(size)]]
-            tokens, experts = one["sent"][str(size)]
+            tokens, experts, all_bytes = one["sent"][str(size)]
             says = ""
             if size == one["chosen"]:
                 says = f"**chosen**, {100 * (medians[size] / fastest - 1):.1f} % from the fastest"
             lines.append(
                 f"| {one['mbit']:g} Mbit/s | {size} | {spread(milliseconds, '.0f')} | "
-                f"{1e3 * one['model_s'][str(size)]:.0f} | {in_bytes(tokens)}, {in_bytes(experts)} | {says} |"
+                f"{1e3 * one['model_s'][str(size)]:.0f} | {in_bytes(tokens)}, {in_bytes(experts)} "
+                f"| {in_bytes(all_bytes)} | {says} |"
             )
         case = one["case"]
         lines.append(
             f"| | | | | measured: {in_bytes(case['dispatch_bytes'])} of tokens to dispatch and "
             f"{in_bytes(case['expert_bytes'])} of experts a layer, {in_bytes(case['bandwidth_bytes_per_s'])}/s, "
-            f"{1e3 * case['pre_expert_s']:.1f} ms before the experts | |"
+            f"{1e3 * case['pre_expert_s']:.1f} ms before the experts | | |"
         )
     return "\n".join(lines)
 
@@ -237,7 +256,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mbits", type=float, nargs="+", default=MBITS)
     parser.add_argument("--first", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--other", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    SigmaRouter.choose = spread_evenly  # type: ignore[method-assign, assignment]
+    if chosen.other:
+        rank.main()
+        return
     if chosen.first is not None:
         print(json.dumps(first(os.environ["FOMOE_RANKS"], chosen.first, chosen.repeats)))
         return

@@ -29,7 +29,7 @@ from fomoe_flwr.model.experts import (
 )
 from fomoe_flwr.model.locality import bias_for, entry_biases, locality_loss
 from fomoe_flwr.model.recompute import kept_or_again
-from fomoe_flwr.model.shared_batch import averaged, collected, devices_in, summed
+from fomoe_flwr.model.shared_batch import averaged, collected, summed
 from fomoe_flwr.model.standins import StandIns, standins_of
 
 # What a batch needs for its resident share drifts as the router learns, in one direction for many steps, and whoever
@@ -88,8 +88,8 @@ class Routing(NamedTuple):
 
     weights_TK: Tensor  # by which the outputs of the chosen are multiplied
     chosen_TK: Tensor  # indices into the candidates
-    balance_loss: Tensor  # scalar, 1 when balanced
-    locality_loss: Tensor  # scalar, 0 when as local as wished, or not asked for
+    load_C: Tensor  # how often each candidate was chosen
+    share_C: Tensor  # mean share of its score
 
 
 class Router(nn.Module):
@@ -172,6 +172,7 @@ class Router(nn.Module):
             return self.judge(_exact(x_TD))
 
     def forward(self, x_TD: Tensor) -> Routing:
+        """Its choices for a device's tokens; what they cost say `losses`."""
         logits_TC, scores_TC = self._judge(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training and self.locality == "bias":
@@ -182,18 +183,24 @@ class Router(nn.Module):
             load_C = torch.zeros_like(scores_TC[0]).scatter_add(
                 0, chosen_TK.flatten(), torch.ones_like(chosen_TK, dtype=scores_TC.dtype).flatten()
             )
-            load_C = summed(load_C, self.devices)
-            share_C = averaged((scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0), self.devices)
-            assigned_C = load_C / (chosen_TK.numel() * devices_in(self.devices))
+            share_C = (scores_TC / scores_TC.sum(-1, keepdim=True)).mean(0)
+        return Routing(weights_TK, chosen_TK, load_C, share_C)
+
+    def losses(self, load_C: Tensor, share_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a batch: the loss of balance, 1 when balanced, and that of locality, 0 when as local as wished, or not
+        asked for. Counts the load.
+        """
+        with torch.autocast(share_C.device.type, enabled=False):
+            assigned_C = load_C / load_C.sum()
             if self.offset_C is not None:
-                assigned_C = assigned_C + self.offset_C.to(scores_TC.dtype)
-            balance_loss = scores_TC.shape[1] * (assigned_C * share_C).sum()
+                assigned_C = assigned_C + self.offset_C.to(share_C.dtype)
+            balance_loss = len(share_C) * (assigned_C * share_C).sum()
             local_loss = balance_loss.new_zeros(())
             if self.locality == "loss":
                 local_loss = locality_loss(share_C, self.resident_C, self.config.locality_epsilon)
         if self.training:
             self.load_C += load_C
-        return Routing(weights_TK, chosen_TK, balance_loss, local_loss)
+        return balance_loss, local_loss
 
     def _choose_with_bias(self, logits_TC: Tensor) -> Tensor:
         """Choices with the residents preferred, chosen_TK; and the bias moves on, for the next batch.
@@ -241,6 +248,21 @@ class SigmaRouter(Router):
 
     def weigh(self, logits_TC: Tensor, scores_TC: Tensor, chosen_TK: Tensor) -> Tensor:
         return scores_TC.gather(1, chosen_TK)
+
+
+def router_losses(routers: Sequence[Router], routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
+    """Means over the layers of their losses of balance and of locality.
+
+    Where devices share a batch, loads and scores are those of all of its tokens. They are exchanged once for all
+    layers, because a message costs its time whatever its size.
+    """
+    sizes = [router.num_candidates for router in routers]
+    loads_C = summed(torch.cat([routing.load_C for routing in routings]), routers[0].devices)
+    shares_C = averaged(torch.cat([routing.share_C for routing in routings]), routers[0].devices)
+    of_layers = zip(routers, torch.split(loads_C, sizes), torch.split(shares_C, sizes), strict=True)
+    losses = [router.losses(load_C, share_C) for router, load_C, share_C in of_layers]
+    balance, locality = (torch.stack(kind).mean() for kind in zip(*losses, strict=True))
+    return balance, locality
 
 
 # ----- dispatcher
@@ -439,8 +461,8 @@ class MoE(nn.Module):
         if self.standins is not None:
             self.standins.reset_buffers()
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns y_TD, the load-balancing loss and the locality loss."""
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+        """Returns y_TD, and what the router decided."""
         routing = self.gate(x_TD)
         num_slots = len(self.resident_experts)
         y_TD: Tensor = kept_or_again(
@@ -458,4 +480,4 @@ class MoE(nn.Module):
         )
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        return y_TD, routing.balance_loss, routing.locality_loss
+        return y_TD, routing

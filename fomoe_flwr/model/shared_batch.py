@@ -10,11 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def devices_in(group: dist.ProcessGroup | None) -> int:
-    """How many share the batch."""
-    return 1 if group is None else group.size()
-
-
 @torch.no_grad()
 def summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the devices, without a gradient."""

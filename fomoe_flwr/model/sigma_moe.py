@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.base import LanguageModel, MoELayer
-from fomoe_flwr.model.moe import MoE
+from fomoe_flwr.model.moe import MoE, Routing, router_losses
 from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.spec import Residents, depth_multiplier, logit_multiplier
 
@@ -82,13 +82,13 @@ class Block(nn.Module):
         y_BSD: Tensor = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
         return y_BSD
 
-    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns x_BSD after the block, and the MoE's two losses."""
+    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Routing]:
+        """Returns x_BSD after the block, and what its router decided."""
         y_BSD = kept_or_again(self.attention_again, self._attend, x_BSD, cos_SF, sin_SF)
         x_BSD = torch.add(x_BSD, self.post_attention_layernorm(y_BSD), alpha=self.multiplier)
-        y_TD, balance_loss, locality_loss = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
+        y_TD, routing = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
         y_BSD = self.post_feedforward_layernorm(y_TD.view_as(x_BSD))
-        return torch.add(x_BSD, y_BSD, alpha=self.multiplier), balance_loss, locality_loss
+        return torch.add(x_BSD, y_BSD, alpha=self.multiplier), routing
 
 
 class Backbone(nn.Module):
@@ -144,18 +144,17 @@ class Transformer(LanguageModel):
         x_BSD = self.model.embed_norm(self.model.embed_tokens(tokens_BS))
         head_width = config.d_model // config.num_heads
         cos_SF, sin_SF = rope_tables(tokens_BS.shape[1], head_width, config.rope_theta, tokens_BS.device)
-        balance_losses, locality_losses = [], []
+        routings = []
         for block in self.model.layers:
-            x_BSD, balance_loss, locality_loss = block(x_BSD, cos_SF, sin_SF)
-            balance_losses.append(balance_loss)
-            locality_losses.append(locality_loss)
+            x_BSD, routing = block(x_BSD, cos_SF, sin_SF)
+            routings.append(routing)
+        balance, locality = router_losses([block.mlp.gate for block in self.blocks], routings)
         # A branch's gradient shrinks with depth by CompleteP; the balancing of each router shrinks alike.
         coefficient = LOAD_BALANCE if config.load_balance is None else config.load_balance
-        balance = coefficient * config.base_num_layers * torch.stack(balance_losses).mean()
+        loss = coefficient * config.base_num_layers * balance
         if config.locality == "loss":
-            local = torch.stack(locality_losses).mean()
-            balance = balance + config.locality_coefficient * config.base_num_layers * local
-        return self.model.norm(x_BSD), balance
+            loss = loss + config.locality_coefficient * config.base_num_layers * locality
+        return self.model.norm(x_BSD), loss
 
     def head(self) -> tuple[Tensor, float]:
         # The embedding is tied.

@@ -33,7 +33,7 @@ from fomoe_flwr.model.base import LanguageModel, MoELayer
 from fomoe_flwr.model.experts import LINEARS, SWIGLU, Projections, grouped_linear, rows_of
 from fomoe_flwr.model.families import FAMILIES, family_of
 from fomoe_flwr.model.families.family import Family, gated
-from fomoe_flwr.model.moe import Reach, Router, Routing, routed, slots_of
+from fomoe_flwr.model.moe import Reach, Router, Routing, routed, router_losses, slots_of
 from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.spec import FLOPS_PER_PARAMETER, Param, Residents, standin_rows
 from fomoe_flwr.model.standins import standins_of
@@ -532,10 +532,10 @@ class StockModel(LanguageModel):
         coefficient = config.load_balance
         if coefficient is None:
             coefficient = self._family.balance(self.stock.config)
-        loss = coefficient * torch.stack([routing.balance_loss for routing in routings]).mean()
+        balance, locality = router_losses([layer.gate for _, layer in self._layers], routings)
+        loss = coefficient * balance
         if config.locality == "loss":
-            local = torch.stack([routing.locality_loss for routing in routings]).mean()
-            loss = loss + config.locality_coefficient * local
+            loss = loss + config.locality_coefficient * locality
         return x_BSD, loss
 
     def head(self) -> tuple[Tensor, float]:

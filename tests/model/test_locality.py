@@ -17,7 +17,7 @@ from torch import Tensor
 from fomoe_flwr.model.base import read_shard
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.locality import bias_for, entry_biases, local_shares, locality_loss, resident_share
-from fomoe_flwr.model.moe import SigmaRouter
+from fomoe_flwr.model.moe import Routing, SigmaRouter
 from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.placement import full_residents
 from tests.model.helpers import SMALL
@@ -290,6 +290,10 @@ def test_the_localised_shares_are_where_the_loss_is_zero() -> None:
     )  # all here: a 0 in D_c is no trouble
 
 
+def loss_of(gate: SigmaRouter, routing: Routing) -> Tensor:
+    return gate.losses(routing.load_C, routing.share_C)[1]
+
+
 @pytest.mark.parametrize("router", ["linear", "orthogonal", "grap"])
 def test_its_gradients_are_those_of_finite_differences(router: str) -> None:
     model = dataclasses.replace(LOSS, router=router, num_experts=8)
@@ -301,7 +305,7 @@ def test_its_gradients_are_those_of_finite_differences(router: str) -> None:
     def loss(x_TD: Tensor, rows_CD: Tensor) -> Tensor:
         values = {} if router == "grap" else {"weight": rows_CD}
         routing = torch.func.functional_call(gate, values, x_TD)
-        return routing.locality_loss + 0 * rows_CD.sum()
+        return loss_of(gate, routing) + 0 * rows_CD.sum()
 
     assert torch.autograd.gradcheck(loss, (x_TD, rows_CD))
     assert torch.autograd.grad(loss(x_TD, rows_CD), x_TD)[0].any()
@@ -334,7 +338,7 @@ def test_the_loss_is_the_mean_over_layers_scaled_with_depth() -> None:
     module, tokens_BT = site(LOSS), batch(0)
     seen: list[Tensor] = []
     for moe in module.moe_layers:
-        moe.gate.register_forward_hook(lambda _module, _inputs, routing: seen.append(routing.locality_loss))
+        moe.gate.register_forward_hook(lambda gate, _inputs, routing: seen.append(loss_of(gate, routing)))
     difference = module(tokens_BT).balance - site(SMALL)(tokens_BT).balance
     # locality_coefficient 0.2 x base_num_layers 3 x the mean over layers.
     torch.testing.assert_close(difference, 0.2 * 3 * (seen[0] + seen[1]) / 2)
@@ -347,7 +351,7 @@ def test_descending_the_loss_brings_the_share_to_the_residents() -> None:
     optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        gate(x_TD).locality_loss.backward()
+        loss_of(gate, gate(x_TD)).backward()
         optimizer.step()
     scores_TC = gate.scores(x_TD)
     share_C = (scores_TC / scores_TC.sum(1, keepdim=True)).mean(0).detach()

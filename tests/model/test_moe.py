@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model import moe as moe_module
 from fomoe_flwr.model.experts import LINEARS
-from fomoe_flwr.model.moe import MoE, SigmaRouter, dispatch
+from fomoe_flwr.model.moe import MoE, SigmaRouter, dispatch, router_losses
 from fomoe_flwr.model.sigma_moe import Block, rope_tables
 from tests.model.helpers import SMALL, plain_moe, poisoned_memory
 
@@ -219,10 +219,15 @@ def test_scores_are_computed_in_fp32_under_autocast() -> None:
     assert routing.weights_TK.dtype == torch.float32
 
 
+def balance_loss(gate: SigmaRouter, x_TD: Tensor) -> Tensor:
+    routing = gate(x_TD)
+    return gate.losses(routing.load_C, routing.share_C)[0]
+
+
 def test_balance_loss_is_one_at_perfect_balance() -> None:
     # Token c prefers candidate c: each is chosen once, and by symmetry every mean share is 1/C.
     gate = router((4 * torch.eye(4)).tolist(), top_k=1)
-    torch.testing.assert_close(gate(torch.eye(4)).balance_loss, torch.tensor(1.0))
+    torch.testing.assert_close(balance_loss(gate, torch.eye(4)), torch.tensor(1.0))
 
 
 def test_balance_loss_of_a_case_worked_out_by_hand() -> None:
@@ -231,18 +236,18 @@ def test_balance_loss_of_a_case_worked_out_by_hand() -> None:
     #   token 2: x = (0, 1): logits (0, -ln 3),     scores (1/2, 1/4), shares (2/3, 1/3), chooses 0
     # f = (1, 0); P = ((3/4 + 2/3)/2, …) = (17/24, 7/24); C · Σ f·P = 2 · 17/24 = 17/12.
     gate = router([[math.log(3), 0.0], [-math.log(3), -math.log(3)]], top_k=1)
-    torch.testing.assert_close(gate(torch.eye(2)).balance_loss, torch.tensor(17 / 12))
+    torch.testing.assert_close(balance_loss(gate, torch.eye(2)), torch.tensor(17 / 12))
 
 
 def test_balance_loss_is_the_number_of_candidates_over_k_when_all_choose_alike() -> None:
     # Candidates 0 and 1 have score ~1 and all tokens; 2 to 5 have score ~0. f = P = (1/2, 1/2, 0, …); 6 · 1/2.
     gate = router([[20.0], [20.0], [-20.0], [-20.0], [-20.0], [-20.0]], top_k=2)
-    torch.testing.assert_close(gate(torch.ones(5, 1)).balance_loss, torch.tensor(3.0))
+    torch.testing.assert_close(balance_loss(gate, torch.ones(5, 1)), torch.tensor(3.0))
 
 
 def test_the_balance_loss_pushes_scores_of_the_overloaded_down() -> None:
     gate = router([[1.0], [0.5], [0.0]], top_k=1)
-    gate(torch.ones(4, 1)).balance_loss.backward()
+    balance_loss(gate, torch.ones(4, 1)).backward()
     assert gate.weight.grad is not None
     assert gate.weight.grad[0] > 0  # descending makes the score smaller
     assert (gate.weight.grad[1:] < 0).all()
@@ -251,16 +256,18 @@ def test_the_balance_loss_pushes_scores_of_the_overloaded_down() -> None:
 def test_load_counts_assignments_to_every_candidate_while_training() -> None:
     moe = layer([0, 2], "skip")
     x_TD = tokens()
-    for _ in range(2):
-        moe(x_TD)
-    chosen = moe.gate(x_TD).chosen_TK.flatten().tolist()  # the third time
+    for _ in range(3):
+        _, routing = moe(x_TD)
+        router_losses([moe.gate], [routing])
+    chosen = routing.chosen_TK.flatten().tolist()
     assert moe.gate.load_C.tolist() == [3.0 * chosen.count(expert) for expert in ALL]
     assert moe.gate.load_C.sum() == 3 * TOKENS * SMALL.top_k
 
 
 def test_load_does_not_count_evaluation() -> None:
     moe = layer(ALL, "skip").eval()
-    moe(tokens())
+    _, routing = moe(tokens())
+    router_losses([moe.gate], [routing])
     assert not moe.gate.load_C.any()
 
 

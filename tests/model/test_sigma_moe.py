@@ -226,7 +226,9 @@ def test_the_balance_loss_is_the_mean_over_layers_scaled_with_depth() -> None:
     module, tokens_BT = site(), random_tokens()
     seen: list[Tensor] = []
     for moe in [block.mlp for block in module.blocks]:
-        moe.register_forward_hook(lambda _module, _inputs, output: seen.append(output[1]))
+        moe.gate.register_forward_hook(
+            lambda gate, _inputs, routing: seen.append(gate.losses(routing.load_C, routing.share_C)[0])
+        )
     losses = module(tokens_BT)
     # load_balance 0.1 x base_num_layers 3 x the mean over layers.
     torch.testing.assert_close(losses.balance, 0.1 * 3 * (seen[0] + seen[1]) / 2)
