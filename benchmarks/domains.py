@@ -3,7 +3,8 @@
     sudo python -m benchmarks.domains --name domains
 
 Four processes, each in a network namespace of its own, whose one link the kernel throttles (`tc`, token bucket). They
-train with train.parallel=ep; the sizes take turns step by step. Needs root, iproute2, and Linux.
+train with train.parallel=ep; the sizes take turns. Instead of attention they pause, as if it were computed elsewhere:
+else they would wait for this machine's cores and not for the links. Needs root, iproute2, and Linux.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fomoe_flwr.engine.several import Member
 from fomoe_flwr.engine.team import join
 from fomoe_flwr.model.build import initial_state
 from fomoe_flwr.model.moe import SigmaRouter
+from fomoe_flwr.model.sigma_moe import Attention
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.units import in_bytes
 from tests.engine.helpers import task_of
@@ -52,13 +54,34 @@ MODEL = ModelConfig(
 )
 SEQUENCES, POSITIONS = 4, 1024
 STEPS = 3
-MBITS = (50, 100, 400)
+# Of attention and what else comes before the experts, forward; backward takes twice as long.
+PAUSE_S = 0.04
+MBITS = (25, 80, 300)
 
 
 def spread_evenly(router: SigmaRouter, x_TD: Tensor, scores_TC: Tensor) -> tuple[Tensor, Tensor]:
     """Choices that are equally likely, as the stream model supposes: a router that is new has favourites."""
     chosen_TK = torch.rand_like(scores_TC).topk(router.top_k, dim=-1).indices
     return scores_TC.gather(1, chosen_TK), chosen_TK
+
+
+class _Pause(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        time.sleep(PAUSE_S)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        time.sleep(2 * PAUSE_S)
+        return grad
+
+
+def pause(attention: Attention, x_BSD: Tensor, *_: Tensor) -> Tensor:
+    """In the place of attention: a device that computes without this machine's cores, which all four share."""
+    y_BSD: Tensor = _Pause.apply(x_BSD)  # type: ignore[no-untyped-call]
+    # Every parameter has a gradient, as DistributedDataParallel wants it.
+    return y_BSD + 0.0 * sum(parameter.sum() for parameter in attention.parameters())
 
 
 # ----- namespaces, one a device, on a switch
@@ -86,6 +109,10 @@ def network(mbit: float) -> Iterator[list[str]]:
             _run("ip", "-n", name, "address", "add", f"10.77.0.{index + 1}/24", "dev", "eth")
             _run("ip", "-n", name, "link", "set", "eth", "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
+            # A message begins at the link's rate, also after a pause.
+            _run("ip", "-n", name, "route", "replace", "10.77.0.0/24", "dev", "eth", "initcwnd", "200")
+            still = "net.ipv4.tcp_slow_start_after_idle=0"
+            _run("ip", "netns", "exec", name, "sysctl", "--quiet", "--write", still)
             bucket = ("tbf", "rate", f"{mbit}mbit", "burst", "32kb", "latency", "4s")
             _run("tc", "-n", name, "qdisc", "add", "dev", "eth", "root", *bucket)
             _run("tc", "-n", hub, "qdisc", "add", "dev", port, "root", *bucket)
@@ -258,7 +285,7 @@ def main() -> None:
     parser.add_argument("--first", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--other", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    SigmaRouter.choose = spread_evenly  # type: ignore[method-assign, assignment]
+    SigmaRouter.choose, Attention.forward = spread_evenly, pause  # type: ignore[method-assign, assignment]
     if chosen.other:
         rank.main()
         return
@@ -269,10 +296,11 @@ def main() -> None:
         raise SystemExit("network namespaces and tc need root")
     found = [measure(mbit, chosen.repeats) for mbit in chosen.mbits]
     body = (
-        f"{DEVICES} processes on this machine's cores, each in a network namespace whose link is throttled in both "
-        f"directions; {MODEL.num_layers} layers, d {MODEL.d_model}, {MODEL.num_experts} experts of {MODEL.d_expert}, "
-        f"top {MODEL.top_k}, {SEQUENCES} sequences of {POSITIONS} tokens a step, fp32. Domain sizes in turn, "
-        f"{STEPS * chosen.repeats} steps each, after one warm-up; median and range.\n\n" + table(found)
+        f"{DEVICES} processes on this machine, each in a network namespace whose link is throttled in both directions; "
+        f"{MODEL.num_layers} layers, d {MODEL.d_model}, {MODEL.num_experts} experts of {MODEL.d_expert}, top "
+        f"{MODEL.top_k}, {SEQUENCES} sequences of {POSITIONS} tokens a step, fp32. Tokens are spread evenly over the "
+        f"experts; a pause of {1e3 * PAUSE_S:g} ms forward, and of twice that backward, stands for attention. Sizes in "
+        f"turn, {STEPS * chosen.repeats} steps each, after a warm-up; median and range.\n\n" + table(found)
     )
     path = write_result(
         chosen.name, "Domains of experts over slow links", body, "GPUs; links between machines."

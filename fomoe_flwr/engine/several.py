@@ -160,16 +160,17 @@ class Member(Engine):
             ends = shares(len(moe.resident_experts), self.devices)
             moe.reach.gather, moe.reach.exchange = Reach().gather, None
             weights = [parameter for parameter in block.parameters() if id(parameter) in stacks]
+            exchange = partial(exchanged, domains=self.domains, ends=ends)
             if size == 1:
                 # Of the sum over the tokens of all devices' means.
                 self._hooks += [weight.register_hook(self._of_the_mean) for weight in weights]  # type: ignore[no-untyped-call]
             else:
                 gathering = Gathering(self.domains, weights, ends)
-                moe.reach.gather = gathering
+                moe.reach.gather, exchange = gathering, partial(exchange, then=gathering.bring_back)
                 self._gatherings.append(gathering)
                 self._hooks.append(block.register_forward_pre_hook(partial(_begin, gathering)))
             if size < self.devices:
-                moe.reach.exchange = partial(exchanged, domains=self.domains, ends=ends)
+                moe.reach.exchange = exchange
 
     def exchange_case(self, task: Task) -> ExchangeCase:
         """What HybridEP's model wants to know of this model on these devices, while each is its own domain."""

@@ -16,7 +16,7 @@ Letters: E slots of a layer, H those of a domain, P rows here, R rows that came,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -89,6 +89,7 @@ class Gathering:
         self.domains, self.weights = domains, weights
         self.counts = [end - start for start, end in pairwise(bounds)]
         self._coming: dict[int, tuple[dist.Work, list[Tensor]]] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._going: list[tuple[Tensor, dist.Work, Tensor]] = []
 
     def begin(self) -> None:
@@ -119,19 +120,26 @@ class Gathering:
         work.wait()
         return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
-    def bring_back(self, weight_E: Tensor, grad_H: Tensor) -> None:
+    def keep(self, weight_E: Tensor, grad_H: Tensor) -> None:
+        """A gradient of all experts of the domain."""
+        self._kept.append((weight_E, grad_H))
+
+    def bring_back(self) -> None:
         """Send each device the gradients of its experts, which are added up there."""
-        parts = grad_H.new_zeros(len(self.counts), max(self.counts), *grad_H.shape[1:])
-        for padded, part in zip(parts, torch.split(grad_H, self.counts), strict=True):
-            padded[: len(part)] = part
-        own = torch.empty_like(parts)
-        # As parts and not as a reduce-scatter: gloo makes that an all-reduce, of twice the bytes.
-        work = dist.all_to_all_single(own, parts, group=self.domains.inside, async_op=True)
-        self.domains.traffic.experts += (self.domains.size - 1) * parts[0].nbytes
-        self._going.append((weight_E, work, own))
+        for weight_E, grad_H in self._kept:
+            parts = grad_H.new_zeros(len(self.counts), max(self.counts), *grad_H.shape[1:])
+            for padded, part in zip(parts, torch.split(grad_H, self.counts), strict=True):
+                padded[: len(part)] = part
+            own = torch.empty_like(parts)
+            # As parts and not as a reduce-scatter: gloo makes that an all-reduce, of twice the bytes.
+            work = dist.all_to_all_single(own, parts, group=self.domains.inside, async_op=True)
+            self.domains.traffic.experts += (self.domains.size - 1) * parts[0].nbytes
+            self._going.append((weight_E, work, own))
+        self._kept.clear()
 
     def finish(self, devices: int) -> None:
         """Wait for the gradients, and add them, over the number of devices, to those of this device's weights."""
+        self.bring_back()
         for weight_E, work, own in self._going:
             work.wait()
             gradient = own.to(weight_E.dtype).sum(0)[: len(weight_E)] / devices
@@ -149,12 +157,20 @@ class _Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_H: Tensor) -> tuple[None, None]:
         weight_E, gathering = ctx.of
-        gathering.bring_back(weight_E, grad_H)
+        gathering.keep(weight_E, grad_H)
+        if gathering.domains.across.size() == 1:
+            gathering.bring_back()
         return None, None
 
 
 def exchanged(
-    experts: Experts, x_PD: Tensor, offsets_E: Tensor, *, domains: Domains, ends: Sequence[int]
+    experts: Experts,
+    x_PD: Tensor,
+    offsets_E: Tensor,
+    *,
+    domains: Domains,
+    ends: Sequence[int],
+    then: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Outputs of rows whose experts may be computed on other devices, y_PD.
 
@@ -163,6 +179,8 @@ def exchanged(
         x_PD: rows in the order of their experts.
         offsets_E: int32, end of each expert's rows, over all slots of the layer.
         ends: as in `Gathering`.
+        then: called in the backward pass when the rows' gradients are back. Gradients of experts that travel wait for
+            that: nobody needs them before the step, and the rows' are waited for.
     """
     size, group = domains.size, domains.across
     own, num_domains = domains.rank // size, group.size()
@@ -179,7 +197,7 @@ def exchanged(
     coming = [int(count) for count in counts_GH.sum(1).tolist()]
     x_PD = x_PD.to(compute_dtype(x_PD))
     domains.traffic.dispatched += x_PD.nbytes
-    x_RD = _Exchange.apply(x_PD, domains, going, coming)  # type: ignore[no-untyped-call]
+    x_RD = _Exchange.apply(x_PD, domains, going, coming, then)  # type: ignore[no-untyped-call]
     if not slots[own]:
         # Of no expert there are no rows.
         y_RD = x_RD
@@ -191,7 +209,7 @@ def exchanged(
         ends_H = counts_GH.sum(0).cumsum(0).to(torch.int32)
         sorted_RD = experts(x_RD.index_select(0, order_R), ends_H)
         y_RD = torch.zeros_like(sorted_RD).index_copy(0, order_R, sorted_RD)
-    y_PD: Tensor = _Exchange.apply(y_RD, domains, coming, going)  # type: ignore[no-untyped-call]
+    y_PD: Tensor = _Exchange.apply(y_RD, domains, coming, going, lambda: None)  # type: ignore[no-untyped-call]
     return y_PD
 
 
@@ -199,15 +217,24 @@ class _Exchange(torch.autograd.Function):
     """Rows to the devices at the same place of the other domains, and their gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, domains: Domains, going: list[int], coming: list[int]) -> Tensor:
-        ctx.of = domains, going, coming
+    def forward(
+        ctx: Any,
+        x_PD: Tensor,
+        domains: Domains,
+        going: list[int],
+        coming: list[int],
+        then: Callable[[], None],
+    ) -> Tensor:
+        ctx.of = domains, going, coming, then
         return _sent(x_PD, domains, going, coming)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        domains, going, coming = ctx.of
-        return _sent(grad_RD, domains, coming, going), None, None, None
+        domains, going, coming, then = ctx.of
+        grad_PD = _sent(grad_RD, domains, coming, going)
+        then()
+        return grad_PD, None, None, None, None
 
 
 def _sent(x_PD: Tensor, domains: Domains, going: list[int], coming: list[int]) -> Tensor:
