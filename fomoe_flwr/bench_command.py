@@ -67,18 +67,17 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     """
     import torch
 
-    from fomoe_flwr.engine import Engine, EngineState
-    from fomoe_flwr.engine.device import resolve_device, use_cpu
+    from fomoe_flwr.engine import EngineState, engine_on
+    from fomoe_flwr.engine.device import use_cpu
     from fomoe_flwr.engine.speed import known_peak, measured_peak
     from fomoe_flwr.inputs import UNKNOWN
     from fomoe_flwr.messages import Deal, make_task
     from fomoe_flwr.model.build import initial_state
     from fomoe_flwr.plan.planner import make_plan
     from fomoe_flwr.policies import POLICIES
+    from fomoe_flwr.site.identity import devices_of, node_settings
 
     use_cpu(config.train.threads)
-    site = config.federation.sites[0]
-    device = resolve_device(site.device or config.train.device)
     residents = (
         POLICIES[config.strategy.placement](config, make_plan(config)).intended(1).placement.residents(0)
     )
@@ -86,6 +85,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         config, 0, run="bench", run_dir="", round_=1, counted_round=0, deal=Deal(0, 1), inputs=UNKNOWN,
         residents=residents, local_steps=config.train.local_steps,
     )  # fmt: skip
+    devices = devices_of(task, node_settings({}))
+    device = devices.device
     generator = torch.Generator().manual_seed(config.seed)
     size = (task.train.batch_size, task.train.seq_len + 1)
     ends: list[float] = []
@@ -104,7 +105,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
             torch.cuda.synchronize(device)
 
     try:
-        engine = Engine(config.model, residents, config.strategy.routing, device)
+        engine = engine_on(devices, config.model, residents, config.strategy.routing)
         shard = initial_state(config.model, residents, config.strategy.routing, config.seed)
         engine.load(task, shard, EngineState())
         engine.train(batches(WARM_UP))
@@ -129,6 +130,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         "num_experts": config.model.num_experts,
         "routing": config.strategy.routing,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "devices": devices.number,
+        "parallel": devices.parallel,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": task.train.dtype,
@@ -142,7 +145,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         "resident_share": report.metrics["resident_share"],
         "flops_per_step": flops,
         "flops_per_second": flops / step_s,
-        "peak_flops": peak or measured_peak(device, task.train.dtype),
+        "peak_flops": devices.number * (peak or measured_peak(device, task.train.dtype)),
         "peak_from": "data sheet" if peak else "measured with square matrices",
         "memory_bytes": report.metrics["memory_bytes"],
         "parts": parts,
@@ -190,7 +193,10 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     table.add_row(
         "device",
-        f"{found['device']}, {found['threads']} thread(s), torch {found['torch']}, {found['dtype']}"
+        (f"{found['devices']} x " if found["devices"] > 1 else "")
+        + f"{found['device']}, "
+        + (f"{found['parallel']}, " if found["devices"] > 1 else "")
+        + f"{found['threads']} thread(s), torch {found['torch']}, {found['dtype']}"
         + (", compiled" if found["compile"] else ""),
     )
     table.add_row(

@@ -58,6 +58,7 @@ class Engine:
     """
 
     devices = 1
+    usable = True
 
     def __init__(self, model: ModelConfig, residents: Residents, routing: str, device: str) -> None:
         self.device = device

@@ -32,7 +32,7 @@ from fomoe_flwr.engine.adamw import Moments, Piece, Schedule, StackedAdamW, loca
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.engine.domain import best_size, measured
 from fomoe_flwr.engine.local import Engine, EngineState, Report
-from fomoe_flwr.engine.team import Team, together
+from fomoe_flwr.engine.team import Team, is_current, together
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.base import LanguageModel, Losses, NamedView, check_shard, named_views
@@ -107,6 +107,11 @@ class Member(Engine):
             self._runner: nn.Module = self.module
             if parallel != "fsdp":
                 self._runner = self._replicated()
+
+    @property
+    def usable(self) -> bool:  # type: ignore[override]
+        """Whether the other devices are still there."""
+        return is_current(self.team)
 
     # ----- how the model is divided
 

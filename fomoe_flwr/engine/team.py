@@ -97,6 +97,11 @@ def team_of(size: int, kind: str) -> Team:
     return _team
 
 
+def is_current(team: Team) -> bool:
+    """Whether this is the team of this process, as far as is known."""
+    return team is _team and not _any_ended(team)
+
+
 def _any_ended(team: Team) -> bool:
     return any(process.poll() is not None for process in team.others)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fomoe_flwr.codecs import CodecState
 from fomoe_flwr.data import Stream
-from fomoe_flwr.engine import Engine, EngineState, Report
+from fomoe_flwr.engine import Engine, EngineState, Report, engine_on
 from fomoe_flwr.engine.device import Devices
 from fomoe_flwr.messages import Task
 from fomoe_flwr.site.state import SiteState
@@ -103,31 +103,14 @@ class Memory:
         """The site's engine; built anew only for another shape or devices, for torch.compile's work takes long.
 
         Raises:
-            WorkerError: the processes of several devices do not start.
+            ConfigError, WorkerError: as `engine_on`.
         """
-        team = None
-        if devices.number > 1:
-            # Only here: a site with one device need not wait for PyTorch's distributed part.
-            from fomoe_flwr.engine.several import Member
-            from fomoe_flwr.engine.team import team_of
-
-            team = team_of(devices.number, devices.device)
-        wanted = (task.model, task.strategy.routing, task.residents, devices, team)
-        if self._engine is None or self._engine_is_for != wanted:
+        wanted = (task.model, task.strategy.routing, task.residents, devices)
+        if self._engine is None or self._engine_is_for != wanted or not self._engine.usable:
             # The old one first: two at a time may be more than the device holds.
             self._engine = None
             log.info("site %s builds its model", task.name)
-            if team is None:
-                self._engine = Engine(task.model, task.residents, task.strategy.routing, devices.device)
-            else:
-                self._engine = Member(
-                    task.model,
-                    task.residents,
-                    task.strategy.routing,
-                    devices.parallel,
-                    devices.domain,
-                    team=team,
-                )
+            self._engine = engine_on(devices, task.model, task.residents, task.strategy.routing)
             self._engine_is_for = wanted
         return self._engine
 
