@@ -97,6 +97,8 @@ class Member(Engine):
         self._choose = parallel == "ep" and domain == "auto"
         if parallel == "ep" and domain != "auto" and team.size % int(domain):
             raise ConfigError(f"train.ep_domain={domain}: must divide train.devices={team.size}")
+        if not team.busy.locked():
+            team.engine = self
         with self.all_do("build", model, residents, routing, parallel, domain):
             self.module = build(model, residents, routing, None, self.device, self._divide)
             for moe in self.module.moe_layers:
@@ -221,7 +223,13 @@ class Member(Engine):
         """Around a verb: all devices do it."""
         if self.team.rank:
             return nullcontext()
-        return _told(self.team, work)
+        return self._told(work)
+
+    @contextmanager
+    def _told(self, work: tuple[Any, ...]) -> Iterator[None]:
+        with together(self.team, self):
+            self.team.tell(*work)
+            yield
 
     def load(
         self, task: Task, shard: Mapping[str, Tensor], state: EngineState, again: bool | None = None
@@ -488,13 +496,6 @@ class Member(Engine):
 
 def _begin(gathering: Gathering, *_: Any) -> None:
     gathering.begin()
-
-
-@contextmanager
-def _told(team: Team, work: tuple[Any, ...]) -> Iterator[None]:
-    with together(team):
-        team.tell(*work)
-        yield
 
 
 def _check(task: Task, devices: int, parallel: str) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Team:
     # At the first.
     others: tuple[subprocess.Popen[bytes], ...] = ()
     folder: tempfile.TemporaryDirectory[str] | None = None  # of the store
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    engine: object = None  # whose model the others have
 
     @property
     def kind(self) -> str:
@@ -188,13 +190,20 @@ def end_team(failed: bool = False) -> None:
 
 
 @contextmanager
-def together(team: Team) -> Iterator[None]:
+def together(team: Team, engine: object) -> Iterator[None]:
     """Around work of all devices: if it fails at the first, the others are somewhere in the middle of it, so they end.
+
+    Args:
+        engine: that does it; the one that was built last.
 
     Raises:
         WorkerError: another one failed, between CPUs; between GPUs RuntimeError: this process can have no others any
-            more and should end.
+            more and should end. Or two sites of one process want them at a time.
     """
+    if team.engine is not engine or not team.busy.acquire(blocking=False):
+        raise WorkerError(
+            "another site of this process uses its devices: one at a time can (runtime.workers=1)"
+        )
     try:
         yield
     except BaseException as error:
@@ -204,6 +213,8 @@ def together(team: Team) -> Iterator[None]:
         if reason:
             raise (WorkerError if team.kind == "cpu" else RuntimeError)(reason) from error
         raise
+    finally:
+        team.busy.release()
 
 
 def end_with_the_first() -> None:

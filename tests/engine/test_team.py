@@ -88,6 +88,18 @@ def test_one_that_fails_says_why() -> None:
     assert ranks() == []
 
 
+def test_two_sites_of_a_process_have_the_devices_one_after_the_other() -> None:
+    task = shared_task()
+    first = member(task, 2, "fsdp")
+    second = member(task, 2, "fsdp")
+    with pytest.raises(WorkerError, match="another site of this process uses its devices"):
+        first.load(task, shard_of(task), EngineState())
+    second.load(task, shard_of(task), EngineState())
+    with second.team.busy, pytest.raises(WorkerError, match="another site of this process uses its devices"):
+        member(task, 2, "fsdp")
+    assert second.train(tokens(steps=1)).tokens > 0
+
+
 def test_work_that_is_broken_off_ends_the_others() -> None:
     task = shared_task()
     engine = member(task, 2, "fsdp")
