@@ -281,8 +281,9 @@ class TrainConfig:
     # How a site's devices share its work. ddp: each has the whole model; fsdp: each a part of every tensor; ep: each
     # has the whole dense part and some of the experts.
     parallel: str = choice("ddp", "ddp", "fsdp", "ep")
-    # With parallel=ep: within domains of so many devices experts travel, between them tokens. It must divide devices.
-    ep_domain: str = "1"
+    # With parallel=ep: within domains of so many devices experts travel, between them tokens; a divisor of devices.
+    # auto: as fast as it can be, by a model of what is measured when the site's model is built.
+    ep_domain: str = "auto"
     dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
     compile: bool = False  # torch.compile
     # A step's batch is worked on in so many pieces, one after the other; its gradient is their mean. So a step needs

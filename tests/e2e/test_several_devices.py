@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from flwr.clientapp import ClientApp
 
 from fomoe_flwr.checkpoint import find_checkpoint
 from fomoe_flwr.compose import compose
+from fomoe_flwr.deploy.processes import program_of
 from strategies.local_grid import LocalGrid
 from tests.e2e.deployment import Deployment, until
 from tests.e2e.test_deployment import small
@@ -44,6 +43,12 @@ class OneAtATime(LocalGrid):
         super().__init__(client_app, num_nodes, workers=1)
 
 
+def ranks(deployment: Deployment) -> list[int]:
+    """Processes of more devices."""
+    pids = [process.pid for process in deployment.marked.look()]
+    return [pid for pid in pids if program_of(pid) == "fomoe_flwr.engine.rank"]
+
+
 def overrides_of(corpus_dir: Path, cache_dir: Path, rounds: int) -> list[str]:
     given = [
         *small(corpus_dir, cache_dir),
@@ -70,33 +75,24 @@ def test_two_devices_in_a_deployment(tmp_path: Path, corpus_dir: Path, cache_dir
     deployment = Deployment(tmp_path / "deployment", SITES)
     killed: list[int] = []
 
-    def kill_one() -> None:
-        """As soon as the second round has begun."""
-        while not killed:
-            time.sleep(0.05)
-            if len(metrics(tmp_path / "run")) < 2:
-                continue
-            for process in psutil.process_iter(["pid", "cmdline"]):
-                if "fomoe_flwr.engine.rank" in (process.info["cmdline"] or []):
-                    killed.append(process.pid)
-                    os.kill(process.pid, signal.SIGKILL)
-                    return
+    def ended() -> bool:
+        """Kill one as soon as the first round is over."""
+        written = tmp_path / "run" / "metrics.jsonl"
+        if not killed and written.exists() and len(written.read_text().splitlines()) > 1:
+            killed.append(ranks(deployment)[0])
+            os.kill(killed[0], signal.SIGKILL)
+        time.sleep(0.05)
+        return run.poll() is not None
 
     with deployment:
         run = deployment.submit(overrides, tmp_path / "run")
-        thread = threading.Thread(target=kill_one, daemon=True)
-        thread.start()
-        until(lambda: run.poll() is not None, 300, deployment.logs)
+        until(ended, 300, deployment.logs)
         assert run.wait() == 0, deployment.logs()
-    thread.join(10)
+        # Each site has its other device again.
+        assert len(ranks(deployment)) == 2
     assert killed
     lines = metrics(tmp_path / "run")
     assert len(lines) == 5
     # Between two rounds nothing is lost, in the middle of one a site's reply.
     assert sum(len(line["sites"]) for line in lines[1:]) >= 7
-    assert not [
-        process
-        for process in psutil.process_iter(["cmdline", "environ"])
-        if "fomoe_flwr.engine.rank" in (process.info["cmdline"] or [])
-        and str(tmp_path) in str(process.info["environ"])
-    ]
+    assert ranks(deployment) == []
