@@ -192,6 +192,17 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments"
         )
+    if train.optimizer != "adamw":
+        if strategy.inner == "gradient":
+            raise ConfigError(
+                f"train.optimizer={train.optimizer}: not with strategy.inner=gradient, where sites take no steps; "
+                "allowed is adamw"
+            )
+        if strategy.outer == "local_adamw":
+            raise ConfigError(
+                f"train.optimizer={train.optimizer}: not with strategy.outer=local_adamw, which averages AdamW's "
+                "moments; allowed is adamw"
+            )
     if strategy.delay and model.balance == "global":
         raise ConfigError(
             "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before; "

@@ -257,6 +257,9 @@ class TrainConfig:
     local_steps: int = at_least(20, 1, MOST)  # K
     batch_size: int = at_least(8, 1, MOST)  # sequences a step and site
     seq_len: int = at_least(256, 2, MOST)  # tokens of a sequence
+    # Of what takes the local steps. muon: the matrices within layers, experts' among them, by Muon, which keeps one
+    # moment of each instead of two; the rest by AdamW.
+    optimizer: str = choice("adamw", "adamw", "muon")
     # Of the base model (CompleteP). The paper's 0.01 is for 2 M tokens a batch; this suits thousands.
     lr: float = at_least(0.003, 0.0)
     beta1: float = at_least(0.9, 0.0)  # of AdamW, first moment

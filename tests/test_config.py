@@ -97,6 +97,7 @@ TOGETHER = {
     "model.experts_impl": "loop",
     "federation.name": "mine",
     "federation.num_sites": 8,
+    "train.optimizer": "muon",
     "strategy.name": "mine",
     "strategy.overlap": 1,
     "strategy.placement": "random",
@@ -720,6 +721,14 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["strategy=ddp", "strategy.delay=1"],
             "strategy.delay=1: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (
+            ["train.optimizer=muon", "strategy=ddp"],
+            "train.optimizer=muon: not with strategy.inner=gradient, where sites take no steps; allowed is adamw",
+        ),
+        (
+            ["train.optimizer=muon", "strategy=local_adamw"],
+            "train.optimizer=muon: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is",
         ),
         (
             ["strategy=local_adamw", "strategy.delay=1"],

@@ -1,8 +1,8 @@
-"""AdamW over a module's parameters, where a stack of experts is one tensor and each of its slots has its own age.
+"""Steps of a module's parameters, where a stack of experts is one tensor and each of its slots has its own age.
 
-The update itself is PyTorch's (`torch.optim.adamw`, fused). Neighbouring slots of one age are updated together, so a
-stack costs one call as long as all its experts have been at the site for equally long. Where several devices share a
-parameter, each updates the rows that it has.
+AdamW's update is PyTorch's (`torch.optim.adamw`, fused), Muon's is in `muon.py`. Neighbouring slots of one age are
+updated together, so a stack costs one call as long as all its experts have been at the site for equally long. Where
+several devices share a parameter, each updates the rows that it has.
 
 Moments are kept by tensor name outside of a round, because an expert may leave the site or come back.
 """
@@ -16,23 +16,28 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 from fomoe_flwr.config import TrainConfig
+from fomoe_flwr.engine import muon
 from fomoe_flwr.model.base import LanguageModel, NamedView, named_views
-from fomoe_flwr.model.spec import Param, parameters
+from fomoe_flwr.model.spec import Param, by_muon, parameters
 from fomoe_flwr.schedule import LrSchedule, warmup
 
 
 @dataclass
 class Moments:
-    """AdamW's state of one named tensor. `reset_at` is the global step at which it was last reset."""
+    """An optimizer's state of one named tensor. `reset_at` is the global step at which it was last reset."""
 
     exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg_sq: Tensor | None  # None: Muon's, which has one
     step: int
     reset_at: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.exp_avg.nbytes + (0 if self.exp_avg_sq is None else self.exp_avg_sq.nbytes)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
+def fits(own: Moments | None, param: Param, train: TrainConfig) -> bool:
+    """Whether this is what the optimizer of a tensor keeps; a run may go on with another one."""
+    return own is not None and (own.exp_avg_sq is None) == by_muon(param, train)
+
+
 @dataclass
 class _Run:
     """Neighbouring slots of one age: views of the parameter and of its moments, or the whole of them."""
@@ -82,7 +92,7 @@ class _Run:
     parameter: nn.Parameter
     slots: slice | None
     exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg_sq: Tensor | None
     step: Tensor
     reset_at: int
     param: Param
@@ -98,9 +108,27 @@ class _Run:
     def gradient(self) -> Tensor | None:
         return None if self.parameter.grad is None else self.of(local(self.parameter.grad))
 
+    def orthogonalised(self, direction: Tensor) -> Tensor:
+        """Muon's step; of a matrix some of whose rows are here, their part of the whole one's."""
+        parameter = self.parameter.data
+        if self.slots is not None or not isinstance(parameter, DTensor):
+            return muon.orthogonalised(direction)
+        # Its steps are in bf16 anyway, so half the bytes travel. Every device then takes the steps of the whole matrix.
+        rows = DTensor.from_local(
+            direction.bfloat16(),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        whole = muon.orthogonalised(rows.full_tensor())
+        return local(
+            distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        )
+
 
 class StackedAdamW:
-    """AdamW with CompleteP's learning rates and weight decays, and a warm-up of its own for what is new to the site.
+    """AdamW or Muon with CompleteP's learning rates and decays, and a warm-up of its own for what is new to the site.
 
     Args:
         moments: by name, of what is on this device; emptied while they are taken over, so that a model's moments are
@@ -120,9 +148,9 @@ class StackedAdamW:
     ) -> None:
         self.train, self.schedule, self._adopt = train, schedule, adopt
         self.step_number: float = schedule.first_step
-        self._given = set(moments)
+        self._given: set[str] = set()
         self._pieces = pieces_of(module) if pieces is None else pieces
-        self.averages: list[tuple[Tensor, Tensor]] = []  # of each piece: exp_avg and exp_avg_sq
+        self.averages: list[tuple[Tensor, Tensor | None]] = []  # of each piece: exp_avg and exp_avg_sq
         table = parameters(module.config, module.resident_experts, module.routing)
         self._runs = [self._take_over(piece, table, moments) for piece in self._pieces]
 
@@ -135,19 +163,16 @@ class StackedAdamW:
             self.averages.append((local(parameter.data),) * 2)
             return []
         param = table[views[0].name]
-        known = [moments.pop(view.name, None) for view in views]
+        found = [moments.pop(view.name, None) for view in views]
+        known = [own if fits(own, param, self.train) else None for own in found]
+        self._given.update(view.name for view, own in zip(views, known, strict=True) if own is not None)
         ages = [
             (0, self.schedule.newcomer_reset_at) if own is None else (own.step, own.reset_at) for own in known
         ]
-        if self._adopt and views[0].slot is None and known[0] is not None:
-            exp_avg = known[0].exp_avg.to(parameter.device, torch.float32)
-            exp_avg_sq = known[0].exp_avg_sq.to(parameter.device, torch.float32)
-        else:
-            exp_avg, exp_avg_sq = (torch.zeros_like(local(parameter.data)) for _ in range(2))
-            for view, own in zip(views, known, strict=True):
-                if own is not None:
-                    view.of(exp_avg).copy_(own.exp_avg)
-                    view.of(exp_avg_sq).copy_(own.exp_avg_sq)
+        exp_avg = self._moment(piece, [None if own is None else own.exp_avg for own in known])
+        exp_avg_sq = None
+        if not by_muon(param, self.train):
+            exp_avg_sq = self._moment(piece, [None if own is None else own.exp_avg_sq for own in known])
         self.averages.append((exp_avg, exp_avg_sq))
         runs, start = [], 0
         for (step, reset_at), members in groupby(ages):
@@ -155,10 +180,22 @@ class StackedAdamW:
             slots = None if views[0].slot is None else slice(start, end)
             count = torch.tensor(float(step), device=parameter.device)
             run = _Run(parameter, slots, exp_avg, exp_avg_sq, count, reset_at, param)
-            run.exp_avg, run.exp_avg_sq = run.of(exp_avg), run.of(exp_avg_sq)
+            run.exp_avg = run.of(exp_avg)
+            run.exp_avg_sq = None if exp_avg_sq is None else run.of(exp_avg_sq)
             runs.append(run)
             start = end
         return runs
+
+    def _moment(self, piece: Piece, known: list[Tensor | None]) -> Tensor:
+        """One moment of all that is here of a parameter; zeros where none is known."""
+        parameter, views = piece
+        if self._adopt and views[0].slot is None and known[0] is not None:
+            return known[0].to(parameter.device, torch.float32)
+        moment = torch.zeros_like(local(parameter.data))
+        for view, own in zip(views, known, strict=True):
+            if own is not None:
+                view.of(moment).copy_(own)
+        return moment
 
     def learning_rate(self, reset_at: int) -> float:
         """Of a tensor that was reset at a step, before CompleteP's multiplier; 0: with the run's schedule alone."""
@@ -172,15 +209,22 @@ class StackedAdamW:
         """One update from the gradients of the module; a parameter without one stays as it is."""
         groups: dict[tuple[float, float], list[_Run]] = {}
         for run in [run for runs in self._runs for run in runs]:
-            if run.gradient is not None and run.value.numel():
-                lr = self.learning_rate(run.reset_at) * run.param.lr
-                groups.setdefault((lr, self.train.weight_decay * run.param.decay), []).append(run)
+            # What of a matrix is here may be nothing, and still the other devices wait for this one (Muon).
+            if run.gradient is None or not run.parameter.numel():
+                continue
+            rate, param = self.learning_rate(run.reset_at), run.param
+            lr, weight_decay = rate * param.lr, self.train.weight_decay * param.decay
+            if by_muon(param, self.train):
+                # Of both factors of the learning rate, what a weight loses in a step is the same.
+                self._step_by_muon(run, run.gradient, rate * param.muon, weight_decay * param.lr / param.muon)
+            elif run.value.numel():
+                groups.setdefault((lr, weight_decay), []).append(run)
         for (lr, weight_decay), runs in groups.items():
             adamw(
                 [run.value for run in runs],
                 [run.gradient for run in runs if run.gradient is not None],
                 [run.exp_avg for run in runs],
-                [run.exp_avg_sq for run in runs],
+                [run.exp_avg_sq for run in runs if run.exp_avg_sq is not None],
                 [],
                 [run.step for run in runs],
                 fused=True,
@@ -194,6 +238,11 @@ class StackedAdamW:
             )
         self.step_number += self.schedule.stride
 
+    def _step_by_muon(self, run: _Run, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        step = run.orthogonalised(muon.direction(gradient, run.exp_avg))
+        muon.take(run.value, step, run.param.shape, lr, weight_decay)
+        run.step += 1
+
     def moments(self) -> dict[str, Moments]:
         """State by name, of every tensor that was ever updated or came with moments; views, no copies."""
         found: dict[str, Moments] = {}
@@ -206,6 +255,7 @@ class StackedAdamW:
                     if step or view.name in self._given:
                         average, square = run.exp_avg, run.exp_avg_sq
                         if run.slots is not None:
-                            average, square = average[slot], square[slot]
+                            average = average[slot]
+                            square = None if square is None else square[slot]
                         found[view.name] = Moments(average, square, step, run.reset_at)
         return found

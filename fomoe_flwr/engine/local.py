@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, local
+from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, fits, local
 from fomoe_flwr.engine.device import autocast
 from fomoe_flwr.engine.speed import active_flops, known_peak
 from fomoe_flwr.errors import WireError
@@ -22,7 +22,7 @@ from fomoe_flwr.load import Shares, averaged, difference
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.base import LanguageModel, Losses, load_shard, named_views, read_shard
 from fomoe_flwr.model.build import build
-from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name
+from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name, parameters
 from fomoe_flwr.units import in_bytes, percent
 
 log = logging.getLogger("fomoe.site")
@@ -90,7 +90,9 @@ class Engine:
             moments = {name: _moments_sent(shard, name, task.first_step) for name in self._sent}
         # Moments that are missing at the start, or dropped on purpose, are no reason for a warm-up.
         newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
-        self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
+        table = parameters(task.model, task.residents, task.strategy.routing)
+        new = (name for name in self._sent if not fits(moments.get(name), table[name], task.train))
+        self.new_tensors = sum(1 for _ in new) if newcomer else 0
         schedule = Schedule(task.first_step, task.lr_stride, task.schedule, newcomer)
         self._optimizer = self._new_optimizer(schedule, moments)
 
@@ -334,7 +336,7 @@ class Engine:
         moments = {} if self._optimizer is None else self._optimizer.moments()
         return (
             2 * sum(local(parameter).nbytes for parameter in self.module.parameters())
-            + sum(moment.exp_avg.nbytes + moment.exp_avg_sq.nbytes for moment in moments.values())
+            + sum(moment.nbytes for moment in moments.values())
             + self._shard_bytes
         )
 

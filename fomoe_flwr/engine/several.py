@@ -59,6 +59,18 @@ class _Part(NamedTuple):
         return slice(ends[rank - 1] if rank else 0, ends[rank])
 
 
+class _Age(NamedTuple):
+    """Of moments, what is no tensor."""
+
+    step: int
+    reset_at: int
+    has_square: bool
+
+    @classmethod
+    def of(cls, moments: Moments) -> _Age:
+        return cls(moments.step, moments.reset_at, moments.exp_avg_sq is not None)
+
+
 def shares(rows: int, devices: int) -> list[int]:
     """End of each device's rows: equal shares, the last may be smaller (as fully_shard has it)."""
     share = -(-rows // devices)
@@ -353,10 +365,12 @@ class Member(Engine):
         """By name at the first device, what `of` gives of each parameter's rows here."""
         named: dict[str, Tensor] = {}
         for part in self._parts:
-            whole = self._whole(part, of(part))
-            if whole is not None:
-                named |= {view.name: view.of(whole) for view in part.views}
+            named |= self._named_of(part, of(part))
         return named
+
+    def _named_of(self, part: _Part, own: Tensor) -> dict[str, Tensor]:
+        whole = self._whole(part, own)
+        return {} if whole is None else {view.name: view.of(whole) for view in part.views}
 
     def _shared(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The batches, which the first has, at every device."""
@@ -404,22 +418,24 @@ class Member(Engine):
 
     def _own_moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
         """Of moments that are at the first device, the rows of this one; they are taken out of there."""
-        told: list[Any] = [{name: (own.step, own.reset_at) for name, own in moments.items()}]
+        told: list[Any] = [{name: _Age.of(own) for name, own in moments.items()}]
         dist.broadcast_object_list(told, src=0, group=self.team.control)
-        ages: dict[str, tuple[int, int]] = told[0]
+        ages: dict[str, _Age] = told[0]
         found: dict[str, Moments] = {}
         for part in self._parts:
             names = [view.name for view in part.views if view.name in ages]
             if not names:
                 continue
             average, square = (torch.zeros_like(local(part.parameter.data)) for _ in range(2))
-            self._deal(part, average, {n: moments[n].exp_avg for n in names if n in moments}, names)
-            self._deal(part, square, {n: moments[n].exp_avg_sq for n in names if n in moments}, names)
-            for name in names:
-                moments.pop(name, None)
+            with_square = [name for name in names if ages[name].has_square]
+            own = {name: moments.pop(name) for name in names if name in moments}
+            self._deal(part, average, {name: moment.exp_avg for name, moment in own.items()}, names)
+            squares = {n: moment.exp_avg_sq for n, moment in own.items() if moment.exp_avg_sq is not None}
+            self._deal(part, square, squares, with_square)
             for view in self._piece(part).views:
-                if view.name in ages:
-                    found[view.name] = Moments(view.of(average), view.of(square), *ages[view.name])
+                if (age := ages.get(view.name)) is not None:
+                    second = view.of(square) if age.has_square else None
+                    found[view.name] = Moments(view.of(average), second, age.step, age.reset_at)
         return found
 
     def _moments(self) -> dict[str, Moments]:
@@ -427,15 +443,20 @@ class Member(Engine):
             return {}
         own = self._optimizer.moments()
         ages: list[Any] = [None] * self.devices
-        mine = {name: (moment.step, moment.reset_at) for name, moment in own.items()}
+        mine = {name: _Age.of(moment) for name, moment in own.items()}
         dist.all_gather_object(ages, mine, group=self.team.control)
-        known = {name: age for member in ages for name, age in member.items()}
-        averages = dict(
-            zip((id(part.parameter) for part in self._parts), self._optimizer.averages, strict=True)
-        )
-        average = self._named(lambda part: averages[id(part.parameter)][0])
-        square = self._named(lambda part: averages[id(part.parameter)][1])
-        return {name: Moments(average[name], square[name], *known[name]) for name in average if name in known}
+        known: dict[str, _Age] = {name: age for member in ages for name, age in member.items()}
+        average, square = dict[str, Tensor](), dict[str, Tensor]()
+        for part, (first, second) in zip(self._parts, self._optimizer.averages, strict=True):
+            average |= self._named_of(part, first)
+            # All devices must see alike whether there is one; those that have no slot of a stack do not know.
+            if any(view.name in known and known[view.name].has_square for view in part.views):
+                square |= self._named_of(part, first if second is None else second)
+        return {
+            name: Moments(value, square.get(name), known[name].step, known[name].reset_at)
+            for name, value in average.items()
+            if name in known
+        }
 
     def _rows(self, piece_BT: Tensor) -> Tensor:
         return piece_BT.chunk(self.devices)[self.team.rank]
