@@ -262,6 +262,8 @@ class TrainConfig:
     optimizer: str = choice("adamw", "adamw", "muon")
     # Of the base model (CompleteP). The paper's 0.01 is for 2 M tokens a batch; this suits thousands.
     lr: float = at_least(0.003, 0.0)
+    # Type in which the optimizer's moments are kept; a step is computed in fp32.
+    moments: str = choice("fp32", "fp32", "bf16")
     beta1: float = at_least(0.9, 0.0)  # of AdamW, first moment
     beta2: float = at_least(0.95, 0.0)  # of AdamW, second moment
     eps: float = at_least(1e-8, 0.0)  # of AdamW

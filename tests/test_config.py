@@ -205,6 +205,7 @@ ALONE = [
     ("strategy.sole_every", 2, ["strategy.overlap=1"]),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
+    ("train.moments", "bf16", []),
     ("strategy.min_available_nodes", 3, []),
     ("data.path", "/some/where", ["data=text"]),
     ("data.partition", "domain", []),
@@ -727,8 +728,20 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
             "train.optimizer=muon: not with strategy.inner=gradient, where sites take no steps; allowed is adamw",
         ),
         (
+            ["train.moments=bf16", "train.beta2=0.99"],
+            "train.beta2=0.99: at most 0.98 with train.moments=bf16, in which an average that moves less in a step",
+        ),
+        (
+            ["train.moments=bf16", "train.beta1=0.99"],
+            "train.beta1=0.99: at most 0.98 with train.moments=bf16",
+        ),
+        (
+            ["train.moments=bf16", "strategy=local_adamw"],
+            "train.moments=bf16: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is fp32",
+        ),
+        (
             ["train.optimizer=muon", "strategy=local_adamw"],
-            "train.optimizer=muon: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is",
+            "train.optimizer=muon: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is ",
         ),
         (
             ["strategy=local_adamw", "strategy.delay=1"],

@@ -80,6 +80,11 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
+def moments_dtype(train: TrainConfig) -> torch.dtype:
+    """In which moments are kept (train.moments)."""
+    return torch.bfloat16 if train.moments == "bf16" else torch.float32
+
+
 def fits(own: Moments | None, param: Param, train: TrainConfig) -> bool:
     """Whether this is what the optimizer of a tensor keeps; a run may go on with another one."""
     return own is not None and (own.exp_avg_sq is None) == by_muon(param, train)
@@ -190,8 +195,8 @@ class StackedAdamW:
         """One moment of all that is here of a parameter; zeros where none is known."""
         parameter, views = piece
         if self._adopt and views[0].slot is None and known[0] is not None:
-            return known[0].to(parameter.device, torch.float32)
-        moment = torch.zeros_like(local(parameter.data))
+            return known[0].to(parameter.device, moments_dtype(self.train))
+        moment = torch.zeros_like(local(parameter.data), dtype=moments_dtype(self.train))
         for view, own in zip(views, known, strict=True):
             if own is not None:
                 view.of(moment).copy_(own)
@@ -220,26 +225,40 @@ class StackedAdamW:
             elif run.value.numel():
                 groups.setdefault((lr, weight_decay), []).append(run)
         for (lr, weight_decay), runs in groups.items():
-            adamw(
-                [run.value for run in runs],
-                [run.gradient for run in runs if run.gradient is not None],
-                [run.exp_avg for run in runs],
-                [run.exp_avg_sq for run in runs if run.exp_avg_sq is not None],
-                [],
-                [run.step for run in runs],
-                fused=True,
-                amsgrad=False,
-                beta1=self.train.beta1,
-                beta2=self.train.beta2,
-                lr=lr,
-                weight_decay=weight_decay,
-                eps=self.train.eps,
-                maximize=False,
-            )
+            # In fp32 moments are changed where they are. Else they are copied, those of one stack at a time.
+            for some in [runs] if self.train.moments == "fp32" else [[run] for run in runs]:
+                self._step_by_adamw(some, lr, weight_decay)
         self.step_number += self.schedule.stride
 
+    def _step_by_adamw(self, runs: list[_Run], lr: float, weight_decay: float) -> None:
+        averages = [run.exp_avg.float() for run in runs]
+        squares = [run.exp_avg_sq.float() for run in runs if run.exp_avg_sq is not None]
+        adamw(
+            [run.value for run in runs],
+            [run.gradient for run in runs if run.gradient is not None],
+            averages,
+            squares,
+            [],
+            [run.step for run in runs],
+            fused=True,
+            amsgrad=False,
+            beta1=self.train.beta1,
+            beta2=self.train.beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.train.eps,
+            maximize=False,
+        )
+        for run, average, square in zip(runs, averages, squares, strict=True):
+            assert run.exp_avg_sq is not None
+            # Of fp32 these are the moments themselves, and nothing is copied.
+            run.exp_avg.copy_(average)
+            run.exp_avg_sq.copy_(square)
+
     def _step_by_muon(self, run: _Run, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        step = run.orthogonalised(muon.direction(gradient, run.exp_avg))
+        momentum = run.exp_avg.float()
+        step = run.orthogonalised(muon.direction(gradient, momentum))
+        run.exp_avg.copy_(momentum)
         muon.take(run.value, step, run.param.shape, lr, weight_decay)
         run.step += 1
 

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments, Piece, Schedule, StackedAdamW, local
+from fomoe_flwr.engine.adamw import Moments, Piece, Schedule, StackedAdamW, local, moments_dtype
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.engine.domain import best_size, measured
 from fomoe_flwr.engine.local import Engine, EngineState, Report
@@ -426,7 +426,8 @@ class Member(Engine):
             names = [view.name for view in part.views if view.name in ages]
             if not names:
                 continue
-            average, square = (torch.zeros_like(local(part.parameter.data)) for _ in range(2))
+            like, dtype = local(part.parameter.data), moments_dtype(self._task.train)
+            average, square = (torch.zeros_like(like, dtype=dtype) for _ in range(2))
             with_square = [name for name in names if ages[name].has_square]
             own = {name: moments.pop(name) for name in names if name in moments}
             self._deal(part, average, {name: moment.exp_avg for name, moment in own.items()}, names)

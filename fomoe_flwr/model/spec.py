@@ -179,6 +179,11 @@ def by_muon(param: Param, train: TrainConfig) -> bool:
     return train.optimizer == "muon" and param.is_hidden_matrix
 
 
+def moment_bytes(param: Param, train: TrainConfig) -> int:
+    """Bytes that a site's optimizer keeps for each number of this tensor: one moment with Muon, else two."""
+    return (2 if train.moments == "bf16" else 4) * (1 if by_muon(param, train) else 2)
+
+
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
 
 

@@ -17,7 +17,7 @@ from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
 from fomoe_flwr.model.base import named_views, read_shard
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.sigma_moe import Transformer
-from fomoe_flwr.model.spec import expert_name
+from fomoe_flwr.model.spec import by_muon, expert_name, moment_bytes, parameters
 from fomoe_flwr.schedule import LrSchedule
 from tests.engine.helpers import (
     FULL,
@@ -36,6 +36,8 @@ NEWCOMER = expert_name(0, 2, "up_proj")
 START = 100  # global step at which the rounds of most tests begin
 
 MUON = dataclasses.replace(TRAIN, optimizer="muon")
+BF16 = dataclasses.replace(TRAIN, moments="bf16")
+MUON_BF16 = dataclasses.replace(MUON, moments="bf16")
 
 routings = pytest.mark.parametrize("routing", ["skip", "partitioned"])
 optimizers = pytest.mark.parametrize("train", [TRAIN, MUON], ids=["adamw", "muon"])
@@ -256,7 +258,7 @@ def test_moments_are_those_of_the_shard_by_name_and_shape(routing: str) -> None:
 
 
 @routings
-@optimizers
+@pytest.mark.parametrize("train", [TRAIN, MUON, BF16, MUON_BF16], ids=["adamw", "muon", "bf16", "muon bf16"])
 def test_saved_moments_go_on_bit_for_bit(routing: str, train: TrainConfig) -> None:
     straight, interrupted = site(routing=routing), site(routing=routing)
     optimizer, half = optimizer_of(straight, train=train), optimizer_of(interrupted, train=train)
@@ -272,6 +274,62 @@ def test_saved_moments_go_on_bit_for_bit(routing: str, train: TrainConfig) -> No
         assert state.exp_avg.equal(wanted[name].exp_avg)
         assert same(state.exp_avg_sq, wanted[name].exp_avg_sq)
         assert (state.step, state.reset_at) == (wanted[name].step, wanted[name].reset_at)
+
+
+@pytest.mark.parametrize(("train", "exact"), [(BF16, TRAIN), (MUON_BF16, MUON)], ids=["adamw", "muon"])
+def test_moments_in_bf16_are_rounded_after_a_step_and_nothing_else_is(
+    train: TrainConfig, exact: TrainConfig
+) -> None:
+    """Parameters have the bits of steps with the same moments in fp32; stacks of two ages, too."""
+    rounded, reference = site(FULL), site(FULL)
+    optimizer = with_a_newcomer(rounded, train)
+    for step in range(5):
+        moments = {
+            name: dataclasses.replace(
+                own,
+                exp_avg=own.exp_avg.float(),
+                exp_avg_sq=None if own.exp_avg_sq is None else own.exp_avg_sq.float(),
+            )
+            for name, own in optimizer.moments().items()
+        }
+        stepper = optimizer_of(reference, moments, exact, START + step, newcomer_reset_at=START)
+        for module, one in ((rounded, optimizer), (reference, stepper)):
+            set_gradients(module, step)
+            one.step()
+        wanted = read_shard(reference)
+        assert all(value.equal(wanted[name]) for name, value in read_shard(rounded).items())
+        exactly = stepper.moments()
+        for name, own in optimizer.moments().items():
+            assert own.step == exactly[name].step
+            assert same(own.exp_avg, exactly[name].exp_avg.bfloat16())
+            square = exactly[name].exp_avg_sq
+            assert same(own.exp_avg_sq, None if square is None else square.bfloat16())
+
+
+@pytest.mark.parametrize("train", [TRAIN, MUON, BF16, MUON_BF16], ids=["adamw", "muon", "bf16", "muon bf16"])
+def test_the_bytes_that_are_kept_are_those_that_plans_count(train: TrainConfig) -> None:
+    module = site()
+    optimizer = optimizer_of(module, train=train)
+    set_gradients(module, 0)
+    optimizer.step()
+    table = parameters(MODEL, SOME, "skip")
+    for name, own in optimizer.moments().items():
+        assert own.nbytes == table[name].numel * moment_bytes(table[name], train)
+
+
+@pytest.mark.parametrize(("before", "after"), [(TRAIN, BF16), (BF16, TRAIN)], ids=["to bf16", "to fp32"])
+def test_a_run_may_go_on_with_another_type_of_moments(before: TrainConfig, after: TrainConfig) -> None:
+    """They are rounded, and neither lost nor warmed up."""
+    module = site()
+    first = optimizer_of(module, train=before)
+    set_gradients(module, 0)
+    first.step()
+    kept = copied(first.moments())
+    optimizer = optimizer_of(module, copied(kept), after, first_step=1, newcomer_reset_at=1)
+    for name, own in optimizer.moments().items():
+        assert own.exp_avg.dtype == (torch.bfloat16 if after is BF16 else torch.float32)
+        assert own.exp_avg.equal(kept[name].exp_avg.to(own.exp_avg.dtype))
+        assert (own.step, own.reset_at) == (1, 0)
 
 
 def test_given_moments_are_copied_and_not_held_twice() -> None:
@@ -301,14 +359,20 @@ def test_moments_that_were_given_are_there_before_the_first_step() -> None:
 # -- warm-up and what is new to the site ---------------------------------------------------------------------
 
 
-def with_a_newcomer(module: Transformer) -> StackedAdamW:
+def with_a_newcomer(module: Transformer, train: TrainConfig = TRAIN) -> StackedAdamW:
     """At global step 100 the site has had all its names for 60 steps, but one expert's tensor just came."""
+    table = parameters(MODEL, module.resident_experts, module.routing)
     moments = {
-        name: Moments(torch.zeros_like(value), torch.full_like(value, 1e-4), 60, 0)
+        name: Moments(
+            torch.zeros_like(value),
+            None if by_muon(table[name], train) else torch.full_like(value, 2**-13),
+            60,
+            0,
+        )
         for name, value in read_shard(module).items()
         if name != NEWCOMER
     }
-    return optimizer_of(module, moments, first_step=START, newcomer_reset_at=START)
+    return optimizer_of(module, moments, train, START, newcomer_reset_at=START)
 
 
 def test_a_newcomer_warms_up_and_counts_by_itself() -> None:

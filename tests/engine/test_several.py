@@ -168,6 +168,12 @@ def test_several_devices_equal_one_with_olmoe(parallel: str, domain: int, routin
     assert_equal_rounds(task, member(task, 2, parallel, domain), tokens(model.vocab_size), ROUNDED)
 
 
+@pytest.mark.parametrize(("parallel", "domain"), WAYS[2])
+def test_moments_in_bf16_differ_by_their_rounding(parallel: str, domain: int) -> None:
+    task = shared_task(train={"moments": "bf16"})
+    assert_equal_rounds(task, member(task, 2, parallel, domain), tokens(), limit=1e-3, same_loads=False)
+
+
 @ways
 @pytest.mark.parametrize("family", ["", "olmoe"])
 def test_muon_orthogonalises_whole_matrices(devices: int, parallel: str, domain: int, family: str) -> None:
@@ -295,7 +301,9 @@ def test_rows_are_shared_as_pytorch_does() -> None:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "ep"])
-@pytest.mark.parametrize(("train", "limit"), [({}, 1e-6), ({"optimizer": "muon"}, 0.01)], ids=str)
+@pytest.mark.parametrize(
+    ("train", "limit"), [({}, 1e-6), ({"optimizer": "muon"}, 0.01), ({"moments": "bf16"}, 0.01)], ids=str
+)
 def test_a_state_moves_between_numbers_of_devices(
     parallel: str, train: dict[str, Any], limit: float, tmp_path: Path
 ) -> None:
