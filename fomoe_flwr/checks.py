@@ -200,18 +200,20 @@ def check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"strategy.inner={strategy.inner}: strategy.outer=local_adamw averages AdamW's moments"
         )
-    for key, usual in (("optimizer", "adamw"), ("moments", "fp32")):
+    for key, usual in (("optimizer", "adamw"), ("moments", "fp32"), ("weights", "fp32")):
         if (value := getattr(train, key)) == usual:
             continue
         if strategy.inner == "gradient":
             raise ConfigError(
                 f"train.{key}={value}: not with strategy.inner=gradient, where sites take no steps; allowed is {usual}"
             )
-        if strategy.outer == "local_adamw":
+        if strategy.outer == "local_adamw" and key != "weights":
             raise ConfigError(
                 f"train.{key}={value}: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is "
                 f"{usual}"
             )
+    if train.weights == "bf16" and train.dtype != "bf16":
+        raise ConfigError(f"train.weights=bf16: needs train.dtype=bf16; here it is {train.dtype}")
     if strategy.delay and model.balance == "global":
         raise ConfigError(
             "strategy.delay=1: not with model.balance=global, which goes by the federation's load of the round before; "

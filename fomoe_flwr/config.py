@@ -288,7 +288,10 @@ class TrainConfig:
     parallel: str = choice("ddp", "ddp", "fsdp", "ep")
     # With parallel=ep: within domains of so many devices experts travel, between them tokens. It must divide devices.
     ep_domain: str = "1"
-    dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
+    dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products
+    # Type in which the model has the matrices within its layers. bf16 (with dtype=bf16, on one device): they are
+    # rounded once a step and not in each product; the optimizer keeps the exact ones.
+    weights: str = choice("fp32", "fp32", "bf16")
     compile: bool = False  # torch.compile
     # A step's batch is worked on in so many pieces, one after the other; its gradient is their mean. So a step needs
     # the memory of one piece's activations. Routers balance each piece by itself.

@@ -206,6 +206,7 @@ ALONE = [
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
     ("train.moments", "bf16", []),
+    ("train.weights", "bf16", ["train.dtype=bf16"]),
     ("strategy.min_available_nodes", 3, []),
     ("data.path", "/some/where", ["data=text"]),
     ("data.partition", "domain", []),
@@ -734,6 +735,11 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["train.moments=bf16", "train.beta1=0.99"],
             "train.beta1=0.99: at most 0.98 with train.moments=bf16",
+        ),
+        (["train.weights=bf16"], "train.weights=bf16: needs train.dtype=bf16; here it is fp32"),
+        (
+            ["train.weights=bf16", "train.dtype=bf16", "strategy=ddp"],
+            "train.weights=bf16: not with strategy.inner=gradient, where sites take no steps; allowed is fp32",
         ),
         (
             ["train.moments=bf16", "strategy=local_adamw"],

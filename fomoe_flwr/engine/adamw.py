@@ -61,17 +61,24 @@ class Schedule:
 class Piece(NamedTuple):
     """What of a parameter is on this device: all of it, or some rows.
 
-    `views` has the slots of a stack that are here, counted from the first of them.
+    `views` has the slots of a stack that are here, counted from the first of them; `exact` its values in fp32, if the
+    parameter has them rounded (train.weights=bf16).
     """
 
     parameter: nn.Parameter
     views: list[NamedView]
+    exact: Tensor | None = None
 
 
-def pieces_of(module: LanguageModel) -> list[Piece]:
-    """The parameters of a module that has them all."""
+def pieces_of(module: LanguageModel, exact: Mapping[nn.Parameter, Tensor] | None = None) -> list[Piece]:
+    """The parameters of a module that has them all.
+
+    Args:
+        exact: values in fp32 of those that are rounded.
+    """
     grouped = groupby(named_views(module), key=lambda view: id(view.parameter))
-    return [Piece(views[0].parameter, views) for views in (list(group) for _, group in grouped)]
+    found = [(views[0].parameter, views) for views in (list(group) for _, group in grouped)]
+    return [Piece(parameter, views, (exact or {}).get(parameter)) for parameter, views in found]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -95,6 +102,7 @@ class _Run:
     """Neighbouring slots of one age: views of the parameter and of its moments, or the whole of them."""
 
     parameter: nn.Parameter
+    exact: Tensor | None
     slots: slice | None
     exp_avg: Tensor
     exp_avg_sq: Tensor | None
@@ -107,11 +115,17 @@ class _Run:
 
     @property
     def value(self) -> Tensor:
-        return self.of(local(self.parameter.data))
+        return self.of(local(self.parameter.data) if self.exact is None else self.exact)
 
     @property
     def gradient(self) -> Tensor | None:
-        return None if self.parameter.grad is None else self.of(local(self.parameter.grad))
+        """In fp32."""
+        return None if self.parameter.grad is None else self.of(local(self.parameter.grad)).float()
+
+    def round(self) -> None:
+        """Give the model what it is to have of the exact values."""
+        if self.exact is not None:
+            self.of(local(self.parameter.data)).copy_(self.value)
 
     def orthogonalised(self, direction: Tensor) -> Tensor:
         """Muon's step; of a matrix some of whose rows are here, their part of the whole one's."""
@@ -162,7 +176,7 @@ class StackedAdamW:
     def _take_over(
         self, piece: Piece, table: Mapping[str, Param], moments: MutableMapping[str, Moments]
     ) -> list[_Run]:
-        parameter, views = piece
+        parameter, views, exact = piece
         if not views:
             # A stack none of whose slots is here.
             self.averages.append((local(parameter.data),) * 2)
@@ -184,7 +198,7 @@ class StackedAdamW:
             end = start + len(list(members))
             slots = None if views[0].slot is None else slice(start, end)
             count = torch.tensor(float(step), device=parameter.device)
-            run = _Run(parameter, slots, exp_avg, exp_avg_sq, count, reset_at, param)
+            run = _Run(parameter, exact, slots, exp_avg, exp_avg_sq, count, reset_at, param)
             run.exp_avg = run.of(exp_avg)
             run.exp_avg_sq = None if exp_avg_sq is None else run.of(exp_avg_sq)
             runs.append(run)
@@ -193,7 +207,7 @@ class StackedAdamW:
 
     def _moment(self, piece: Piece, known: list[Tensor | None]) -> Tensor:
         """One moment of all that is here of a parameter; zeros where none is known."""
-        parameter, views = piece
+        parameter, views, _ = piece
         if self._adopt and views[0].slot is None and known[0] is not None:
             return known[0].to(parameter.device, moments_dtype(self.train))
         moment = torch.zeros_like(local(parameter.data), dtype=moments_dtype(self.train))
@@ -215,18 +229,19 @@ class StackedAdamW:
         groups: dict[tuple[float, float], list[_Run]] = {}
         for run in [run for runs in self._runs for run in runs]:
             # What of a matrix is here may be nothing, and still the other devices wait for this one (Muon).
-            if run.gradient is None or not run.parameter.numel():
+            if run.parameter.grad is None or not run.parameter.numel():
                 continue
             rate, param = self.learning_rate(run.reset_at), run.param
             lr, weight_decay = rate * param.lr, self.train.weight_decay * param.decay
             if by_muon(param, self.train):
                 # Of both factors of the learning rate, what a weight loses in a step is the same.
-                self._step_by_muon(run, run.gradient, rate * param.muon, weight_decay * param.lr / param.muon)
+                self._step_by_muon(run, rate * param.muon, weight_decay * param.lr / param.muon)
             elif run.value.numel():
                 groups.setdefault((lr, weight_decay), []).append(run)
         for (lr, weight_decay), runs in groups.items():
-            # In fp32 moments are changed where they are. Else they are copied, those of one stack at a time.
-            for some in [runs] if self.train.moments == "fp32" else [[run] for run in runs]:
+            # What is not in fp32 is copied for the step, that of one stack at a time.
+            in_place = self.train.moments == self.train.weights == "fp32"
+            for some in [runs] if in_place else [[run] for run in runs]:
                 self._step_by_adamw(some, lr, weight_decay)
         self.step_number += self.schedule.stride
 
@@ -254,13 +269,16 @@ class StackedAdamW:
             # Of fp32 these are the moments themselves, and nothing is copied.
             run.exp_avg.copy_(average)
             run.exp_avg_sq.copy_(square)
+            run.round()
 
-    def _step_by_muon(self, run: _Run, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        momentum = run.exp_avg.float()
+    def _step_by_muon(self, run: _Run, lr: float, weight_decay: float) -> None:
+        gradient, momentum = run.gradient, run.exp_avg.float()
+        assert gradient is not None
         step = run.orthogonalised(muon.direction(gradient, momentum))
         run.exp_avg.copy_(momentum)
         muon.take(run.value, step, run.param.shape, lr, weight_decay)
         run.step += 1
+        run.round()
 
     def moments(self) -> dict[str, Moments]:
         """State by name, of every tensor that was ever updated or came with moments; views, no copies."""

@@ -101,6 +101,7 @@ class Member(Engine):
         self.team, self.device, self.devices, self.parallel = team, team.device, team.size, parallel
         self._config = model, residents, routing
         self._optimizer: StackedAdamW | None = None
+        self._exact = {}
         self._handed: dict[str, Moments] = {}
         self._here: dict[str, Moments] | None = None
         self.domains: Domains | None = None
@@ -526,6 +527,10 @@ def _check(task: Task, devices: int, parallel: str) -> None:
         raise ConfigError(
             f"site {task.name}: train.devices={devices}: must divide its {train.batch_size} sequences a step"
             + (f", in train.micro_batches={train.micro_batches} pieces" if train.micro_batches > 1 else "")
+        )
+    if train.weights != "fp32":
+        raise ConfigError(
+            f"site {task.name}: train.weights={train.weights}: on one device only, here are {devices}; allowed is fp32"
         )
     if train.compile and parallel != "ddp":
         raise ConfigError(f"train.compile=true: not with train.parallel={parallel}; allowed is ddp")

@@ -184,6 +184,18 @@ def moment_bytes(param: Param, train: TrainConfig) -> int:
     return (2 if train.moments == "bf16" else 4) * (1 if by_muon(param, train) else 2)
 
 
+def state_bytes(param: Param, train: TrainConfig) -> int:
+    """Bytes that a site holds for each number of this tensor in its steps: value, gradient, moments.
+
+    What was sent, the round's start, comes on top; on several devices, each device holds so much of what it has.
+    """
+    value = gradient = 4
+    if train.weights == "bf16" and param.is_hidden_matrix:
+        # The exact value and the rounded one.
+        value, gradient = 4 + 2, 2 if train.micro_batches == 1 else 4
+    return value + gradient + moment_bytes(param, train)
+
+
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
 
 

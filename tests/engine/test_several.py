@@ -382,6 +382,11 @@ def test_what_cannot_be_compiled(parallel: str) -> None:
     assert line == f"train.compile=true: not with train.parallel={parallel}; allowed is ddp"
 
 
+def test_weights_that_cannot_be_rounded() -> None:
+    line = refusal(shared_task(train={"dtype": "bf16", "weights": "bf16"}), "ddp")
+    assert line == "site site: train.weights=bf16: on one device only, here are 2; allowed is fp32"
+
+
 def test_a_shard_that_is_not_the_site_s() -> None:
     task = shared_task()
     shard = shard_of(task)
