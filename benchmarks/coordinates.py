@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.harness import options, write_result
 from fomoe_flwr.config import ModelConfig, TrainConfig
-from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
+from fomoe_flwr.engine.optimizer import Schedule, StackedOptimizer
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.schedule import LrSchedule
@@ -60,7 +60,7 @@ def change(model: ModelConfig, part: str, branch: str, seed: int, optimizer_name
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(any(word in name for word in part.split(" ")))
     train = TrainConfig(lr=0.001, optimizer=optimizer_name)
-    optimizer = StackedAdamW(module, train, Schedule(0, 1.0, LrSchedule(0), 0), {})
+    optimizer = StackedOptimizer(module, train, Schedule(0, 1.0, LrSchedule(0), 0), {})
     order = torch.arange(65) + torch.arange(8).unsqueeze(1)
     tokens_BT = order % model.vocab_size
     outputs: list[Tensor] = []

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.harness import spread, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.data import TokenStream, prepare
-from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
+from fomoe_flwr.engine.optimizer import Schedule, StackedOptimizer
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.schedule import LrSchedule
@@ -87,7 +87,7 @@ def errors(seq_len: int) -> list[str]:
     residents = full_residents(config.model.num_layers, config.model.num_experts)
     shard = initial_state(config.model, residents, "skip", config.seed)
     module = build(config.model, residents, "skip", shard, "cpu")
-    optimizer = StackedAdamW(module, config.train, Schedule(0, 1.0, LrSchedule(50), 0), {})
+    optimizer = StackedOptimizer(module, config.train, Schedule(0, 1.0, LrSchedule(50), 0), {})
     torch.manual_seed(0)
     shadows = {
         (beta2, rounding): [

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig, TrainConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, fits, local, pieces_of
 from fomoe_flwr.engine.device import autocast
+from fomoe_flwr.engine.optimizer import Moments, Schedule, StackedOptimizer, fits, local, pieces_of
 from fomoe_flwr.engine.speed import active_flops, known_peak
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.load import Shares, averaged, difference
@@ -63,7 +63,7 @@ class Engine:
     def __init__(self, model: ModelConfig, residents: Residents, routing: str, device: str) -> None:
         self.device = device
         self.module = build(model, residents, routing, None, device)
-        self._optimizer: StackedAdamW | None = None
+        self._optimizer: StackedOptimizer | None = None
         # With train.weights=bf16: the fp32 values of those parameters that are rounded.
         self._exact: dict[nn.Parameter, Tensor] = {}
 
@@ -202,10 +202,10 @@ class Engine:
         views = named_views(self.module)
         return {view.name: view.of(self._exact.get(view.parameter, view.parameter.data)) for view in views}
 
-    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedAdamW:
+    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedOptimizer:
         train, adopt = self._task.train, not self._task.moments_travel
         pieces = pieces_of(self.module, self._exact)
-        return StackedAdamW(self.module, train, schedule, moments, adopt, pieces)
+        return StackedOptimizer(self.module, train, schedule, moments, adopt, pieces)
 
     def _moments(self) -> dict[str, Moments]:
         """The optimizer's by name."""
@@ -255,7 +255,7 @@ class Engine:
             total += share * loss.cross_entropy.detach()
         losses.add(self._averaged(total))
 
-    def _step(self, optimizer: StackedAdamW, losses: _Losses, tokens: int) -> None:
+    def _step(self, optimizer: StackedOptimizer, losses: _Losses, tokens: int) -> None:
         if clip := self._task.train.grad_clip:
             self._clip(clip)
         optimizer.step()

@@ -28,10 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments, Piece, Schedule, StackedAdamW, local, moments_dtype
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.engine.domain import best_size, measured
 from fomoe_flwr.engine.local import Engine, EngineState, Report
+from fomoe_flwr.engine.optimizer import Moments, Piece, Schedule, StackedOptimizer, local, moments_dtype
 from fomoe_flwr.engine.team import Team, is_current, together
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
@@ -100,7 +100,7 @@ class Member(Engine):
     ) -> None:
         self.team, self.device, self.devices, self.parallel = team, team.device, team.size, parallel
         self._config = model, residents, routing
-        self._optimizer: StackedAdamW | None = None
+        self._optimizer: StackedOptimizer | None = None
         self._exact = {}
         self._handed: dict[str, Moments] = {}
         self._here: dict[str, Moments] | None = None
@@ -401,14 +401,14 @@ class Member(Engine):
     def _read(self) -> dict[str, Tensor]:
         return self._named(lambda part: local(part.parameter.data))
 
-    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedAdamW:
+    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedOptimizer:
         pieces = [self._piece(part) for part in self._parts]
         if self._here is not None:
             moments.clear()
             own, self._here = self._here, None
         else:
             own = self._own_moments(moments)
-        return StackedAdamW(self.module, self._task.train, schedule, own, True, pieces)
+        return StackedOptimizer(self.module, self._task.train, schedule, own, True, pieces)
 
     def _piece(self, part: _Part) -> Piece:
         views = part.views

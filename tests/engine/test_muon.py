@@ -1,4 +1,4 @@
-"""Muon's step in closed form, and who takes it. Against `torch.optim.Muon`, over rounds, it stands in test_adamw.py."""
+"""Muon's step in closed form, and who takes it. Against `torch.optim.Muon` it stands in test_optimizer.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fomoe_flwr.engine import muon
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, fits
+from fomoe_flwr.engine.optimizer import Moments, Schedule, StackedOptimizer, fits
 from fomoe_flwr.model.base import read_shard
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.spec import by_muon, parameters
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_with_the_other_optimizer_begins_its_matrices_anew() 
         module = build(MODEL, SOME, "skip", shard, "cpu")
         moments: dict[str, Moments] = {}
         for train, first_step in ((before, 0), (after, 10)):
-            optimizer = StackedAdamW(
+            optimizer = StackedOptimizer(
                 module, train, Schedule(first_step, 1.0, LrSchedule(0), first_step), moments
             )
             set_gradients(module, 0)

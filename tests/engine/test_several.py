@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.engine import Engine, EngineState, Report
-from fomoe_flwr.engine.adamw import local
+from fomoe_flwr.engine.optimizer import local
 from fomoe_flwr.engine.several import Member, shares
 from fomoe_flwr.engine.team import end_team, team_of
 from fomoe_flwr.errors import ConfigError, WireError

@@ -146,7 +146,7 @@ class _Run:
         )
 
 
-class StackedAdamW:
+class StackedOptimizer:
     """AdamW or Muon with CompleteP's learning rates and decays, and a warm-up of its own for what is new to the site.
 
     Args:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fomoe_flwr.config import TrainConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
+from fomoe_flwr.engine.optimizer import Moments, Schedule, StackedOptimizer
 from fomoe_flwr.model.base import named_views, read_shard
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.sigma_moe import Transformer
@@ -55,9 +55,9 @@ def optimizer_of(
     stride: float = 1.0,
     warmup_steps: int = WARMUP,
     newcomer_reset_at: int = 0,
-) -> StackedAdamW:
+) -> StackedOptimizer:
     schedule = Schedule(first_step, stride, LrSchedule(warmup_steps), newcomer_reset_at)
-    return StackedAdamW(module, train, schedule, {} if moments is None else moments)
+    return StackedOptimizer(module, train, schedule, {} if moments is None else moments)
 
 
 def copied(moments: dict[str, Moments]) -> dict[str, Moments]:
@@ -359,7 +359,7 @@ def test_moments_that_were_given_are_there_before_the_first_step() -> None:
 # -- warm-up and what is new to the site ---------------------------------------------------------------------
 
 
-def with_a_newcomer(module: Transformer, train: TrainConfig = TRAIN) -> StackedAdamW:
+def with_a_newcomer(module: Transformer, train: TrainConfig = TRAIN) -> StackedOptimizer:
     """At global step 100 the site has had all its names for 60 steps, but one expert's tensor just came."""
     table = parameters(MODEL, module.resident_experts, module.routing)
     moments = {
