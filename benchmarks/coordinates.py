@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.harness import options, write_result
 from fomoe_flwr.config import ModelConfig, TrainConfig
-from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
+from fomoe_flwr.engine.optimizer import Schedule, StackedOptimizer
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
 from fomoe_flwr.schedule import LrSchedule
@@ -47,7 +47,7 @@ def ladder(width: int) -> ModelConfig:
     )
 
 
-def change(model: ModelConfig, part: str, branch: str, seed: int) -> float:
+def change(model: ModelConfig, part: str, branch: str, seed: int, optimizer_name: str = "adamw") -> float:
     """Root mean square change of a branch's output, which starts at 1, by steps that train one part alone.
 
     The batch is always the same, of a few words that follow each other in a fixed order: what is to be learnt is then
@@ -59,7 +59,8 @@ def change(model: ModelConfig, part: str, branch: str, seed: int) -> float:
     module = build(model, residents, "skip", initial_state(model, residents, "skip", seed), "cpu")
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(any(word in name for word in part.split(" ")))
-    optimizer = StackedAdamW(module, TrainConfig(lr=0.001), Schedule(0, 1.0, LrSchedule(0), 0), {})
+    train = TrainConfig(lr=0.001, optimizer=optimizer_name)
+    optimizer = StackedOptimizer(module, train, Schedule(0, 1.0, LrSchedule(0), 0), {})
     order = torch.arange(65) + torch.arange(8).unsqueeze(1)
     tokens_BT = order % model.vocab_size
     outputs: list[Tensor] = []
@@ -74,29 +75,30 @@ def change(model: ModelConfig, part: str, branch: str, seed: int) -> float:
     return float((outputs[-1] - outputs[0]).square().mean().sqrt())
 
 
-def mean_change(model: ModelConfig, part: str, branch: str) -> float:
+def mean_change(model: ModelConfig, part: str, branch: str, optimizer: str = "adamw") -> float:
     """Over the seeds."""
-    return mean(change(model, part, branch, seed) for seed in SEEDS)
+    return mean(change(model, part, branch, seed, optimizer) for seed in SEEDS)
 
 
 def main() -> None:
     use_cpu(options(__doc__ or "", repeats=1).threads)
     rows = []
-    for part, branch in PARTS.items():
-        changes = [mean_change(ladder(width), part, branch) for width in WIDTHS]
-        rows.append(
-            f"| {part or 'everything'} | "
-            + " | ".join(f"{value:.3f}" for value in changes)
-            + f" | {max(changes) / min(changes):.2f} |"
-        )
+    for optimizer in ("adamw", "muon"):
+        for part, branch in PARTS.items():
+            changes = [mean_change(ladder(width), part, branch, optimizer) for width in WIDTHS]
+            rows.append(
+                f"| {optimizer} | {part or 'everything'} | "
+                + " | ".join(f"{value:.3f}" for value in changes)
+                + f" | {max(changes) / min(changes):.2f} |"
+            )
     write_result(
         "coordinates",
         "Change of a block's branch after a few steps, by width",
         f"Root mean square change of the branch's output (it starts at 1) after {STEPS} steps of lr 0.001 that train "
         f"the named part alone; one layer, experts 32 wide, k = d/64 of N_e = d/16, means over {len(SEEDS)} seeds "
         "(`benchmarks/coordinates.py`). What transfers is flat.\n\n"
-        f"| trained | {' | '.join(f'd = {width}' for width in WIDTHS)} | greatest / least |\n"
-        f"|---|{'---|' * (len(WIDTHS) + 1)}\n" + "\n".join(rows),
+        f"| train.optimizer | trained | {' | '.join(f'd = {width}' for width in WIDTHS)} | greatest / least |\n"
+        f"|---|---|{'---|' * (len(WIDTHS) + 1)}\n" + "\n".join(rows),
         "losses, more layers (CompleteP's depth), real text.",
     )
 

@@ -10,8 +10,8 @@ import torch
 from benchmarks.harness import options, paired, ratio, write_result
 from fomoe_flwr.compose import compose
 from fomoe_flwr.data import TokenStream, prepare
-from fomoe_flwr.engine.adamw import Schedule, StackedAdamW
 from fomoe_flwr.engine.device import use_cpu
+from fomoe_flwr.engine.optimizer import Schedule, StackedOptimizer
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.sigma_moe import Transformer
 from fomoe_flwr.placement import full_residents
@@ -43,7 +43,7 @@ def main() -> None:
     for steps in (0, STEPS):
         batches = (stream.batch(step * train.batch_size, train.batch_size) for step in range(steps))
         if steps:
-            optimizer = StackedAdamW(module, train, Schedule(0, 1.0, LrSchedule(50), 0), {})
+            optimizer = StackedOptimizer(module, train, Schedule(0, 1.0, LrSchedule(50), 0), {})
             for tokens_BT in batches:
                 losses = module(tokens_BT)
                 (losses.cross_entropy + losses.balance).backward()

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness import paired, ratio, write_result
 from fomoe_flwr.config import ModelConfig, TrainConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
+from fomoe_flwr.engine.optimizer import Moments, Schedule, StackedOptimizer
 from fomoe_flwr.model.base import named_views
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.placement import full_residents
@@ -49,14 +49,14 @@ def main() -> None:
             leaf.grad = view.of(view.parameter.grad)
         reference = torch.optim.AdamW(leaves, lr=1e-3, betas=(0.9, 0.95), fused=True)
         schedule = Schedule(0, 1.0, LrSchedule(50), 0)
-        stacked = StackedAdamW(module, train, schedule, {})
+        stacked = StackedOptimizer(module, train, schedule, {})
         # A quarter of the experts came a round later: runs of two ages.
         moments = {
             view.name: Moments(torch.zeros_like(leaf), torch.zeros_like(leaf), 40, 0)
             for view, leaf in zip(views, leaves, strict=True)
             if view.slot is None or view.slot % 4
         }
-        mixed = StackedAdamW(module, train, dataclasses.replace(schedule, newcomer_reset_at=40), moments)
+        mixed = StackedOptimizer(module, train, dataclasses.replace(schedule, newcomer_reset_at=40), moments)
         seconds = paired(
             {"one each": reference.step, "stacked": stacked.step, "two ages": mixed.step}, chosen.repeats
         )
@@ -70,7 +70,7 @@ def main() -> None:
         "optimizer",
         "AdamW over stacks of experts beside a parameter for each expert's tensor",
         f"fp32, ms a step, median of {chosen.repeats} taken in turn; both are PyTorch's fused AdamW and give the same "
-        "bits (tests/engine/test_adamw.py). 'Two ages': every fourth expert of each stack is new to the site.\n\n"
+        "bits (tests/engine/test_optimizer.py). 'Two ages': every fourth expert of each stack is new to the site.\n\n"
         "| model | tensors | one each | stacked | ratio | two ages | ratio |\n|---|---|---|---|---|---|---|\n"
         + "\n".join(rows),
         "a GPU, where each tensor also costs a kernel's start; the host's part of a training step.",

@@ -35,7 +35,7 @@ _PARTS = {
     "projections": (("aten::linear",), ("MmBackward", "AddmmBackward", "LinearBackward")),
     "router": (("aten::topk", "aten::sort", "aten::searchsorted"), ("TopkBackward",)),
     "norms": (("aten::layer_norm", "aten::rms_norm"), ("NormBackward",)),
-    "optimizer": (("aten::_fused_adamw_", "aten::_foreach_norm"), ()),
+    "optimizer": (("aten::_fused_adamw_", "aten::_foreach_norm", "aten::baddbmm"), ()),
 }
 _BACKWARD = "autograd::engine::evaluate_function: "
 

@@ -257,8 +257,13 @@ class TrainConfig:
     local_steps: int = at_least(20, 1, MOST)  # K
     batch_size: int = at_least(8, 1, MOST)  # sequences a step and site
     seq_len: int = at_least(256, 2, MOST)  # tokens of a sequence
+    # Of what takes the local steps. muon: the matrices within layers, experts' among them, by Muon, which keeps one
+    # moment of each instead of two; the rest by AdamW.
+    optimizer: str = choice("adamw", "adamw", "muon")
     # Of the base model (CompleteP). The paper's 0.01 is for 2 M tokens a batch; this suits thousands.
     lr: float = at_least(0.003, 0.0)
+    # Type in which the optimizer's moments are kept; a step is computed in fp32.
+    moments: str = choice("fp32", "fp32", "bf16")
     beta1: float = at_least(0.9, 0.0)  # of AdamW, first moment
     beta2: float = at_least(0.95, 0.0)  # of AdamW, second moment
     eps: float = at_least(1e-8, 0.0)  # of AdamW
@@ -284,7 +289,10 @@ class TrainConfig:
     # With parallel=ep: within domains of so many devices experts travel, between them tokens; a divisor of devices.
     # auto: as fast as it can be, by a model of what is measured when the site's model is built.
     ep_domain: str = "auto"
-    dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products; weights stay fp32
+    dtype: str = choice("fp32", "fp32", "bf16")  # of the matrix products
+    # Type in which the model has the matrices within its layers. bf16 (with dtype=bf16, on one device): they are
+    # rounded once a step and not in each product; the optimizer keeps the exact ones.
+    weights: str = choice("fp32", "fp32", "bf16")
     compile: bool = False  # torch.compile
     # A step's batch is worked on in so many pieces, one after the other; its gradient is their mean. So a step needs
     # the memory of one piece's activations. Routers balance each piece by itself.

@@ -97,6 +97,7 @@ TOGETHER = {
     "model.experts_impl": "loop",
     "federation.name": "mine",
     "federation.num_sites": 8,
+    "train.optimizer": "muon",
     "strategy.name": "mine",
     "strategy.overlap": 1,
     "strategy.placement": "random",
@@ -204,6 +205,8 @@ ALONE = [
     ("strategy.sole_every", 2, ["strategy.overlap=1"]),
     ("strategy.inner", "gradient", ["strategy.outer=adamw"]),
     ("strategy.outer", "local_adamw", []),
+    ("train.moments", "bf16", []),
+    ("train.weights", "bf16", ["train.dtype=bf16"]),
     ("strategy.min_available_nodes", 3, []),
     ("data.path", "/some/where", ["data=text"]),
     ("data.partition", "domain", []),
@@ -720,6 +723,31 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (
             ["strategy=ddp", "strategy.delay=1"],
             "strategy.delay=1: not with strategy.inner=gradient, whose gradients would be of another model than the",
+        ),
+        (
+            ["train.optimizer=muon", "strategy=ddp"],
+            "train.optimizer=muon: not with strategy.inner=gradient, where sites take no steps; allowed is adamw",
+        ),
+        (
+            ["train.moments=bf16", "train.beta2=0.99"],
+            "train.beta2=0.99: at most 0.98 with train.moments=bf16, in which an average that moves less in a step",
+        ),
+        (
+            ["train.moments=bf16", "train.beta1=0.99"],
+            "train.beta1=0.99: at most 0.98 with train.moments=bf16",
+        ),
+        (["train.weights=bf16"], "train.weights=bf16: needs train.dtype=bf16; here it is fp32"),
+        (
+            ["train.weights=bf16", "train.dtype=bf16", "strategy=ddp"],
+            "train.weights=bf16: not with strategy.inner=gradient, where sites take no steps; allowed is fp32",
+        ),
+        (
+            ["train.moments=bf16", "strategy=local_adamw"],
+            "train.moments=bf16: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is fp32",
+        ),
+        (
+            ["train.optimizer=muon", "strategy=local_adamw"],
+            "train.optimizer=muon: not with strategy.outer=local_adamw, which averages AdamW's moments; allowed is ",
         ),
         (
             ["strategy=local_adamw", "strategy.delay=1"],

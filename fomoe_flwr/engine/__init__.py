@@ -1,9 +1,9 @@
 """What a site does with a model: load it, train it, give the update, keep the state. On one device, or on several."""
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments
 from fomoe_flwr.engine.device import Devices
 from fomoe_flwr.engine.local import Engine, EngineState, Report
+from fomoe_flwr.engine.optimizer import Moments
 from fomoe_flwr.model.spec import Residents
 
 __all__ = ["Engine", "EngineState", "Moments", "Report", "engine_on"]

@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW, local
+from fomoe_flwr.config import ModelConfig, TrainConfig
 from fomoe_flwr.engine.device import autocast
+from fomoe_flwr.engine.optimizer import Moments, Schedule, StackedOptimizer, fits, local, pieces_of
 from fomoe_flwr.engine.speed import active_flops, known_peak
 from fomoe_flwr.errors import WireError
 from fomoe_flwr.load import Shares, averaged, difference
 from fomoe_flwr.messages import Task
-from fomoe_flwr.model.base import LanguageModel, Losses, load_shard, named_views, read_shard
+from fomoe_flwr.model.base import LanguageModel, Losses, load_shard, named_views
 from fomoe_flwr.model.build import build
-from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name
+from fomoe_flwr.model.spec import MOMENTS, Residents, is_moment, moment_name, parameters
 from fomoe_flwr.units import in_bytes, percent
 
 log = logging.getLogger("fomoe.site")
@@ -53,8 +53,8 @@ class Report(NamedTuple):
 class Engine:
     """The model of a site with these residents.
 
-    Memory at the most: the parameters and their gradients in fp32, the optimizer's moments, and the shard as it was
-    sent.
+    Memory at the most: the parameters, their gradients and the optimizer's moments (`state_bytes`), and the shard as it
+    was sent.
     """
 
     devices = 1
@@ -63,7 +63,9 @@ class Engine:
     def __init__(self, model: ModelConfig, residents: Residents, routing: str, device: str) -> None:
         self.device = device
         self.module = build(model, residents, routing, None, device)
-        self._optimizer: StackedAdamW | None = None
+        self._optimizer: StackedOptimizer | None = None
+        # With train.weights=bf16: the fp32 values of those parameters that are rounded.
+        self._exact: dict[nn.Parameter, Tensor] = {}
 
     def load(self, task: Task, shard: Mapping[str, Tensor], state: EngineState) -> None:
         """Take over what the server sent, parameters and with LocalAdamW their moments, and the site's own state.
@@ -78,6 +80,7 @@ class Engine:
         self._task = task
         self._sent = {name: value for name, value in shard.items() if not is_moment(name)}
         self._shard_bytes = sum(tensor.numel() * tensor.itemsize for tensor in shard.values())
+        self._hold_weights(task.train)
         self._put(self._sent)
         self.module.begin_round(state.bias, difference(task.global_load, state.load))
         self._own_load, self._update, self._optimizer = state.load, dict[str, Tensor](), None
@@ -90,7 +93,9 @@ class Engine:
             moments = {name: _moments_sent(shard, name, task.first_step) for name in self._sent}
         # Moments that are missing at the start, or dropped on purpose, are no reason for a warm-up.
         newcomer = task.first_step if task.strategy.keep_moments and task.round > 1 else 0
-        self.new_tensors = sum(name not in moments for name in self._sent) if newcomer else 0
+        table = parameters(task.model, task.residents, task.strategy.routing)
+        new = (name for name in self._sent if not fits(moments.get(name), table[name], task.train))
+        self.new_tensors = sum(1 for _ in new) if newcomer else 0
         schedule = Schedule(task.first_step, task.lr_stride, task.schedule, newcomer)
         self._optimizer = self._new_optimizer(schedule, moments)
 
@@ -105,6 +110,7 @@ class Engine:
         Raises:
             WireError: the shard is not one of this site.
         """
+        self._hold_weights(TrainConfig())
         load_shard(self.module, shard)
         return self.module
 
@@ -168,16 +174,38 @@ class Engine:
     def _model(self) -> Callable[[Tensor], Losses]:
         return self.module
 
+    def _hold_weights(self, train: TrainConfig) -> None:
+        """Take memory for weights in the types in which they are to be held. They have no values until `_put`."""
+        rounded = set[nn.Parameter]()
+        if train.weights == "bf16":
+            table = parameters(self.module.config, self.module.resident_experts, self.module.routing)
+            rounded = {v.parameter for v in named_views(self.module) if table[v.name].is_hidden_matrix}
+        for parameter in self._exact.keys() - rounded:
+            del self._exact[parameter]
+            parameter.data = torch.empty_like(parameter.data, dtype=torch.float32)
+            parameter.grad_dtype = torch.float32
+        for parameter in rounded:
+            if parameter not in self._exact:
+                self._exact[parameter] = torch.empty_like(parameter.data)
+                parameter.data = torch.empty_like(parameter.data, dtype=torch.bfloat16)
+            # The gradient of a product in bf16 has no more bits; those of several pieces of a batch are added up.
+            parameter.grad_dtype = torch.bfloat16 if train.micro_batches == 1 else torch.float32
+
     def _put(self, shard: Mapping[str, Tensor]) -> None:
         load_shard(self.module, shard)
+        for view in named_views(self.module):
+            if view.parameter in self._exact:
+                view.of(self._exact[view.parameter]).copy_(shard[view.name])
 
     def _read(self) -> dict[str, Tensor]:
         """The parameters by name."""
-        return read_shard(self.module)
+        views = named_views(self.module)
+        return {view.name: view.of(self._exact.get(view.parameter, view.parameter.data)) for view in views}
 
-    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedAdamW:
+    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedOptimizer:
         train, adopt = self._task.train, not self._task.moments_travel
-        return StackedAdamW(self.module, train, schedule, moments, adopt)
+        pieces = pieces_of(self.module, self._exact)
+        return StackedOptimizer(self.module, train, schedule, moments, adopt, pieces)
 
     def _moments(self) -> dict[str, Moments]:
         """The optimizer's by name."""
@@ -227,7 +255,7 @@ class Engine:
             total += share * loss.cross_entropy.detach()
         losses.add(self._averaged(total))
 
-    def _step(self, optimizer: StackedAdamW, losses: _Losses, tokens: int) -> None:
+    def _step(self, optimizer: StackedOptimizer, losses: _Losses, tokens: int) -> None:
         if clip := self._task.train.grad_clip:
             self._clip(clip)
         optimizer.step()
@@ -332,9 +360,15 @@ class Engine:
         if self.device.startswith("cuda"):
             return torch.cuda.max_memory_allocated(self.device)
         moments = {} if self._optimizer is None else self._optimizer.moments()
+        gradients = (
+            local(parameter).numel() * (parameter.grad_dtype or parameter.dtype).itemsize
+            for parameter in self.module.parameters()
+        )
         return (
-            2 * sum(local(parameter).nbytes for parameter in self.module.parameters())
-            + sum(moment.exp_avg.nbytes + moment.exp_avg_sq.nbytes for moment in moments.values())
+            sum(local(parameter).nbytes for parameter in self.module.parameters())
+            + sum(gradients)
+            + sum(exact.nbytes for exact in self._exact.values())
+            + sum(moment.nbytes for moment in moments.values())
             + self._shard_bytes
         )
 

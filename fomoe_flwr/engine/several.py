@@ -28,10 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fomoe_flwr.config import ModelConfig
-from fomoe_flwr.engine.adamw import Moments, Piece, Schedule, StackedAdamW, local
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.engine.domain import best_size, measured
 from fomoe_flwr.engine.local import Engine, EngineState, Report
+from fomoe_flwr.engine.optimizer import Moments, Piece, Schedule, StackedOptimizer, local, moments_dtype
 from fomoe_flwr.engine.team import Team, is_current, together
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
@@ -57,6 +57,18 @@ class _Part(NamedTuple):
     def rows(self, rank: int) -> slice:
         ends = cast(list[int], self.ends)
         return slice(ends[rank - 1] if rank else 0, ends[rank])
+
+
+class _Age(NamedTuple):
+    """Of moments, what is no tensor."""
+
+    step: int
+    reset_at: int
+    has_square: bool
+
+    @classmethod
+    def of(cls, moments: Moments) -> _Age:
+        return cls(moments.step, moments.reset_at, moments.exp_avg_sq is not None)
 
 
 def shares(rows: int, devices: int) -> list[int]:
@@ -88,7 +100,8 @@ class Member(Engine):
     ) -> None:
         self.team, self.device, self.devices, self.parallel = team, team.device, team.size, parallel
         self._config = model, residents, routing
-        self._optimizer: StackedAdamW | None = None
+        self._optimizer: StackedOptimizer | None = None
+        self._exact = {}
         self._handed: dict[str, Moments] = {}
         self._here: dict[str, Moments] | None = None
         self.domains: Domains | None = None
@@ -361,10 +374,12 @@ class Member(Engine):
         """By name at the first device, what `of` gives of each parameter's rows here."""
         named: dict[str, Tensor] = {}
         for part in self._parts:
-            whole = self._whole(part, of(part))
-            if whole is not None:
-                named |= {view.name: view.of(whole) for view in part.views}
+            named |= self._named_of(part, of(part))
         return named
+
+    def _named_of(self, part: _Part, own: Tensor) -> dict[str, Tensor]:
+        whole = self._whole(part, own)
+        return {} if whole is None else {view.name: view.of(whole) for view in part.views}
 
     def _shared(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The batches, which the first has, at every device."""
@@ -394,14 +409,14 @@ class Member(Engine):
     def _read(self) -> dict[str, Tensor]:
         return self._named(lambda part: local(part.parameter.data))
 
-    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedAdamW:
+    def _new_optimizer(self, schedule: Schedule, moments: dict[str, Moments]) -> StackedOptimizer:
         pieces = [self._piece(part) for part in self._parts]
         if self._here is not None:
             moments.clear()
             own, self._here = self._here, None
         else:
             own = self._own_moments(moments)
-        return StackedAdamW(self.module, self._task.train, schedule, own, True, pieces)
+        return StackedOptimizer(self.module, self._task.train, schedule, own, True, pieces)
 
     def _piece(self, part: _Part) -> Piece:
         views = part.views
@@ -412,22 +427,25 @@ class Member(Engine):
 
     def _own_moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
         """Of moments that are at the first device, the rows of this one; they are taken out of there."""
-        told: list[Any] = [{name: (own.step, own.reset_at) for name, own in moments.items()}]
+        told: list[Any] = [{name: _Age.of(own) for name, own in moments.items()}]
         dist.broadcast_object_list(told, src=0, group=self.team.control)
-        ages: dict[str, tuple[int, int]] = told[0]
+        ages: dict[str, _Age] = told[0]
         found: dict[str, Moments] = {}
         for part in self._parts:
             names = [view.name for view in part.views if view.name in ages]
             if not names:
                 continue
-            average, square = (torch.zeros_like(local(part.parameter.data)) for _ in range(2))
-            self._deal(part, average, {n: moments[n].exp_avg for n in names if n in moments}, names)
-            self._deal(part, square, {n: moments[n].exp_avg_sq for n in names if n in moments}, names)
-            for name in names:
-                moments.pop(name, None)
+            like, dtype = local(part.parameter.data), moments_dtype(self._task.train)
+            average, square = (torch.zeros_like(like, dtype=dtype) for _ in range(2))
+            with_square = [name for name in names if ages[name].has_square]
+            own = {name: moments.pop(name) for name in names if name in moments}
+            self._deal(part, average, {name: moment.exp_avg for name, moment in own.items()}, names)
+            squares = {n: moment.exp_avg_sq for n, moment in own.items() if moment.exp_avg_sq is not None}
+            self._deal(part, square, squares, with_square)
             for view in self._piece(part).views:
-                if view.name in ages:
-                    found[view.name] = Moments(view.of(average), view.of(square), *ages[view.name])
+                if (age := ages.get(view.name)) is not None:
+                    second = view.of(square) if age.has_square else None
+                    found[view.name] = Moments(view.of(average), second, age.step, age.reset_at)
         return found
 
     def _moments(self) -> dict[str, Moments]:
@@ -435,15 +453,20 @@ class Member(Engine):
             return {}
         own = self._optimizer.moments()
         ages: list[Any] = [None] * self.devices
-        mine = {name: (moment.step, moment.reset_at) for name, moment in own.items()}
+        mine = {name: _Age.of(moment) for name, moment in own.items()}
         dist.all_gather_object(ages, mine, group=self.team.control)
-        known = {name: age for member in ages for name, age in member.items()}
-        averages = dict(
-            zip((id(part.parameter) for part in self._parts), self._optimizer.averages, strict=True)
-        )
-        average = self._named(lambda part: averages[id(part.parameter)][0])
-        square = self._named(lambda part: averages[id(part.parameter)][1])
-        return {name: Moments(average[name], square[name], *known[name]) for name in average if name in known}
+        known: dict[str, _Age] = {name: age for member in ages for name, age in member.items()}
+        average, square = dict[str, Tensor](), dict[str, Tensor]()
+        for part, (first, second) in zip(self._parts, self._optimizer.averages, strict=True):
+            average |= self._named_of(part, first)
+            # All devices must see alike whether there is one; those that have no slot of a stack do not know.
+            if any(view.name in known and known[view.name].has_square for view in part.views):
+                square |= self._named_of(part, first if second is None else second)
+        return {
+            name: Moments(value, square.get(name), known[name].step, known[name].reset_at)
+            for name, value in average.items()
+            if name in known
+        }
 
     def _rows(self, piece_BT: Tensor) -> Tensor:
         return piece_BT.chunk(self.devices)[self.team.rank]
@@ -505,6 +528,10 @@ def _check(task: Task, devices: int, parallel: str) -> None:
         raise ConfigError(
             f"site {task.name}: train.devices={devices}: must divide its {train.batch_size} sequences a step"
             + (f", in train.micro_batches={train.micro_batches} pieces" if train.micro_batches > 1 else "")
+        )
+    if train.weights != "fp32":
+        raise ConfigError(
+            f"site {task.name}: train.weights={train.weights}: on one device only, here are {devices}; allowed is fp32"
         )
     if train.compile and parallel != "ddp":
         raise ConfigError(f"train.compile=true: not with train.parallel={parallel}; allowed is ddp")

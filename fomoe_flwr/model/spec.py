@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fomoe_flwr.config import ModelConfig
+from fomoe_flwr.config import ModelConfig, TrainConfig
 
 FLOPS_PER_PARAMETER = 6  # of a matrix and token: 2 in the forward pass, 4 in the backward pass
 
@@ -50,6 +50,7 @@ class Param(NamedTuple):
     flops: int  # of one token that passes it, forward and backward
     path: str = ""  # of the module's parameter that it is, or a slot of; "": its name
     stacked: bool = False  # whether it is one slot of that parameter
+    muon: float = 1.0  # factor of Muon's learning rate; weights decay as they do with AdamW
 
     @property
     def numel(self) -> int:
@@ -59,6 +60,12 @@ class Param(NamedTuple):
     def per_expert(self) -> bool:
         """Whether it goes with an expert, to that expert's holders alone."""
         return "{expert}" in self.name
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it maps one hidden state of a layer to another: neither embedding nor head, nor a router's rows."""
+        inside = self.kind in ("dense", "expert") and self.name.startswith("model.layers.")
+        return inside and len(self.shape) == 2
 
 
 def table(model: ModelConfig, routing: str) -> list[Param]:
@@ -73,20 +80,31 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
 
         return stock_table(model, routing)
     d, h = model.d_model, model.d_expert
-    width, expert_width = model.base_d_model / d, model.base_d_expert / h
+    base_d, base_h = model.base_d_model, model.base_d_expert
     chosen = model.top_k / model.base_top_k
     layer, mlp = "model.layers.{layer}.", "model.layers.{layer}.mlp."
 
-    def matrix(name: str, rows: int, fan_in: int, lr: float, kind: str = "dense", stack: str = "") -> Param:
-        flops = FLOPS_PER_PARAMETER * rows * fan_in
-        return Param(name, (rows, fan_in), kind, fan_in**-0.5, lr, 1 / lr, flops, stack, bool(stack))
+    def matrix(
+        name: str,
+        shape: tuple[int, int],
+        base: tuple[int, int],
+        kind: str = "dense",
+        stack: str = "",
+        terms: float = 1.0,
+    ) -> Param:
+        """`base`: its shape in the base model. `terms`: an output is the sum of so many times as many products."""
+        lr, muon = base[1] / shape[1] / terms, reach(base) / reach(shape) / terms
+        flops = FLOPS_PER_PARAMETER * math.prod(shape)
+        return Param(name, shape, kind, shape[1] ** -0.5, lr, 1 / lr, flops, stack, bool(stack), muon)
 
     def gain(name: str) -> Param:
         return Param(name, (d,), "dense", None, 1.0, 0.0, 0)
 
     rows = [
         # Looked up at the input, multiplied by at the output: the two are tied.
-        matrix("model.embed_tokens.weight", model.vocab_size, d, 1.0)._replace(init_std=model.init_std),
+        matrix("model.embed_tokens.weight", (model.vocab_size, d), (model.vocab_size, d))._replace(
+            init_std=model.init_std
+        ),
         gain("model.embed_norm.weight"),
         gain("model.norm.weight"),
     ]
@@ -94,23 +112,35 @@ def table(model: ModelConfig, routing: str) -> list[Param]:
         gain(f"{layer}{norm}_layernorm.weight")
         for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward")
     ]
-    rows += [matrix(f"{layer}self_attn.{p}_proj.weight", d, d, width) for p in "qkvo"]
+    rows += [matrix(f"{layer}self_attn.{p}_proj.weight", (d, d), (base_d, base_d)) for p in "qkvo"]
     if shared := model.num_shared_experts * h:
-        rows.append(matrix(f"{mlp}shared_experts.up_proj.weight", shared, d, width))
         # One matrix sums over all shared experts; the base model has one.
-        lr = model.base_d_expert / shared
-        rows.append(matrix(f"{mlp}shared_experts.down_proj.weight", d, shared, lr))
+        rows.append(matrix(f"{mlp}shared_experts.up_proj.weight", (shared, d), (base_h, base_d)))
+        rows.append(matrix(f"{mlp}shared_experts.down_proj.weight", (d, shared), (base_d, base_h)))
     if model.router != "grap":
         if routing != "partitioned":
-            rows.append(matrix(f"{mlp}gate.weight", model.num_experts, d, width, "router"))
+            shape = model.num_experts, d
+            rows.append(matrix(f"{mlp}gate.weight", shape, (model.num_experts, base_d), "router"))
         else:
-            row = matrix(f"{mlp}experts.{{expert}}.gate.weight", 1, d, width, "router", f"{mlp}gate.weight")
+            name = f"{mlp}experts.{{expert}}.gate.weight"
+            row = matrix(name, (1, d), (1, base_d), "router", f"{mlp}gate.weight")
             rows.append(row._replace(shape=(d,)))
     up, down = f"{mlp}experts.{{expert}}.up_proj.weight", f"{mlp}experts.{{expert}}.down_proj.weight"
-    rows.append(matrix(up, h, d, width, "expert", f"{mlp}experts.up_EHD"))
-    row = matrix(down, d, h, expert_width / chosen, "expert", f"{mlp}experts.down_EDH")
+    rows.append(matrix(up, (h, d), (base_h, base_d), "expert", f"{mlp}experts.up_EHD"))
+    row = matrix(down, (d, h), (base_d, base_h), "expert", f"{mlp}experts.down_EDH", chosen)
     rows.append(row._replace(init_std=(h * chosen) ** -0.5))
-    return rows + standin_rows(model, routing, d**-0.5, width)
+    return rows + standin_rows(model, routing, d**-0.5, base_d / d)
+
+
+def reach(shape: tuple[int, int]) -> float:
+    """By how much a step of Muon changes what a matrix gives, up to a factor that is the same for all.
+
+    The step makes a vector longer by √(the longer side) (`engine/muon.py`). What comes in, with entries of size 1, has
+    length √fan_in, and of what comes out, entries of size 1 have length √rows. (A step of AdamW, whose entries all pull
+    the same way, changes it by fan_in.)
+    """
+    rows, fan_in = shape
+    return math.sqrt(max(shape) * fan_in / rows)
 
 
 def standin_rows(model: ModelConfig, routing: str, std: float, lr: float, module: str = "") -> list[Param]:
@@ -142,6 +172,28 @@ def standin_rows(model: ModelConfig, routing: str, std: float, lr: float, module
         )
         for part, (shape, start, factor, parameter) in of.items()
     ]
+
+
+def by_muon(param: Param, train: TrainConfig) -> bool:
+    """Whether Muon steps this tensor, and not AdamW."""
+    return train.optimizer == "muon" and param.is_hidden_matrix
+
+
+def moment_bytes(param: Param, train: TrainConfig) -> int:
+    """Bytes that a site's optimizer keeps for each number of this tensor: one moment with Muon, else two."""
+    return (2 if train.moments == "bf16" else 4) * (1 if by_muon(param, train) else 2)
+
+
+def state_bytes(param: Param, train: TrainConfig) -> int:
+    """Bytes that a site holds for each number of this tensor in its steps: value, gradient, moments.
+
+    What was sent, the round's start, comes on top; on several devices, each device holds so much of what it has.
+    """
+    value = gradient = 4
+    if train.weights == "bf16" and param.is_hidden_matrix:
+        # The exact value and the rounded one.
+        value, gradient = 4 + 2, 2 if train.micro_batches == 1 else 4
+    return value + gradient + moment_bytes(param, train)
 
 
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer

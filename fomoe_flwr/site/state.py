@@ -1,4 +1,4 @@
-"""What a site keeps between rounds, on its own disk: its place in the data, the engine's state (AdamW's moments by
+"""What a site keeps between rounds, on its own disk: its place in the data, the engine's state (moments by
 name, what its routers go by besides their weights), what its encoder has not sent yet, what it was sent last, where the
 next message brings differences to it or the next round begins from it, and in that case what it sent itself. Where
 parts of the model take turns, of those that were not due their values and how far they have come since they last were.
@@ -132,7 +132,8 @@ def _read(path: Path, counted_round: int) -> SiteState:
         ):
             raise ValueError("it differs from its own SHA-256")
         moments = {
-            name: Moments(tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"], step, reset_at)
+            # Muon has no second moment.
+            name: Moments(tensors[f"exp_avg/{name}"], tensors.get(f"exp_avg_sq/{name}"), step, reset_at)
             for name, (step, reset_at) in facts["steps"].items()
         }
         encoder, public, parts, local, pending = (
@@ -176,7 +177,8 @@ def save_state(folder: Path, state: SiteState, counted_round: int, checkpoint_ev
     moments = state.engine.moments
     for name, moment in moments.items():
         tensors[f"exp_avg/{name}"] = moment.exp_avg.contiguous()
-        tensors[f"exp_avg_sq/{name}"] = moment.exp_avg_sq.contiguous()
+        if moment.exp_avg_sq is not None:
+            tensors[f"exp_avg_sq/{name}"] = moment.exp_avg_sq.contiguous()
     steps = {name: (moment.step, moment.reset_at) for name, moment in moments.items()}
     facts = json.dumps(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -48,6 +49,18 @@ def multiplier_of(name: str) -> float:
     if name.endswith(("down_EDH", "down_proj.weight")):
         return 32 / 8
     return 1.0 if "norm" in name or "embed" in name else 24 / 16
+
+
+def is_hidden(name: str) -> bool:
+    """Whether Muon steps this tensor where it is chosen, by name."""
+    return "_proj" in name
+
+
+def muon_multiplier_of(name: str) -> float:
+    """By hand: reach is √(longer side · fan-in / rows), of the base's shape and of MODEL's."""
+    if "down_proj" in name:
+        return math.sqrt((32 * 32 / 24) / (16 * 8 / 16))
+    return math.sqrt((32 * 24 / 32) / (16 * 16 / 8)) if "up_proj" in name else math.sqrt(24 / 16)
 
 
 def decay_of(name: str) -> float:

@@ -20,9 +20,20 @@ from fomoe_flwr.messages import Task
 from fomoe_flwr.model.base import named_views, read_shard
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.sigma_moe import Transformer
-from fomoe_flwr.model.spec import expert_name, moment_name
+from fomoe_flwr.model.spec import expert_name, moment_name, parameters, state_bytes
 from fomoe_flwr.server.outer import with_moments
-from tests.engine.helpers import FULL, MODEL, SOME, WARMUP, batches, decay_of, multiplier_of, task_of
+from tests.engine.helpers import (
+    FULL,
+    MODEL,
+    SOME,
+    WARMUP,
+    batches,
+    decay_of,
+    is_hidden,
+    multiplier_of,
+    task_of,
+)
+from tests.model.stock_models import CONFIGS, stock
 
 routings = pytest.mark.parametrize("routing", ["skip", "partitioned"])
 
@@ -122,6 +133,94 @@ def test_what_is_computed_again_changes_no_bit(routing: str, what: str) -> None:
     assert less < plain
     assert again[:2] == whole[:2]
     assert_same_bits(again[2], whole[2])
+
+
+def two_rounds(task: Task, engine: Engine | None = None) -> tuple[Engine, Report, Named]:
+    """Of six sequences a step; the second update."""
+    engine = engine or Engine(task.model, task.residents, task.strategy.routing, "cpu")
+    generator, state = torch.Generator().manual_seed(5), EngineState()
+    for number in (1, 2):
+        text = [torch.randint(task.model.vocab_size, (6, 9), generator=generator) for _ in range(3)]
+        following = dataclasses.replace(task, round=number, first_step=3 * (number - 1))
+        engine.load(following, shard_of(task, number), state)
+        report = engine.train(text)
+        update, state = copied(engine.update()), engine.state()
+    return engine, report, update
+
+
+def in_bf16(weights: str, **changes: Any) -> Task:
+    train = {"dtype": "bf16", "batch_size": 6, "weights": weights} | changes.pop("train", {})
+    return task_of(train=train, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"strategy": {"routing": "partitioned"}},
+        {"train": {"micro_batches": 3, "grad_clip": 0.1}},
+        {"train": {"optimizer": "muon", "moments": "bf16"}},
+        {"train": {"recompute": "full"}},
+        {"model": {"standins": 8, "num_shared_experts": 1}},
+    ],
+    ids=str,
+)
+def test_weights_that_are_rounded_once_a_step_give_the_bits_of_those_rounded_in_each_product(
+    changes: dict[str, Any],
+) -> None:
+    """And so do gradients, which a product in bf16 gives in bf16, and pieces add up in fp32."""
+    _, wanted, wanted_update = two_rounds(in_bf16("fp32", **changes))
+    engine, got, update = two_rounds(in_bf16("bf16", **changes))
+    assert got.metrics["train_loss"] == wanted.metrics["train_loss"]
+    assert_same_bits(update, wanted_update)
+    assert all(value.dtype == torch.float32 for value in update.values())
+    rounded = {v.name for v in named_views(engine.module) if v.parameter.dtype == torch.bfloat16}
+    assert rounded == {name for name in update if is_hidden(name)}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_stock_models_have_rounded_weights_too(family: str) -> None:
+    model = stock(family)
+    found = []
+    for weights in ("fp32", "bf16"):
+        task = in_bf16(weights, residents=[[0, 2, 5]] * model.num_layers)
+        found.append(two_rounds(dataclasses.replace(task, model=model))[2])
+    assert_same_bits(found[1], found[0])
+
+
+def test_a_clipped_gradient_in_bf16_is_rounded_once_more() -> None:
+    clipped = {"train": {"grad_clip": 0.1}}
+    wanted, got = (two_rounds(in_bf16(weights, **clipped))[2] for weights in ("fp32", "bf16"))
+    off = sum(float((got[name] - value).square().sum()) for name, value in wanted.items())
+    assert off**0.5 <= 0.05 * sum(float(value.square().sum()) for value in wanted.values()) ** 0.5
+
+
+def test_an_engine_changes_to_rounded_weights_and_back() -> None:
+    """A run may go on with another type, and a model to evaluate with has exact weights."""
+    exact, rounded = in_bf16("fp32"), in_bf16("bf16")
+    engine = two_rounds(rounded)[0]
+    for task in (exact, rounded, rounded):
+        assert_same_bits(two_rounds(task, engine)[2], two_rounds(task)[2])
+    engine.load(exact, shard_of(exact), EngineState())
+    assert {(p.dtype, p.grad_dtype) for p in engine.module.parameters()} == {(torch.float32, torch.float32)}
+    engine.load(rounded, shard_of(rounded), EngineState())
+    text = batches(2)
+    assert evaluate(engine.evaluator(shard_of(exact)), text, "fp32", "cpu") == evaluate(
+        loaded(task_of()).evaluator(shard_of(exact)), text, "fp32", "cpu"
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize(("weights", "pieces"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+def test_a_site_holds_the_bytes_that_plans_count(
+    optimizer: str, moments: str, weights: str, pieces: int
+) -> None:
+    task = in_bf16(weights, train={"optimizer": optimizer, "moments": moments, "micro_batches": pieces})
+    table = parameters(MODEL, task.residents, "skip")
+    state = sum(param.numel * state_bytes(param, task.train) for param in table.values())
+    sent = sum(value.nbytes for value in shard_of(task).values())
+    assert two_rounds(task)[1].metrics["memory_bytes"] == state + sent
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 5])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.engine import Engine, EngineState, Report
-from fomoe_flwr.engine.adamw import local
+from fomoe_flwr.engine.optimizer import local
 from fomoe_flwr.engine.several import Member, shares
 from fomoe_flwr.engine.team import end_team, team_of
 from fomoe_flwr.errors import ConfigError, WireError
@@ -102,7 +102,9 @@ def difference(got: Named, wanted: Named) -> float:
     return float(torch.stack(squares).sum().sqrt() / torch.stack(whole).sum().sqrt())
 
 
-def assert_equal_rounds(task: Task, engine: Member, text: Sequence[Tensor], limit: float = 1e-6) -> None:
+def assert_equal_rounds(
+    task: Task, engine: Member, text: Sequence[Tensor], limit: float = 1e-6, same_loads: bool = True
+) -> None:
     """Two rounds on one device and on several: loss, load, update and state."""
     following = dataclasses.replace(task, round=2, counted_round=1, first_step=len(text))
     exchanges = engine.domains is not None and engine.domains.size < engine.devices
@@ -112,27 +114,35 @@ def assert_equal_rounds(task: Task, engine: Member, text: Sequence[Tensor], limi
         got, got_update, several = round_of(engine, step, several, text)
         assert got.metrics["train_loss"] == pytest.approx(wanted.metrics["train_loss"], rel=limit)
         assert got.tokens == wanted.tokens
-        assert got.load_LE == wanted.load_LE
-        assert got.metrics["flops"] == wanted.metrics["flops"]
+        if same_loads:
+            assert got.load_LE == wanted.load_LE
+            assert got.metrics["flops"] == wanted.metrics["flops"]
         assert difference(got_update, wanted_update) <= limit
         assert {name: (own.step, own.reset_at) for name, own in several.moments.items()} == {
             name: (own.step, own.reset_at) for name, own in one.moments.items()
         }
         for part in ("exp_avg", "exp_avg_sq"):
-            wanted_part = {name: getattr(own, part) for name, own in one.moments.items()}
             # The square doubles the rounding of a gradient.
-            assert difference({n: getattr(own, part) for n, own in several.moments.items()}, wanted_part) <= (
-                4 * limit
-            )
+            assert difference(moments_of(several, part), moments_of(one, part)) <= 4 * limit
         assert torch.tensor(several.bias).allclose(torch.tensor(one.bias), atol=1e-5)
         assert several.load == one.load
         # What moments become must not be shared with the other engine's.
         one, several = copied(one), several
 
 
+def moments_of(state: EngineState, part: str) -> dict[str, Tensor]:
+    """Muon's matrices have no second one."""
+    found = {name: getattr(own, part) for name, own in state.moments.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def copied(state: EngineState) -> EngineState:
     moments = {
-        name: dataclasses.replace(own, exp_avg=own.exp_avg.clone(), exp_avg_sq=own.exp_avg_sq.clone())
+        name: dataclasses.replace(
+            own,
+            exp_avg=own.exp_avg.clone(),
+            exp_avg_sq=None if own.exp_avg_sq is None else own.exp_avg_sq.clone(),
+        )
         for name, own in state.moments.items()
     }
     return EngineState(moments, state.bias, state.load)
@@ -156,6 +166,27 @@ def test_several_devices_equal_one_with_olmoe(parallel: str, domain: int, routin
     task = shared_task(residents=half, strategy={"routing": routing})
     task = dataclasses.replace(task, model=model)
     assert_equal_rounds(task, member(task, 2, parallel, domain), tokens(model.vocab_size), ROUNDED)
+
+
+@pytest.mark.parametrize(("parallel", "domain"), WAYS[2])
+def test_moments_in_bf16_differ_by_their_rounding(parallel: str, domain: int) -> None:
+    task = shared_task(train={"moments": "bf16"})
+    assert_equal_rounds(task, member(task, 2, parallel, domain), tokens(), limit=1e-3, same_loads=False)
+
+
+@ways
+@pytest.mark.parametrize("family", ["", "olmoe"])
+def test_muon_orthogonalises_whole_matrices(devices: int, parallel: str, domain: int, family: str) -> None:
+    """With fsdp, rows of one matrix are on several devices.
+
+    Muon's steps are in bf16, so the last bit of a gradient may become one in 256 of a step, and a router that wavers
+    may choose otherwise. One that orthogonalised each device's rows alone would be off by half.
+    """
+    task = shared_task(train={"optimizer": "muon"})
+    if family:
+        task = dataclasses.replace(task, model=stock(family), residents=[[0, 2, 5], [1, 3]])
+    engine = member(task, devices, parallel, domain)
+    assert_equal_rounds(task, engine, tokens(task.model.vocab_size), limit=0.01, same_loads=False)
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "ep"])
@@ -270,9 +301,14 @@ def test_rows_are_shared_as_pytorch_does() -> None:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "ep"])
-def test_a_state_moves_between_numbers_of_devices(parallel: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("train", "limit"), [({}, 1e-6), ({"optimizer": "muon"}, 0.01), ({"moments": "bf16"}, 0.01)], ids=str
+)
+def test_a_state_moves_between_numbers_of_devices(
+    parallel: str, train: dict[str, Any], limit: float, tmp_path: Path
+) -> None:
     """From 4 to 2 to 1 and back: bit for bit what was saved, and the rounds after it as on one device."""
-    task = shared_task()
+    task = shared_task(train=train)
     _, _, kept = round_of(member(task, 4, parallel), task, EngineState(), tokens())
     wanted = copied(kept)
     alone = copied(kept)
@@ -283,13 +319,16 @@ def test_a_state_moves_between_numbers_of_devices(parallel: str, tmp_path: Path)
         engine.load(later, shard_of(task), load_state(tmp_path, 1, 0).engine)
         found = engine.state().moments
         assert found.keys() == wanted.moments.keys()
+        state = EngineState(found)
+        for part in ("exp_avg", "exp_avg_sq"):
+            kept_part = moments_of(wanted, part)
+            assert moments_of(state, part).keys() == kept_part.keys()
+            assert all(value.equal(kept_part[name]) for name, value in moments_of(state, part).items())
         for name, own in found.items():
-            assert own.exp_avg.equal(wanted.moments[name].exp_avg)
-            assert own.exp_avg_sq.equal(wanted.moments[name].exp_avg_sq)
             assert (own.step, own.reset_at) == (wanted.moments[name].step, wanted.moments[name].reset_at)
         _, expected, _ = round_of(single(task), later, copied(alone), tokens(seed=1))
         _, update, _ = round_of(engine, later, load_state(tmp_path, 1, 0).engine, tokens(seed=1))
-        assert difference(update, expected) <= 1e-6
+        assert difference(update, expected) <= limit
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "ep"])
@@ -341,6 +380,11 @@ def test_a_batch_that_cannot_be_shared() -> None:
 def test_what_cannot_be_compiled(parallel: str) -> None:
     line = refusal(shared_task(train={"compile": True}), parallel)
     assert line == f"train.compile=true: not with train.parallel={parallel}; allowed is ddp"
+
+
+def test_weights_that_cannot_be_rounded() -> None:
+    line = refusal(shared_task(train={"dtype": "bf16", "weights": "bf16"}), "ddp")
+    assert line == "site site: train.weights=bf16: on one device only, here are 2; allowed is fp32"
 
 
 def test_a_shard_that_is_not_the_site_s() -> None:

@@ -45,6 +45,25 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(loaded.encoder["a.weight"], torch.full((3,), 3.0))
 
 
+def test_moments_come_back_one_or_two_as_they_were_kept(tmp_path: Path) -> None:
+    """Muon has one; and in whatever type."""
+    one = Moments(torch.tensor([1 / 3]), None, 4, 1)
+    two = Moments(torch.tensor([1 / 3]).bfloat16(), torch.tensor([3e-9]).bfloat16(), 5, 0)
+    kept = SiteState(1, engine=EngineState({"matrix": one, "norm": two}))
+    save_state(tmp_path, kept, counted_round=0, checkpoint_every=1, keep=3)
+    found = load_state(tmp_path, counted_round=1, position=0).engine.moments
+    assert found["matrix"].exp_avg_sq is None
+    assert found["norm"].exp_avg_sq is not None
+    assert two.exp_avg_sq is not None
+    for got, wanted in (
+        (found["matrix"].exp_avg, one.exp_avg),
+        (found["norm"].exp_avg, two.exp_avg),
+        (found["norm"].exp_avg_sq, two.exp_avg_sq),
+    ):
+        assert (got.dtype, got.equal(wanted)) == (wanted.dtype, True)
+    assert [(m.step, m.reset_at) for m in (found["matrix"], found["norm"])] == [(4, 1), (5, 0)]
+
+
 def test_what_a_delayed_start_needs_comes_back_bit_for_bit(tmp_path: Path) -> None:
     """Parts are of any type, and shares of any size; without a delay there is nothing of them in the file."""
     parts = {"a:values": torch.tensor([1, 255], dtype=torch.uint8), "a:scale": torch.tensor([0.1]).bfloat16()}

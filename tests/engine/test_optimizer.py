@@ -1,8 +1,10 @@
-"""AdamW over stacks, held against `torch.optim.AdamW` with a leaf for every slot; and what is new to a site."""
+"""AdamW and Muon over stacks, held against PyTorch's with a leaf for every slot; and what is new to a site."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +13,34 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fomoe_flwr.config import TrainConfig
-from fomoe_flwr.engine.adamw import Moments, Schedule, StackedAdamW
+from fomoe_flwr.engine.optimizer import Moments, Schedule, StackedOptimizer
 from fomoe_flwr.model.base import named_views, read_shard
 from fomoe_flwr.model.build import build, initial_state
 from fomoe_flwr.model.sigma_moe import Transformer
-from fomoe_flwr.model.spec import expert_name
+from fomoe_flwr.model.spec import by_muon, expert_name, moment_bytes, parameters
 from fomoe_flwr.schedule import LrSchedule
-from tests.engine.helpers import FULL, MODEL, SOME, TRAIN, WARMUP, decay_of, multiplier_of, set_gradients
+from tests.engine.helpers import (
+    FULL,
+    MODEL,
+    SOME,
+    TRAIN,
+    WARMUP,
+    decay_of,
+    is_hidden,
+    multiplier_of,
+    muon_multiplier_of,
+    set_gradients,
+)
 
 NEWCOMER = expert_name(0, 2, "up_proj")
 START = 100  # global step at which the rounds of most tests begin
 
+MUON = dataclasses.replace(TRAIN, optimizer="muon")
+BF16 = dataclasses.replace(TRAIN, moments="bf16")
+MUON_BF16 = dataclasses.replace(MUON, moments="bf16")
+
 routings = pytest.mark.parametrize("routing", ["skip", "partitioned"])
+optimizers = pytest.mark.parametrize("train", [TRAIN, MUON], ids=["adamw", "muon"])
 
 
 def site(residents: Sequence[Sequence[int]] = SOME, routing: str = "skip") -> Transformer:
@@ -37,26 +55,38 @@ def optimizer_of(
     stride: float = 1.0,
     warmup_steps: int = WARMUP,
     newcomer_reset_at: int = 0,
-) -> StackedAdamW:
+) -> StackedOptimizer:
     schedule = Schedule(first_step, stride, LrSchedule(warmup_steps), newcomer_reset_at)
-    return StackedAdamW(module, train, schedule, {} if moments is None else moments)
+    return StackedOptimizer(module, train, schedule, {} if moments is None else moments)
 
 
 def copied(moments: dict[str, Moments]) -> dict[str, Moments]:
     return {
-        name: Moments(m.exp_avg.clone(), m.exp_avg_sq.clone(), m.step, m.reset_at)
+        name: dataclasses.replace(
+            m, exp_avg=m.exp_avg.clone(), exp_avg_sq=None if m.exp_avg_sq is None else m.exp_avg_sq.clone()
+        )
         for name, m in moments.items()
     }
+
+
+def same(got: Tensor | None, wanted: Tensor | None) -> bool:
+    return got is wanted is None or (got is not None and wanted is not None and got.equal(wanted))
 
 
 # -- the reference -------------------------------------------------------------------------------------------
 
 
 class OneLeafASlot:
-    """PyTorch's AdamW over a parameter of its own for every name, with the schedule written out."""
+    """PyTorch's optimizers over a parameter of its own for every name, with the schedule written out."""
 
     def __init__(
-        self, module: Transformer, moments: dict[str, Moments], first_step: int, stride: float, newcomer: int
+        self,
+        module: Transformer,
+        moments: dict[str, Moments],
+        first_step: int,
+        stride: float,
+        newcomer: int,
+        optimizer: str = "adamw",
     ) -> None:
         self.step_number, self.stride = float(first_step), stride
         self.leaves: dict[str, nn.Parameter] = {}
@@ -66,35 +96,56 @@ class OneLeafASlot:
             leaf = nn.Parameter(view.of(view.parameter.data).clone())
             self.leaves[view.name] = leaf
             self.reset_at[view.name] = moments[view.name].reset_at if view.name in moments else newcomer
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [leaf], "name": name, "weight_decay": decay_of(name)}
-                for name, leaf in self.leaves.items()
-            ],
-            lr=0.0,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            fused=True,
+        self.by_muon = {name for name in self.leaves if optimizer == "muon" and is_hidden(name)}
+        self.adamw = torch.optim.AdamW(
+            self.groups(self.leaves.keys() - self.by_muon), lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
         )
+        self.optimizers: list[torch.optim.Optimizer] = [self.adamw]
+        if self.by_muon:
+            self.muon = torch.optim.Muon(
+                self.groups(self.by_muon), lr=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(self.muon)
         for name, given_ in moments.items():
-            self.optimizer.state[self.leaves[name]] = {
-                "step": torch.tensor(float(given_.step)),
-                "exp_avg": given_.exp_avg.clone(),
-                "exp_avg_sq": given_.exp_avg_sq.clone(),
-            }
+            if name in self.by_muon:
+                self.muon.state[self.leaves[name]] = {"momentum_buffer": given_.exp_avg.clone()}
+            else:
+                assert given_.exp_avg_sq is not None
+                self.adamw.state[self.leaves[name]] = {
+                    "step": torch.tensor(float(given_.step)),
+                    "exp_avg": given_.exp_avg.clone(),
+                    "exp_avg_sq": given_.exp_avg_sq.clone(),
+                }
+
+    def groups(self, names: Collection[str]) -> list[dict[str, Any]]:
+        """What a weight loses in a step is the same, whatever the factor of the learning rate."""
+        lost = {name: decay_of(name) * multiplier_of(name) for name in names}
+        return [
+            {"params": [self.leaves[name]], "name": name, "weight_decay": lost[name] / self.multiplier(name)}
+            for name in names
+        ]
+
+    def multiplier(self, name: str) -> float:
+        return muon_multiplier_of(name) if name in self.by_muon else multiplier_of(name)
 
     def step(self) -> None:
-        for group in self.optimizer.param_groups:
+        for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
             name = group["name"]
             factor = min(1.0, (self.step_number + 1) / WARMUP)
             if self.reset_at[name]:
                 factor = min(factor, (self.step_number - self.reset_at[name] + 1) / 5)
-            group["lr"] = 0.01 * factor * multiplier_of(name)
+            group["lr"] = 0.01 * factor * self.multiplier(name)
         for view in self.views:
             grad = view.parameter.grad
             self.leaves[view.name].grad = None if grad is None else view.of(grad).clone()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step_number += self.stride
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """By name, of every leaf that was ever updated or came with moments."""
+        states = {**self.adamw.state, **(self.muon.state if self.by_muon else {})}
+        return {name: state for name, leaf in self.leaves.items() if (state := states.get(leaf))}
 
 
 # A slot was never at the site, or for long, or came a while ago; experts come and go one by one, so neighbours differ.
@@ -102,10 +153,16 @@ ages = st.sampled_from([None, (60, 0), (3, 97), (1, 98)])
 
 
 @routings
+@optimizers
 @given(data=st.data())
 @settings(max_examples=25)
-def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(routing: str, data: st.DataObject) -> None:
-    """Bit for bit: parameters, both moments, step counts and resets; also where a gradient or some rows are missing."""
+def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(
+    routing: str, train: TrainConfig, data: st.DataObject
+) -> None:
+    """Bit for bit: parameters, moments, step counts and resets; also where a gradient or some rows are missing.
+
+    But for what Muon orthogonalises: in bf16 a product of many matrices may be rounded otherwise than one of one.
+    """
     module = site(FULL, routing)
     generator = torch.Generator().manual_seed(0)
     moments = {}
@@ -113,12 +170,14 @@ def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(routing: str, data
         age = data.draw(ages) if "experts" in name else (60, 0)
         if age is not None:
             average, square = (torch.randn(value.shape, generator=generator) for _ in range(2))
-            moments[name] = Moments(average, square**2, *age)
+            one = train is MUON and is_hidden(name)
+            moments[name] = Moments(average, None if one else square**2, *age)
     first_step, stride = data.draw(st.sampled_from([(START, 1.0), (START, 2.5), (2, 0.5)]))
-    reference = OneLeafASlot(module, moments, first_step, stride, newcomer=first_step)
+    reference = OneLeafASlot(module, moments, first_step, stride, first_step, train.optimizer)
     optimizer = optimizer_of(
-        module, copied(moments), first_step=first_step, stride=stride, newcomer_reset_at=first_step
+        module, copied(moments), train, first_step=first_step, stride=stride, newcomer_reset_at=first_step
     )
+    before = {name: value.clone() for name, value in read_shard(module).items()}
     without = data.draw(st.sampled_from(["", "experts.up_EHD", "q_proj", "gate"]))
     for step in range(4):
         set_gradients(module, step)
@@ -131,13 +190,22 @@ def test_slots_of_any_ages_are_stepped_as_leaves_of_their_own(routing: str, data
         reference.step()
     stepped = read_shard(module)
     for name, leaf in reference.leaves.items():
-        assert stepped[name].equal(leaf.data), name
+        if name in reference.by_muon:
+            assert (stepped[name] - leaf).norm() <= 0.01 * (leaf - before[name]).norm(), name
+        else:
+            assert stepped[name].equal(leaf.data), name
     got = optimizer.moments()
-    for name, leaf in reference.leaves.items():
-        if wanted := reference.optimizer.state.get(leaf):
+    for name, wanted in reference.moments().items():
+        assert got[name].reset_at == reference.reset_at[name]
+        if name in reference.by_muon:
+            assert got[name].exp_avg.equal(wanted["momentum_buffer"]), name
+            assert got[name].exp_avg_sq is None
+            known = moments[name].step if name in moments else 0
+            assert got[name].step - known in (3, 4)  # in one there may have been no gradient
+        else:
             assert got[name].exp_avg.equal(wanted["exp_avg"]), name
-            assert got[name].exp_avg_sq.equal(wanted["exp_avg_sq"]), name
-            assert (got[name].step, got[name].reset_at) == (int(wanted["step"]), reference.reset_at[name])
+            assert same(got[name].exp_avg_sq, wanted["exp_avg_sq"]), name
+            assert got[name].step == int(wanted["step"])
 
 
 def test_a_step_of_a_single_weight_by_hand() -> None:
@@ -184,17 +252,19 @@ def test_moments_are_those_of_the_shard_by_name_and_shape(routing: str) -> None:
     shard, moments = read_shard(module), optimizer.moments()
     assert moments.keys() == shard.keys()
     for name, state in moments.items():
+        assert state.exp_avg_sq is not None
         assert state.exp_avg.shape == state.exp_avg_sq.shape == shard[name].shape
         assert (state.step, state.reset_at) == (1, 0)
 
 
 @routings
-def test_saved_moments_go_on_bit_for_bit(routing: str) -> None:
+@pytest.mark.parametrize("train", [TRAIN, MUON, BF16, MUON_BF16], ids=["adamw", "muon", "bf16", "muon bf16"])
+def test_saved_moments_go_on_bit_for_bit(routing: str, train: TrainConfig) -> None:
     straight, interrupted = site(routing=routing), site(routing=routing)
-    optimizer, half = optimizer_of(straight), optimizer_of(interrupted)
+    optimizer, half = optimizer_of(straight, train=train), optimizer_of(interrupted, train=train)
     for step in range(6):
         if step == 3:
-            half = optimizer_of(interrupted, copied(half.moments()), first_step=3)
+            half = optimizer_of(interrupted, copied(half.moments()), train, first_step=3)
         for module, stepper in ((straight, optimizer), (interrupted, half)):
             set_gradients(module, step)
             stepper.step()
@@ -202,8 +272,64 @@ def test_saved_moments_go_on_bit_for_bit(routing: str) -> None:
     assert all(value.equal(expected[name]) for name, value in read_shard(interrupted).items())
     for name, state in half.moments().items():
         assert state.exp_avg.equal(wanted[name].exp_avg)
-        assert state.exp_avg_sq.equal(wanted[name].exp_avg_sq)
+        assert same(state.exp_avg_sq, wanted[name].exp_avg_sq)
         assert (state.step, state.reset_at) == (wanted[name].step, wanted[name].reset_at)
+
+
+@pytest.mark.parametrize(("train", "exact"), [(BF16, TRAIN), (MUON_BF16, MUON)], ids=["adamw", "muon"])
+def test_moments_in_bf16_are_rounded_after_a_step_and_nothing_else_is(
+    train: TrainConfig, exact: TrainConfig
+) -> None:
+    """Parameters have the bits of steps with the same moments in fp32; stacks of two ages, too."""
+    rounded, reference = site(FULL), site(FULL)
+    optimizer = with_a_newcomer(rounded, train)
+    for step in range(5):
+        moments = {
+            name: dataclasses.replace(
+                own,
+                exp_avg=own.exp_avg.float(),
+                exp_avg_sq=None if own.exp_avg_sq is None else own.exp_avg_sq.float(),
+            )
+            for name, own in optimizer.moments().items()
+        }
+        stepper = optimizer_of(reference, moments, exact, START + step, newcomer_reset_at=START)
+        for module, one in ((rounded, optimizer), (reference, stepper)):
+            set_gradients(module, step)
+            one.step()
+        wanted = read_shard(reference)
+        assert all(value.equal(wanted[name]) for name, value in read_shard(rounded).items())
+        exactly = stepper.moments()
+        for name, own in optimizer.moments().items():
+            assert own.step == exactly[name].step
+            assert same(own.exp_avg, exactly[name].exp_avg.bfloat16())
+            square = exactly[name].exp_avg_sq
+            assert same(own.exp_avg_sq, None if square is None else square.bfloat16())
+
+
+@pytest.mark.parametrize("train", [TRAIN, MUON, BF16, MUON_BF16], ids=["adamw", "muon", "bf16", "muon bf16"])
+def test_the_bytes_that_are_kept_are_those_that_plans_count(train: TrainConfig) -> None:
+    module = site()
+    optimizer = optimizer_of(module, train=train)
+    set_gradients(module, 0)
+    optimizer.step()
+    table = parameters(MODEL, SOME, "skip")
+    for name, own in optimizer.moments().items():
+        assert own.nbytes == table[name].numel * moment_bytes(table[name], train)
+
+
+@pytest.mark.parametrize(("before", "after"), [(TRAIN, BF16), (BF16, TRAIN)], ids=["to bf16", "to fp32"])
+def test_a_run_may_go_on_with_another_type_of_moments(before: TrainConfig, after: TrainConfig) -> None:
+    """They are rounded, and neither lost nor warmed up."""
+    module = site()
+    first = optimizer_of(module, train=before)
+    set_gradients(module, 0)
+    first.step()
+    kept = copied(first.moments())
+    optimizer = optimizer_of(module, copied(kept), after, first_step=1, newcomer_reset_at=1)
+    for name, own in optimizer.moments().items():
+        assert own.exp_avg.dtype == (torch.bfloat16 if after is BF16 else torch.float32)
+        assert own.exp_avg.equal(kept[name].exp_avg.to(own.exp_avg.dtype))
+        assert (own.step, own.reset_at) == (1, 0)
 
 
 def test_given_moments_are_copied_and_not_held_twice() -> None:
@@ -217,6 +343,7 @@ def test_given_moments_are_copied_and_not_held_twice() -> None:
     set_gradients(module, 0)
     optimizer.step()
     assert not own.exp_avg.any()
+    assert own.exp_avg_sq is not None
     assert not own.exp_avg_sq.any()
     assert optimizer.moments()[NEWCOMER].step == 4
     assert optimizer.moments().keys() == read_shard(module).keys()
@@ -232,14 +359,20 @@ def test_moments_that_were_given_are_there_before_the_first_step() -> None:
 # -- warm-up and what is new to the site ---------------------------------------------------------------------
 
 
-def with_a_newcomer(module: Transformer) -> StackedAdamW:
+def with_a_newcomer(module: Transformer, train: TrainConfig = TRAIN) -> StackedOptimizer:
     """At global step 100 the site has had all its names for 60 steps, but one expert's tensor just came."""
+    table = parameters(MODEL, module.resident_experts, module.routing)
     moments = {
-        name: Moments(torch.zeros_like(value), torch.full_like(value, 1e-4), 60, 0)
+        name: Moments(
+            torch.zeros_like(value),
+            None if by_muon(table[name], train) else torch.full_like(value, 2**-13),
+            60,
+            0,
+        )
         for name, value in read_shard(module).items()
         if name != NEWCOMER
     }
-    return optimizer_of(module, moments, first_step=START, newcomer_reset_at=START)
+    return optimizer_of(module, moments, train, START, newcomer_reset_at=START)
 
 
 def test_a_newcomer_warms_up_and_counts_by_itself() -> None:
