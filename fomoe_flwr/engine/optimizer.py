@@ -234,7 +234,7 @@ class StackedOptimizer:
             rate, param = self.learning_rate(run.reset_at), run.param
             lr, weight_decay = rate * param.lr, self.train.weight_decay * param.decay
             if by_muon(param, self.train):
-                # Of both factors of the learning rate, what a weight loses in a step is the same.
+                # Weights decay by as much in a step as with AdamW's factor of the learning rate.
                 self._step_by_muon(run, rate * param.muon, weight_decay * param.lr / param.muon)
             elif run.value.numel():
                 groups.setdefault((lr, weight_decay), []).append(run)
