@@ -225,14 +225,7 @@ def check_combinations(config: RunConfig) -> None:
     ):
         if device is not None and not is_device(device):
             raise ConfigError(f"{key}={device:.80}: allowed are {DEVICE_RULE}")
-    for key, devices in (
-        ("train.devices", train.devices),
-        *((f"{s.name}.devices", s.devices) for s in config.federation.sites),
-    ):
-        if devices is not None and not is_devices(devices):
-            raise ConfigError(f"{key}={devices:.80}: allowed are {DEVICES_RULE}")
-    if not is_devices(train.ep_domain):
-        raise ConfigError(f"train.ep_domain={train.ep_domain:.80}: allowed are {DEVICES_RULE}")
+    _check_devices(config)
     check_mix(data)
     shared = data.partition != "own" and any(site.data_path is None for site in config.federation.sites)
     if data.source in FILE_SOURCES and data.path is None and (shared or train.eval_batches):
@@ -411,6 +404,53 @@ def check_outer(strategy: StrategyConfig) -> None:
         raise ConfigError(
             f"strategy.keep_moments=false: strategy.inner={inner} with strategy.outer={outer} {kept}; leave it true"
         )
+
+
+def check_shared_step(name: str, train: TrainConfig, sequences: int, devices: int, parallel: str) -> None:
+    """Whether several devices of a site can share its steps.
+
+    Args:
+        name: of the site.
+        sequences: of its steps.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if sequences % (train.micro_batches * devices):
+        raise ConfigError(
+            f"site {name}: train.devices={devices}: must divide its {sequences} sequences a step"
+            + (f", in train.micro_batches={train.micro_batches} pieces" if train.micro_batches > 1 else "")
+        )
+    if train.weights != "fp32":
+        raise ConfigError(
+            f"site {name}: train.weights={train.weights}: on one device only, here are {devices}; allowed is fp32"
+        )
+    if train.compile and parallel != "ddp":
+        raise ConfigError(f"train.compile=true: not with train.parallel={parallel}; allowed is ddp")
+
+
+def check_domain(devices: int, parallel: str, domain: str) -> None:
+    """Raises ConfigError for domains that devices cannot be divided into."""
+    if parallel == "ep" and domain != "auto" and devices % int(domain):
+        raise ConfigError(f"train.ep_domain={domain}: must divide train.devices={devices}")
+
+
+def _check_devices(config: RunConfig) -> None:
+    """What is known of the sites' devices before they are there."""
+    train = config.train
+    for key, devices in (
+        ("train.devices", train.devices),
+        *((f"{s.name}.devices", s.devices) for s in config.federation.sites),
+    ):
+        if devices is not None and not is_devices(devices):
+            raise ConfigError(f"{key}={devices:.80}: allowed are {DEVICES_RULE}")
+    if not is_devices(train.ep_domain):
+        raise ConfigError(f"train.ep_domain={train.ep_domain:.80}: allowed are {DEVICES_RULE}")
+    for site in config.federation.sites:
+        number, parallel = site.devices or train.devices, site.parallel or train.parallel
+        if number not in ("1", "auto"):
+            check_shared_step(site.name, train, site.batch_size or train.batch_size, int(number), parallel)
+            check_domain(int(number), parallel, train.ep_domain)
 
 
 def check_store(url: str) -> None:

@@ -668,6 +668,22 @@ def test_a_bad_file_of_sites_is_named(content: bytes, said: str, tmp_path: Path)
         (["train.devices=0"], "train.devices=0: allowed are auto or a number from 1 to 1024"),
         (["train.devices=all"], "train.devices=all: allowed are auto or a number from 1 to 1024"),
         (["train.ep_domain=-1"], "train.ep_domain=-1: allowed are auto or a number from 1 to 1024"),
+        (
+            ["train.devices=3", "federation.num_sites=1", "strategy.overlap=1"],
+            "site site-0: train.devices=3: must divide its 8 sequences a step",
+        ),
+        (
+            ["train.devices=4", "train.micro_batches=4", "federation.num_sites=1", "strategy.overlap=1"],
+            "site site-0: train.devices=4: must divide its 8 sequences a step, in train.micro_batches=4 pieces",
+        ),
+        (
+            ["train.devices=4", "train.parallel=ep", "train.ep_domain=3"],
+            "train.ep_domain=3: must divide train.devices=4",
+        ),
+        (
+            ["train.devices=2", "train.parallel=fsdp", "train.compile=true"],
+            "train.compile=true: not with train.parallel=fsdp; allowed is ddp",
+        ),
         (["train.parallel=tp"], "train.parallel=tp: allowed are ddp, fsdp, ep"),
         (["train.device=tpu"], "train.device=tpu: allowed are auto, cpu, cuda, cuda:N"),
         (["train.device='c\npu'"], "train.device=c pu: allowed are auto, cpu, cuda, cuda:N"),

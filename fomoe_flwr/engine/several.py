@@ -27,13 +27,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from fomoe_flwr.checks import check_domain, check_shared_step
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.engine.device import use_cpu
 from fomoe_flwr.engine.domain import best_size, measured
 from fomoe_flwr.engine.local import Engine, EngineState, Report
 from fomoe_flwr.engine.optimizer import Moments, Piece, Schedule, StackedOptimizer, local, moments_dtype
 from fomoe_flwr.engine.team import Team, is_current, together
-from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
 from fomoe_flwr.model.base import LanguageModel, Losses, NamedView, check_shard, named_views
 from fomoe_flwr.model.build import build
@@ -108,8 +108,7 @@ class Member(Engine):
         self._gatherings: list[Gathering] = []
         self._hooks: list[RemovableHandle] = []
         self._choose = parallel == "ep" and domain == "auto"
-        if parallel == "ep" and domain != "auto" and team.size % int(domain):
-            raise ConfigError(f"train.ep_domain={domain}: must divide train.devices={team.size}")
+        check_domain(team.size, parallel, domain)
         if not team.busy.locked():
             team.engine = self
         with self.all_do("build", model, residents, routing, parallel, domain):
@@ -257,7 +256,7 @@ class Member(Engine):
             ConfigError: a batch that cannot be shared, or torch.compile.
         """
         if again is None:
-            _check(task, self.devices, self.parallel)
+            check_shared_step(task.name, task.train, task.train.batch_size, self.devices, self.parallel)
             parameters = {name: value for name, value in shard.items() if not is_moment(name)}
             check_shard(parameter_shapes(*self._config), parameters)
             again = bool(state.moments) and state.moments is self._handed and self._optimizer is not None
@@ -519,19 +518,3 @@ class Member(Engine):
 
 def _begin(gathering: Gathering, *_: Any) -> None:
     gathering.begin()
-
-
-def _check(task: Task, devices: int, parallel: str) -> None:
-    """Raises ConfigError for what several devices cannot do."""
-    train = task.train
-    if train.batch_size % (train.micro_batches * devices):
-        raise ConfigError(
-            f"site {task.name}: train.devices={devices}: must divide its {train.batch_size} sequences a step"
-            + (f", in train.micro_batches={train.micro_batches} pieces" if train.micro_batches > 1 else "")
-        )
-    if train.weights != "fp32":
-        raise ConfigError(
-            f"site {task.name}: train.weights={train.weights}: on one device only, here are {devices}; allowed is fp32"
-        )
-    if train.compile and parallel != "ddp":
-        raise ConfigError(f"train.compile=true: not with train.parallel={parallel}; allowed is ddp")
