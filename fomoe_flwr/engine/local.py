@@ -52,8 +52,8 @@ class Report(NamedTuple):
 class Engine:
     """The model of a site with these residents.
 
-    Memory at the most: the parameters and their gradients in fp32, the optimizer's moments, and the shard as it was
-    sent.
+    Memory at the most: the parameters and their gradients in fp32, the optimizer's moments, the shard as it was sent,
+    and the activations of a piece of a batch (`plan/memory.py`).
     """
 
     def __init__(self, model: ModelConfig, residents: Residents, routing: str, device: str) -> None:
@@ -255,6 +255,7 @@ class Engine:
             "seconds": seconds,
             "resident_share": resident / assigned if assigned else 1.0,
             "memory_bytes": self._memory_bytes(),
+            "activations_counted": float(self.device.startswith("cuda")),  # among memory_bytes
             "new_experts": self.new_tensors,
             "flops": self.flops(tokens),
         }
