@@ -14,7 +14,8 @@ from pathlib import Path
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig
 from fomoe_flwr.model.spec import expert_parameters, parameter_counts
-from fomoe_flwr.plan.system import BYTES_A_GIB, state_bytes
+from fomoe_flwr.plan.memory import state_bytes
+from fomoe_flwr.plan.system import BYTES_A_GIB
 from fomoe_flwr.units import count
 
 MEMORIES_GIB = (24, 48, 80)

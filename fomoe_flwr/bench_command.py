@@ -7,6 +7,7 @@ recompute. Weights are random: the time of a step does not depend on them, but f
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
@@ -73,7 +74,9 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     from fomoe_flwr.inputs import UNKNOWN
     from fomoe_flwr.messages import Deal, make_task
     from fomoe_flwr.model.build import initial_state
+    from fomoe_flwr.plan.memory import memory_bytes
     from fomoe_flwr.plan.planner import make_plan
+    from fomoe_flwr.plan.system import plan_sites
     from fomoe_flwr.policies import POLICIES
     from fomoe_flwr.site.identity import devices_of, node_settings
 
@@ -124,6 +127,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     tokens = task.train.batch_size * task.train.seq_len
     flops = report.metrics["flops"] / steps
     peak = known_peak(device, task.train.dtype)
+    here = dataclasses.replace(plan_sites(config)[0], device=device)
     return {
         "model": config.model.name,
         "experts_per_layer": len(residents[0]),
@@ -148,6 +152,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         "peak_flops": devices.number * (peak or measured_peak(device, task.train.dtype)),
         "peak_from": "data sheet" if peak else "measured with square matrices",
         "memory_bytes": report.metrics["memory_bytes"],
+        "planned_memory_bytes": float(memory_bytes(config, here, float(len(residents[0])))),
         "parts": parts,
     }
 
@@ -212,7 +217,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     table.add_row(
         "memory",
-        in_bytes(found["memory_bytes"]) + ("" if found["device"] != "cpu" else ", activations not counted"),
+        in_bytes(found["memory_bytes"])
+        + ("" if found["device"] != "cpu" else ", activations not counted")
+        + f"; by plan {in_bytes(found['planned_memory_bytes'])} at the peak of a step",
     )
     print_whole(table, console)
     parts = Table(title="where its time goes", box=SIMPLE, show_header=False, pad_edge=False)

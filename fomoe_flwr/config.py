@@ -31,6 +31,9 @@ OUTER_LR = {"nesterov": 0.7, "adamw": 0.003}
 # strategy.outer_momentum where it is null.
 OUTER_MOMENTUM = 0.9
 
+# train.recompute: the further on, the less memory and the more work.
+RECOMPUTE = ("none", "selective", "full")
+
 # The values of strategy.placement that go by a plan, which is made anew when sites leave or return.
 PLANNED = ("planned", "memory", "affine", "equal")
 
@@ -298,7 +301,7 @@ class TrainConfig:
     # the memory of one piece's activations. Routers balance each piece by itself.
     micro_batches: int = at_least(1, 1, MOST)
     # What is computed once more in the backward pass instead of being kept: selective: experts; full: attention, too.
-    recompute: str = choice("none", "none", "selective", "full")
+    recompute: str = choice(RECOMPUTE[0], *RECOMPUTE)
     threads: int = at_least(1, 0)  # CPU threads a site; 0: PyTorch's default
     eval_batches: int = at_least(16, 0, MOST)  # validation batches on the server after a round; 0: off
     eval_every: int = at_least(1, 1)  # rounds
@@ -353,7 +356,9 @@ class PlanConfig:
     measured: str | None = a_path()  # a run directory, whose speeds are used instead of tflops and mfu
     tflops: float = above(989.0, 0.0)  # peak of the device of a site with speed 1 (H100, dense bf16), Tflop/s
     mfu: float = above(0.4, 0.0)  # share of the peak that training reaches
-    bytes_per_parameter: float = above(18.0, 0.0)  # weights, gradients, moments and the shard as sent
+    # Of weights, gradients, moments and the shard as it was sent, instead of what this program takes; activations come
+    # on top. Null: as it is, see docs/sites.md.
+    bytes_per_parameter: float | None = above(None, 0.0)
     assumed_mbps: float = above(1000.0, 0.0)  # of links that are not given
     assumed_latency_ms: float = at_least(50.0, 0.0)  # of links that are not given
     server_mbps: float | None = above(None, 0.0)  # the server's own link each way, shared by the sites

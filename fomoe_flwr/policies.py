@@ -14,8 +14,9 @@ from fomoe_flwr.config import PLANNED, ModelConfig, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.load import Shares, averaged
 from fomoe_flwr.placement import Placement, adopt, draw_for_round, draw_placement, from_residents, uncovered
-from fomoe_flwr.plan.planner import held_share, make_plan, plan_placement, replan
+from fomoe_flwr.plan.planner import make_plan, plan_placement, replan
 from fomoe_flwr.plan.record import Plan
+from fomoe_flwr.plan.system import held_share
 
 log = logging.getLogger("fomoe")
 

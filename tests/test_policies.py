@@ -251,7 +251,7 @@ def test_experts_without_a_holder_are_planned_at_once(small: Compose) -> None:
 def test_where_no_plan_can_be_made_the_old_one_stays_and_says_why(
     small: Compose, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sites = HETERO[0].replace("0.002", "0.0005")  # the two others cannot hold the model between them
+    sites = HETERO[0].replace("0.002", "0.0006")  # the two others cannot hold the model between them
     policy = planned(small(sites, *HETERO[1:]))
     before = policy.for_round(1, [0, 1, 2]).placement
     with caplog.at_level(logging.WARNING, logger="fomoe"):
@@ -261,7 +261,7 @@ def test_where_no_plan_can_be_made_the_old_one_stays_and_says_why(
 
 def test_a_site_prefers_its_residents_as_much_as_it_holds(small: Compose) -> None:
     overrides = (
-        "federation.sites=[{name:a,memory_gib:0.01},{name:b,memory_gib:0.0005}]", "federation.num_sites=2",
+        "federation.sites=[{name:a,memory_gib:0.01},{name:b,memory_gib:0.00065}]", "federation.num_sites=2",
         "strategy.placement=memory", "strategy.overlap=1", "model.locality=bias", "model.locality_target=0.7",
     )  # fmt: skip
     policy = planned(small(*overrides))

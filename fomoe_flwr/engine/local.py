@@ -53,8 +53,8 @@ class Report(NamedTuple):
 class Engine:
     """The model of a site with these residents.
 
-    Memory at the most: the parameters, their gradients and the optimizer's moments (`state_bytes`), and the shard as it
-    was sent.
+    Memory at the most: the parameters, their gradients and the optimizer's moments (`state_bytes`), the shard as it was
+    sent, and the activations of a piece of a batch (`plan/memory.py`).
     """
 
     devices = 1
@@ -344,6 +344,7 @@ class Engine:
             "seconds": seconds,
             "resident_share": resident / assigned if assigned else 1.0,
             "memory_bytes": self._largest(self._memory_bytes()),
+            "activations_counted": float(self.device.startswith("cuda")),  # among memory_bytes
             "new_experts": self.new_tensors,
             "flops": self.flops(tokens),
         }

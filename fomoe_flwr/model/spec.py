@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fomoe_flwr.config import ModelConfig, TrainConfig
 
@@ -184,16 +184,23 @@ def moment_bytes(param: Param, train: TrainConfig) -> int:
     return (2 if train.moments == "bf16" else 4) * (1 if by_muon(param, train) else 2)
 
 
+def weight_bytes(param: Param, train: TrainConfig) -> int:
+    """Bytes of each number of this tensor in a site's steps; with train.weights=bf16 the exact one and the rounded."""
+    return 4 + 2 if train.weights == "bf16" and param.is_hidden_matrix else 4
+
+
+def gradient_bytes(param: Param, train: TrainConfig) -> int:
+    """Bytes of its gradient; of several pieces of a batch they are added up in fp32."""
+    rounded = train.weights == "bf16" and param.is_hidden_matrix and train.micro_batches == 1
+    return 2 if rounded else 4
+
+
 def state_bytes(param: Param, train: TrainConfig) -> int:
     """Bytes that a site holds for each number of this tensor in its steps: value, gradient, moments.
 
     What was sent, the round's start, comes on top; on several devices, each device holds so much of what it has.
     """
-    value = gradient = 4
-    if train.weights == "bf16" and param.is_hidden_matrix:
-        # The exact value and the rounded one.
-        value, gradient = 4 + 2, 2 if train.micro_batches == 1 else 4
-    return value + gradient + moment_bytes(param, train)
+    return weight_bytes(param, train) + gradient_bytes(param, train) + moment_bytes(param, train)
 
 
 Residents = Sequence[Sequence[int]]  # the experts held, one list a layer
@@ -329,7 +336,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of the whole model by class, without building it."""
     counts = {"dense": 0, "router": 0, "expert": 0, "standin": 0}
     for param in table(model, "skip"):
-        counts[param.kind] += param.numel * _how_many(model, param, model.num_experts)
+        counts[param.kind] += param.numel * how_many(model, param, model.num_experts)
     return ParameterCounts(counts["dense"], counts["router"], counts["expert"], counts["standin"])
 
 
@@ -346,7 +353,7 @@ def token_flops(model: ModelConfig, seq_len: int) -> TokenFlops:
     """
     flops = {"dense": 0, "router": 0, "expert": 0, "standin": 0}
     for param in table(model, "skip"):
-        flops[param.kind] += param.flops * _how_many(model, param, model.top_k)
+        flops[param.kind] += param.flops * how_many(model, param, model.top_k)
     return TokenFlops(flops["dense"] + attention_flops(model, seq_len), flops["expert"], flops["router"])
 
 
@@ -359,8 +366,8 @@ def attention_flops(model: ModelConfig, seq_len: int) -> int:
     return model.num_layers * 6 * seq_len * model.d_model
 
 
-def _how_many(model: ModelConfig, param: Param, experts: int) -> int:
-    """Tensors of this row in a model with so many experts a layer."""
+def how_many(model: ModelConfig, param: Param, experts: Any) -> Any:
+    """Tensors of this row in a model with so many experts a layer; a number, or an array of them."""
     if "{layer}" not in param.name:
         return 1
     return model.num_layers * (experts if param.per_expert else 1)

@@ -338,6 +338,20 @@ def stock_attention_flops(model: ModelConfig, seq_len: int) -> int:
     return round(total)
 
 
+def stock_settings(model: ModelConfig) -> Any:
+    """The configuration object of transformers; nobody changes it."""
+    return _described(model.hf)[0]
+
+
+def block_shapes(model: ModelConfig) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the dense parameters of each block, by their names within it."""
+    found: dict[int, dict[str, tuple[int, ...]]] = {}
+    for row in _table(json.dumps(model.hf, sort_keys=True), "skip"):
+        if match := re.match(r"model\.layers\.(\d+)\.", row.name):
+            found.setdefault(int(match[1]), {})[row.name[match.end() :]] = row.shape
+    return [found[layer] for layer in sorted(found)]
+
+
 # ----- the modules that are exchanged
 
 

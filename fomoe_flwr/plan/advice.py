@@ -10,10 +10,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from fomoe_flwr.config import SKIP_PRICES, RunConfig
+import numpy as np
+
+from fomoe_flwr.config import RECOMPUTE, SKIP_PRICES, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.placement import equal_shares
 from fomoe_flwr.plan.hybridep import break_even_hit_rate, exchange_bandwidth_threshold, exchanged_step_bytes
+from fomoe_flwr.plan.memory import memory_bytes
 from fomoe_flwr.plan.planner import make_plan
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import possible_overlaps, some, too_small, with_strategy, with_train
@@ -23,7 +26,6 @@ from fomoe_flwr.plan.system import (
     down_bytes,
     exchange_s,
     hides_communication,
-    state_bytes,
     token_cost,
     up_bytes,
 )
@@ -72,16 +74,40 @@ def _memory(
         return
     site, too_much = min(small, key=lambda pair: pair[0].memory_bytes)
     holder = "it has" if len(small) == 1 else f"{site.name} has"
-    remedies = list(_smaller_overlap(config, plan, sites))
+    remedies = [*_smaller_step(config, pairs), *_smaller_overlap(config, plan, sites)]
     if planned is not None:
         remedies.append(
             f"strategy.placement=planned gives {site.name} {_site(planned, site.name).experts_per_layer}"
         )
     yield (
         f"{some([site.name for site, _ in small])} cannot hold {experts(too_much.experts_per_layer)} a layer: "
-        f"{in_bytes(too_much.memory_bytes)} of state, {holder} {in_bytes(site.memory_bytes)}; "
-        + (", ".join(remedies) or "no overlap fits")
+        f"{in_bytes(too_much.memory_bytes)}, of which {in_bytes(too_much.state_bytes)} of state, {holder} "
+        f"{in_bytes(site.memory_bytes)}; " + (", ".join(remedies) or "no overlap fits")
     )
+
+
+def _smaller_step(config: RunConfig, pairs: Pairs) -> Iterator[str]:
+    """The least that a step must do otherwise for all to hold what they are given: more pieces, then more work."""
+    most = min(site.batch_size for site, _ in pairs)
+    counts = [
+        2**exponent for exponent in range(most.bit_length()) if 2**exponent > config.train.micro_batches
+    ]
+    levels = RECOMPUTE[RECOMPUTE.index(config.train.recompute) :]
+    # Sites that are alike are looked at once.
+    kinds = {
+        (site.batch_size, site.device, planned.experts_per_layer, site.memory_bytes): site
+        for site, planned in pairs
+    }
+    for level in levels:
+        for pieces in (config.train.micro_batches, *counts):
+            other = with_train(config, micro_batches=pieces, recompute=level)
+            if all(
+                memory_bytes(other, site, float(held)) <= room for (_, _, held, room), site in kinds.items()
+            ):
+                changed = [f"train.micro_batches={pieces}"] if pieces != config.train.micro_batches else []
+                changed += [f"train.recompute={level}"] if level != config.train.recompute else []
+                yield f"{' '.join(changed)} fits"
+                return
 
 
 def _smaller_overlap(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> Iterator[str]:
@@ -92,11 +118,18 @@ def _smaller_overlap(config: RunConfig, plan: Plan, sites: list[PlanSite]) -> It
 
 def _fitting(config: RunConfig, sites: Sequence[PlanSite]) -> list[int]:
     """The overlaps whose equal shares every site has memory for, ascending."""
-    num_experts, smallest = config.model.num_experts, min(site.memory_bytes for site in sites)
+    num_experts = config.model.num_experts
+    counts_R = np.arange(1.0, num_experts + 1)
+    rooms: dict[tuple[int, str], PlanSite] = {}
+    for site in sorted(sites, key=lambda site: -site.memory_bytes):
+        rooms[site.batch_size, site.device] = site
+    fits_R = np.logical_and.reduce(
+        [memory_bytes(config, site, counts_R) <= site.memory_bytes for site in rooms.values()]
+    )
     return [
         overlap
         for overlap in possible_overlaps(len(sites), num_experts)
-        if state_bytes(config, max(equal_shares(len(sites), num_experts, overlap))) <= smallest
+        if fits_R[max(equal_shares(len(sites), num_experts, overlap)) - 1]
     ]
 
 
@@ -290,7 +323,9 @@ def _replica(config: RunConfig, pairs: Pairs, cost: TokenCost) -> Iterator[str]:
     below = {}
     for site, planned in pairs:
         # Where memory is not given nobody knows what fits.
-        if planned.resident_share < 1 and state_bytes(config, every) <= site.memory_bytes < math.inf:
+        if planned.resident_share == 1 or math.isinf(site.memory_bytes):
+            continue
+        if memory_bytes(config, site, float(every)) <= site.memory_bytes:
             needed = break_even_hit_rate(
                 shard_sync_s=planned.communication_s,
                 replica_sync_s=exchange_s(site, down_bytes(config, every), up_bytes(config, every)),
@@ -385,7 +420,7 @@ def _not_known(config: RunConfig, pairs: Pairs) -> Iterator[str]:
     if unknown := [(site, planned) for site, planned in pairs if math.isinf(site.memory_bytes)]:
         most = max(planned.memory_bytes for _, planned in unknown)
         whose = "each site" if len(unknown) == len(pairs) else some([site.name for site, _ in unknown])
-        yield f"memory_gib of {whose} is not given: up to {in_bytes(most)} of state is taken to fit"
+        yield f"memory_gib of {whose} is not given: up to {in_bytes(most)} are taken to fit"
     if plan.measured is None:
         yield (
             f"compute is modelled (plan.tflops={plan.tflops:g}, plan.mfu={plan.mfu:g}): plan.measured=RUN_DIR uses a "

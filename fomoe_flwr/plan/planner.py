@@ -20,6 +20,7 @@ from fomoe_flwr.config import PLANNED, RunConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import write_atomically
 from fomoe_flwr.placement import Placement, draw_placement, equal_shares
+from fomoe_flwr.plan.memory import memory_bytes, state_bytes
 from fomoe_flwr.plan.record import NAME, CostSeconds, Plan, SitePlan, read_content
 from fomoe_flwr.plan.solver import (
     Floats,
@@ -39,9 +40,9 @@ from fomoe_flwr.plan.system import (
     compute_source,
     down_bytes,
     exchange_s,
+    held_share,
     hides_communication,
     plan_sites,
-    state_bytes,
     token_cost,
     up_bytes,
 )
@@ -83,21 +84,6 @@ def choose(config: RunConfig, options: Options) -> tuple[Ints, Ints]:
     return residents_M, np.full_like(residents_M, config.train.local_steps)
 
 
-def held_share(config: RunConfig, residents: float) -> float:
-    """Share of the router's choices that so many residents a layer are expected to be.
-
-    Without locality the share of the experts that they are. model.locality_target is what a site with equal shares
-    comes to, `1 - target = κ (1 - O_e/M)`; at one that holds more or less, the same part κ of what would go to ghosts
-    still does (ours). More than it can choose a site cannot have.
-    """
-    model = config.model
-    share, equal = residents / model.num_experts, config.overlap / len(config.federation.sites)
-    if model.locality != "bias" or model.locality_target is None or equal == 1:
-        return share
-    local = 1 - (1 - share) * (1 - model.locality_target) / (1 - equal)
-    return max(0.0, min(local, 1.0, residents / model.top_k))
-
-
 def plan_placement(config: RunConfig, plan: Plan) -> Placement:
     """Which experts the sites of a plan hold, as long as nobody knows what their tokens ask for."""
     model = config.model
@@ -118,23 +104,23 @@ def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) 
     model, routing = config.model, config.strategy.routing
     counts = range(1, model.num_experts + 1)
     counts_R = np.array(counts, dtype=np.float64)
-    memory_R = state_bytes(config, counts_R)
     token_s_R = np.array([cost.seconds(model, routing, count) for count in counts])
     share_R = np.array([held_share(config, count) for count in counts])
     worth_R = 1 - config.skip_price * (1 - share_R)
     least = _fewest(config)
-    needed = float(memory_R[least - 1])
+    needs = _needs(config, sites)
     for site in sites:
-        if needed > site.memory_bytes:
+        if (needed := float(needs[_kind(site)][least - 1])) > site.memory_bytes:
+            state = float(state_bytes(config, float(least), site.device))
             raise ConfigError(
                 f"federation: site {site.name} has memory_gib={site.memory_bytes / BYTES_A_GIB:.4g}, but the dense "
                 f"part and {'one expert' if least == 1 else f'{least} experts'} a layer need "
-                f"{needed / BYTES_A_GIB:.4g} GiB "
-                f"(plan.bytes_per_parameter={config.plan.bytes_per_parameter:g})"
+                f"{needed / BYTES_A_GIB:.4g} GiB, {state / BYTES_A_GIB:.4g} of them for weights, gradients, moments "
+                "and shard; train.micro_batches and train.recompute lessen the rest"
             )
     down_R, up_R = down_bytes(config, counts_R), up_bytes(config, counts_R)
     return Options(
-        fits_MR=np.array([(memory_R <= site.memory_bytes) & (counts_R >= least) for site in sites]),
+        fits_MR=np.array([(needs[_kind(site)] <= site.memory_bytes) & (counts_R >= least) for site in sites]),
         step_s_MR=np.array([token_s_R * site.step_tokens / site.speed for site in sites]),
         communication_s_MR=np.array([exchange_s(site, down_R, up_R) for site in sites]),
         worth_MR=np.broadcast_to(worth_R, (len(sites), len(worth_R))),
@@ -142,6 +128,18 @@ def site_options(config: RunConfig, sites: Sequence[PlanSite], cost: TokenCost) 
         max_steps=int(config.plan.max_steps_ratio * config.train.local_steps),
         hides=hides_communication(config),
     )
+
+
+def _kind(site: PlanSite) -> tuple[int, str]:
+    """What a step's memory depends on besides the run's configuration and the residents."""
+    return site.batch_size, site.device
+
+
+def _needs(config: RunConfig, sites: Sequence[PlanSite]) -> dict[tuple[int, str], Floats]:
+    """Memory with 1 to N_e residents a layer, by kind of site: a thousand that are alike cost no more than one."""
+    counts_R = np.arange(1.0, config.model.num_experts + 1)
+    kinds = {_kind(site): site for site in sites}
+    return {kind: memory_bytes(config, site, counts_R) for kind, site in kinds.items()}
 
 
 def _fewest(config: RunConfig) -> int:
@@ -171,8 +169,9 @@ def describe(
         hit_M = np.array([held_share(config, residents) for residents in residents_M.tolist()])
     done_s = finish_s(options, residents_M, steps_M)
     # A table of tensors is read for each of these, so once for all sites.
-    memory_M = state_bytes(config, residents_M.astype(np.float64))
     held_M = residents_M.astype(np.float64)
+    needs = _needs(config, sites)
+    states = {device: state_bytes(config, held_M, device) for device in {site.device for site in sites}}
     down_M, up_M = down_bytes(config, held_M), up_bytes(config, held_M)
     planned = []
     for row, site in enumerate(sites):
@@ -187,7 +186,8 @@ def describe(
                 local_steps=steps,
                 batch_size=site.batch_size,
                 tokens=steps * site.step_tokens,
-                memory_bytes=float(memory_M[row]),
+                memory_bytes=float(needs[_kind(site)][residents - 1]),
+                state_bytes=float(states[site.device][row]),
                 bytes_down=int(down_M[row]),
                 bytes_up=int(up_M[row]),
                 compute_s=float(done_s[row]) - (communication_s - hidden_s),
@@ -358,6 +358,7 @@ def _away(site: SitePlan) -> SitePlan:
         experts_per_layer=0,
         tokens=0,
         memory_bytes=0.0,
+        state_bytes=0.0,
         bytes_down=0,
         bytes_up=0,
         compute_s=0.0,
@@ -417,7 +418,7 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
     request = _request(config)
     if (path := run_dir / NAME).exists():
         saved = read_content(path)
-        if _renewed(saved["request"]) == request:
+        if _renewed(saved["request"], request) == request:
             return Plan.from_dict(saved["plan"])
     cost = token_cost(config)
     plan = make_plan(config, cost=cost)
@@ -426,9 +427,16 @@ def plan_for_run(run_dir: Path, config: RunConfig) -> Plan:
     return plan
 
 
-def _renewed(request: Any) -> Any:
+def _renewed(request: Any, wanted: dict[str, Any]) -> Any:
     """What an earlier version asked for, in the keys of this one."""
-    if request is None or (policy := request["plan"].pop("policy", None)) is None:
+    if request is None:
+        return request
+    if "step" not in request:
+        # It counted no activations, and had 18 bytes where nothing was given.
+        request["step"] = wanted["step"]
+        if request["plan"].get("bytes_per_parameter") == 18.0:
+            request["plan"]["bytes_per_parameter"] = wanted["plan"]["bytes_per_parameter"]
+    if (policy := request["plan"].pop("policy", None)) is None:
         return request
     if request["strategy"][0] == "planned" and policy != "solver":
         request["strategy"][0] = policy
@@ -443,6 +451,7 @@ def _request(config: RunConfig) -> dict[str, Any]:
         "sites": [dataclasses.asdict(site) for site in config.federation.sites],
         "plan": dataclasses.asdict(config.plan),
         "train": [train.local_steps, train.batch_size, train.seq_len],
+        "step": [train.dtype, train.micro_batches, train.recompute, train.device],
         "strategy": [
             strategy.placement, strategy.overlap, strategy.routing, strategy.outer, strategy.up, strategy.down,
             strategy.density, strategy.value_bits,

@@ -22,7 +22,7 @@ class SitePlan:
     local_steps: Annotated[int, positive]
     batch_size: int
     tokens: int
-    memory_bytes: Amount
+    memory_bytes: Amount  # at the peak of a step (plan/memory.py)
     bytes_down: int
     bytes_up: int
     compute_s: Amount
@@ -30,6 +30,8 @@ class SitePlan:
     round_s: Amount  # compute + communication - hidden; the round of all is the longest
     resident_share: Amount  # of the router's choices, expected
     hidden_s: Amount = 0.0  # of communication, behind compute (strategy.delay=1)
+    # Weights, gradients, moments and the shard as it was sent; of earlier versions, which counted nothing else, 0.
+    state_bytes: Amount = 0.0
 
 
 class CostSeconds(TypedDict):

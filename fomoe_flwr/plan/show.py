@@ -17,11 +17,11 @@ from fomoe_flwr.codecs import down_differences
 from fomoe_flwr.config import SKIP_PRICES, RunConfig
 from fomoe_flwr.console import print_whole
 from fomoe_flwr.model.spec import parameter_counts, routing_in_words
+from fomoe_flwr.plan.memory import Memory, memory, piece_of, state_a_parameter
 from fomoe_flwr.plan.record import Plan, SitePlan
 from fomoe_flwr.plan.rivals import Row, skipping_mode, some
 from fomoe_flwr.plan.system import (
     PlanSite,
-    bytes_a_parameter,
     edge_bytes,
     hides_communication,
     peak_bytes,
@@ -47,7 +47,7 @@ class Outlook:
 def show(outlook: Outlook, console: Console) -> None:
     """Print everything."""
     tables = (facts_table(outlook), site_table(outlook.plan, outlook.sites, outlook.config.model.num_experts))
-    for table in (*tables, strategy_table(outlook.rows, len(outlook.sites))):
+    for table in (*tables, memory_table(outlook), strategy_table(outlook.rows, len(outlook.sites))):
         print_whole(table, console)
     for title, lines in (("assumed", assumptions_in_words(outlook)), ("advice", outlook.advice)):
         console.print(f" {title}:", markup=False, highlight=False)
@@ -174,6 +174,60 @@ def _site_cells(site: PlanSite, planned: SitePlan, round_s: float, hides: bool) 
     )
 
 
+# ----- memory
+
+
+def parts_of(needed: Memory) -> dict[str, float]:
+    """What a site's device holds at the peak of a step, by kind, in bytes."""
+    state = {name: getattr(needed, name) for name in ("weights", "gradients", "moments", "shard")}
+    parts = {**state, **needed.activations._asdict(), "passing": needed.passing}
+    return {name: float(part) for name, part in parts.items()}
+
+
+def memory_table(outlook: Outlook) -> Table:
+    """A line for all sites that need the same."""
+    config = outlook.config
+    table = _table("memory at the peak of a step")
+    table.add_column("site", no_wrap=True)
+    for header in (
+        "weights", "gra-\ndients", "moments", "shard\nas sent", "stream,\nnorms", "atten-\ntion", "routers",
+        "experts", "dense\nlayers", "head", "in\npassing", "all",
+    ):  # fmt: skip
+        table.add_column(header, justify="right", no_wrap=True)
+    groups: dict[tuple[float, int, str], list[int]] = {}
+    for index, (site, planned) in enumerate(zip(outlook.sites, outlook.plan.sites, strict=True)):
+        if planned.experts_per_layer:
+            groups.setdefault((planned.memory_bytes, site.batch_size, site.device), []).append(index)
+    for members in list(groups.values())[:MOST_ROWS]:
+        site, planned = outlook.sites[members[0]], outlook.plan.sites[members[0]]
+        parts = parts_of(memory(config, site, float(planned.experts_per_layer)))
+        streams = parts.pop("residual") + parts.pop("norms")
+        shown = [*list(parts.values())[:4], streams, *list(parts.values())[4:], planned.memory_bytes]
+        names = alike([outlook.sites[index].name for index in members])
+        table.add_row(escape(names), *(in_bytes(part) if part else NONE for part in shown))
+    if len(groups) > MOST_ROWS:
+        table.caption, table.caption_justify = f"… and {len(groups) - MOST_ROWS} more", "left"
+    return table
+
+
+def memory_in_words(outlook: Outlook) -> str:
+    """What it was computed from."""
+    config = outlook.config
+    site = max(outlook.sites, key=lambda site: site.batch_size)
+    each, (piece, _) = state_a_parameter(config, site.device), piece_of(config, site)
+    if config.plan.bytes_per_parameter is None:
+        parts = " + ".join(f"{part:.3g}" for part in each)
+        state = f"{parts} bytes a parameter"
+        state += " (weights, gradients, moments, shard as sent)"
+    else:
+        state = f"{each.weights:g} bytes a parameter (plan.bytes_per_parameter)"
+    device = "; on a GPU or a CPU, what is more" if site.device == "auto" else ""
+    return (
+        f"{state}; activations of {piece.rows} x {piece.seq_len} tokens at a time, {config.train.dtype}, "
+        f"recompute {piece.recompute}{device}"
+    )
+
+
 # ----- strategies
 
 
@@ -239,7 +293,7 @@ def assumptions(outlook: Outlook) -> dict[str, Any]:
         "sites_with_assumed_links": len(assumed_links(config)),
         "sites_with_unknown_memory": sum(math.isinf(site.memory_bytes) for site in outlook.sites),
         "balanced_routing": True,
-        "activations_counted": False,
+        "activations_counted": True,
         "computing_hides_communication": hides_communication(config),
     }
 
@@ -281,7 +335,7 @@ def assumptions_in_words(outlook: Outlook) -> list[str]:
     less = measured if plan.skip_price is None else f"{percent(plan.skip_price)} less"
     return [
         f"compute: {compute}; routing is balanced; {hidden}",
-        f"memory: {bytes_a_parameter(config):g} bytes a parameter, activations not counted",
+        f"memory: {memory_in_words(outlook)}",
         f"network: all sites at once through one server, {server}{links}; tensors alone, without headers",
         f"useful: a token counts up to {less} where its experts are not held (plan.skip_price)"
         + ("; what stand-ins save of that is not counted" if outlook.config.model.standins else ""),
@@ -306,7 +360,13 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
             "params_standin": counts.standins,
         },
         "sites": [
-            {**dataclasses.asdict(planned), "memory_available_bytes": site.memory_bytes}
+            {
+                **dataclasses.asdict(planned),
+                "memory_available_bytes": site.memory_bytes,
+                "memory_parts_bytes": parts_of(memory(config, site, float(planned.experts_per_layer)))
+                if planned.experts_per_layer
+                else {},
+            }
             for site, planned in zip(outlook.sites, plan.sites, strict=True)
         ],
         "strategies": [_row_as_json(row) for row in outlook.rows],

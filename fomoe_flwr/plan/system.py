@@ -66,6 +66,7 @@ class PlanSite:
     latency_s: float  # one way
     batch_size: int
     step_tokens: int
+    device: str = "auto"  # as it is given
 
 
 def plan_sites(config: RunConfig) -> list[PlanSite]:
@@ -90,6 +91,7 @@ def plan_sites(config: RunConfig) -> list[PlanSite]:
                 latency_s=latency_ms / 1e3,
                 batch_size=batch_size,
                 step_tokens=batch_size * train.seq_len,
+                device=site.device or train.device,
             )
         )
     return planned
@@ -122,20 +124,6 @@ def held_parameters(config: RunConfig, residents: Amounts) -> Amounts:
     """Parameters of a site's shard with so many residents a layer; a mean over layers or sites need not be whole."""
     split = split_parameters(config.model, config.strategy.routing)
     return split.held(config.model.num_layers * residents)
-
-
-def state_bytes(config: RunConfig, residents: Amounts) -> Amounts:
-    """Memory of a site's weights, gradients and moments; activations come on top."""
-    return held_parameters(config, residents) * bytes_a_parameter(config)
-
-
-def bytes_a_parameter(config: RunConfig) -> float:
-    """plan.bytes_per_parameter; with strategy.delay=1 a round begins from fp32 and not from a shard in bf16. So does a
-    tensor that rests, whose update since it was synchronised is kept in fp32 beside it: at the most of all tensors.
-    """
-    return config.plan.bytes_per_parameter + (
-        6 if takes_turns(config.strategy) else 2 * config.strategy.delay
-    )
 
 
 def down_bytes(config: RunConfig, residents: Amounts) -> Amounts:
@@ -317,6 +305,21 @@ def hides_communication(config: RunConfig) -> bool:
 
 
 # ----- what a token costs it in time
+
+
+def held_share(config: RunConfig, residents: float) -> float:
+    """Share of the router's choices that so many residents a layer are expected to be.
+
+    Without locality the share of the experts that they are. model.locality_target is what a site with equal shares
+    comes to, `1 - target = κ (1 - O_e/M)`; at one that holds more or less, the same part κ of what would go to ghosts
+    still does (ours). More than it can choose a site cannot have.
+    """
+    model = config.model
+    share, equal = residents / model.num_experts, config.overlap / len(config.federation.sites)
+    if model.locality != "bias" or model.locality_target is None or equal == 1:
+        return share
+    local = 1 - (1 - share) * (1 - model.locality_target) / (1 - equal)
+    return max(0.0, min(local, 1.0, residents / model.top_k))
 
 
 def expert_work(

@@ -37,6 +37,7 @@ class SiteRound:
     tokens_per_second: float | None = None
     resident_share: float | None = None  # share of the router's choices whose expert the site holds
     memory_bytes: float | None = None  # most memory that the round needed
+    activations_counted: float | None = None  # 1: among memory_bytes; earlier versions did not say
 
 
 class _SiteClock(TypedDict):

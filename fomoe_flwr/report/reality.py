@@ -90,11 +90,18 @@ def _site(planned: SitePlan, rounds: Sequence[Round]) -> SiteReality:
     mine = [(record, site) for record in rounds for site in record.sites if site.site == planned.site]
     return SiteReality(
         planned.site,
-        Pair(planned.memory_bytes, _median(site.memory_bytes or None for _, site in mine)),
+        Pair(_memory(planned, mine), _median(site.memory_bytes or None for _, site in mine)),
         Pair(planned.compute_s / planned.local_steps, _median(_step_s(*pair, planned) for pair in mine)),
         Pair(planned.resident_share, _median(site.resident_share for _, site in mine)),
         Pair(planned.round_s, _median(_done_s(*pair) for pair in mine)),
     )
+
+
+def _memory(planned: SitePlan, rounds: Sequence[tuple[Round, SiteRound]]) -> float:
+    """What of the plan a site measures: on a CPU nobody knows what activations took."""
+    if planned.state_bytes and not any(site.activations_counted for _, site in rounds):
+        return planned.state_bytes
+    return planned.memory_bytes
 
 
 def _step_s(record: Round, site: SiteRound, planned: SitePlan) -> float | None:
@@ -161,7 +168,8 @@ def notes(run: Run, reality: Reality) -> list[str]:
             f"plan.measured={run.directory} uses what this run measured"
         )
     if worst := _worst([site.memory_bytes for site in sites]):
-        said.append(f"memory: plan.bytes_per_parameter={plan.bytes_per_parameter:g}, off by {worst}")
+        given = f"plan.bytes_per_parameter={plan.bytes_per_parameter:g}, " if plan.bytes_per_parameter else ""
+        said.append(f"memory: {given}off by {worst}")
     if worst := _worst([site.resident_share for site in sites]):
         said.append(f"resident share: routing was assumed to be balanced, off by {worst}")
     return said

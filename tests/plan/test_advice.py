@@ -90,12 +90,13 @@ def test_a_site_that_is_too_small_and_both_ways_out() -> None:
     overrides = (
         *HETERO,
         "strategy.overlap=3",
-    )  # 12 experts, 33.8 MB; the labs have 32.2, the workstation 24.7
+    )  # 12 experts, 98.5 MB; the labs have 97.2, the workstation 91.3
     plan = make_plan(config(*overrides))
     sentence = saying("cannot hold", *overrides)
-    state = in_bytes(plan.sites[0].memory_bytes)
+    needed, state = in_bytes(plan.sites[0].memory_bytes), in_bytes(plan.sites[0].state_bytes)
     assert sentence.startswith(
-        f"lab-0 and 2 more cannot hold 12 experts a layer: {state} of state, workstation has 24.7 MB; "
+        f"lab-0 and 2 more cannot hold 12 experts a layer: {needed}, of which {state} of state, "
+        "workstation has 91.3 MB; train.micro_batches=2 fits, "
     )
     fits = config(*HETERO, "strategy.overlap=2")
     assert "strategy.overlap=2 fits" in sentence
@@ -108,7 +109,7 @@ def test_a_site_that_is_too_small_and_both_ways_out() -> None:
 def test_one_site_that_is_too_small() -> None:
     overrides = ("federation=hetero", "model.d_expert=136")
     assert "workstation cannot hold 8 experts a layer" in saying("cannot hold", *overrides)
-    assert "it has 24.7 MB" in saying("cannot hold", *overrides)
+    assert "it has 91.3 MB" in saying("cannot hold", *overrides)
     assert silent("cannot hold", *HETERO)
 
 
@@ -154,7 +155,7 @@ def test_without_the_slowest() -> None:
 
 def test_what_is_not_given_is_said() -> None:
     assert "1000 Mbit/s and 50 ms are assumed" in saying("links are not given")
-    assert "memory_gib of each site is not given: up to 24.4 MB" in saying("memory_gib")
+    assert "memory_gib of each site is not given: up to 90.7 MB" in saying("memory_gib")
     assert silent("not given", *HETERO)
 
 

@@ -242,8 +242,8 @@ def test_links_that_are_assumed_are_scaled_as_well_as_the_servers() -> None:
 def test_memory_lines_of_few_and_of_many() -> None:
     few = memory_lines(plan_sites(compose(HETERO).config))
     assert [says for _, says in few] == [
-        "workstation: 24.7 MB",
-        "lab-0 and lab-1: 32.2 MB",
-        "datacentre: 64.4 MB",
+        "workstation: 91.3 MB",
+        "lab-0 and lab-1: 97.2 MB",
+        "datacentre: 129 MB",
     ]
     assert memory_lines(plan_sites(compose([]).config)) == []

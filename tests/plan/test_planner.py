@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from fomoe_flwr.compose import compose
 from fomoe_flwr.config import RunConfig, SiteConfig
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.plan.planner import clock_note, held_share, make_plan, plan_for_run, plan_placement, replan
+from fomoe_flwr.plan.planner import clock_note, make_plan, plan_for_run, plan_placement, replan
 from fomoe_flwr.plan.record import Plan
 from fomoe_flwr.plan.rivals import with_strategy
-from fomoe_flwr.plan.system import BYTES_A_GIB, split_parameters
+from fomoe_flwr.plan.system import BYTES_A_GIB, held_share, split_parameters
 from tests.report.runs import write_run
 
 SLOW = "plan.tflops=0.05"  # a laptop's, so that tiny models compute as long as they communicate
@@ -63,7 +63,7 @@ def test_with_a_delay_a_site_is_done_after_the_longer_of_compute_and_link(
             pytest.approx(min(before.compute_s, before.communication_s)) if hides else 0.0
         )
         assert after.round_s == pytest.approx(before.round_s - after.hidden_s)
-        assert after.memory_bytes == pytest.approx(before.memory_bytes * 20 / 18)
+        assert after.state_bytes == pytest.approx(before.state_bytes * 20 / 18)
     for plan in (waits, delayed):
         computing = [site.compute_s for site in plan.sites]
         assert plan.utilisation == pytest.approx(
@@ -84,7 +84,7 @@ def federations(draw: st.DrawFn) -> RunConfig:
     sites = [
         SiteConfig(
             name=f"site-{index}",
-            memory_gib=draw(st.sampled_from([None, 0.012, 0.02, 0.03, 0.06])),
+            memory_gib=draw(st.sampled_from([None, 0.077, 0.083, 0.09, 0.12])),
             up_mbps=draw(st.sampled_from([None, 10, 100, 1000])),
             down_mbps=draw(st.sampled_from([None, 50, 500])),
             latency_ms=draw(st.sampled_from([None, 0, 100])),
@@ -248,7 +248,7 @@ def test_batch_sizes_may_differ() -> None:
         ),
         ((*PLANNED, "plan.assumed_mbps=0"), r"plan\.assumed_mbps=0.*: must be above 0"),
         ((*PLANNED, "plan.skip_price=1.5"), r"plan\.skip_price=1\.5: a share, at most 1"),
-        ((*PLANNED, "model=medium"), r"site datacentre has memory_gib=0\.06, .* need"),
+        ((*PLANNED, "model=medium"), r"site datacentre has memory_gib=0\.12, .* need"),
         ((*PLANNED, "plan.max_steps_ratio=1", "strategy.overlap=4"), r"plan\.max_steps_ratio: with 20 local"),
         ((*PLANNED, "plan.measured=/nowhere"), r"plan\.measured=/nowhere: "),
         (

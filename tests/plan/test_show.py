@@ -58,7 +58,7 @@ def test_a_line_a_site() -> None:
         "8",
         "20",
         "8",
-        f"{in_bytes(planned.memory_bytes)} of 24.7 MB",
+        f"{in_bytes(planned.memory_bytes)} of 91.3 MB",
         in_bytes(planned.bytes_down),
         in_bytes(planned.bytes_up),
         time_span(planned.compute_s),
@@ -80,7 +80,9 @@ def test_what_is_hidden_has_a_column_where_there_is_any() -> None:
     assert f"sites train {percent(ahead.plan.utilisation)} of the time" in facts
     said = assumptions_in_words(ahead)
     assert "nothing hides communication" not in said[0]
-    assert said[1] == "memory: 20 bytes a parameter, activations not counted"
+    assert said[1].startswith(
+        "memory: 4 + 4 + 8 + 4 bytes a parameter (weights, gradients, moments, shard as sent); "
+    )
     content = as_json(ahead)
     assert content["assumptions"]["computing_hides_communication"]
     assert content["plan"]["utilisation"] == ahead.plan.utilisation > outlook(*HETERO).plan.utilisation
@@ -112,12 +114,12 @@ def test_parts_in_turn_have_their_mean_and_their_peak() -> None:
     most = as_json(outlook(*HETERO, "strategy.fragments=3"))["plan"]
     assert whole / 3 < most["peak_bytes"] < whole / 1.9
     assert "its bytes" not in " ".join(" ".join(line) for line in printed(facts_table(once)))
-    assert assumptions_in_words(turns)[1] == "memory: 24 bytes a parameter, activations not counted"
+    assert assumptions_in_words(turns)[1].startswith("memory: 4 + 4 + 8 + 8 bytes a parameter")
 
 
 def test_too_small_is_said_in_the_line() -> None:
     lines = {line[0]: line for line in sites_of(outlook(*HETERO, "strategy.overlap=3")) if line}
-    assert lines["workstation"][4].endswith("of 24.7 MB, too small")
+    assert lines["workstation"][4].endswith("of 91.3 MB, too small")
     assert not lines["datacentre"][4].endswith("too small")
 
 
@@ -167,7 +169,7 @@ def test_strategies_side_by_side() -> None:
             count(row.plan.useful_tokens_per_second),
             in_bytes(row.memory_bytes),
         ]
-    assert [line[8] for line in lines[-6:]] == ["lab-0 and 2 more"] * 3 + ["none"] * 3
+    assert [line[8] for line in lines[-6:]] == ["none"] + ["lab-0 and 2 more"] * 2 + ["none"] * 3
 
 
 def test_a_strategy_that_cannot_be_and_the_reason() -> None:

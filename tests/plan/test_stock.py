@@ -33,13 +33,14 @@ def sites(folder: Path, memories_gib: Sequence[float | str]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "memory_gib", "residents", "number"),
-    [(OLMOE, 24, 9, 8), (LITE, 48, 6, 11), (GPT_OSS, 80, 4, 8), (QWEN, 80, 14, 10)],
+    [(OLMOE, 24, 8, 8), (LITE, 48, 6, 11), (GPT_OSS, 80, 4, 8), (QWEN, 80, 13, 10)],
 )
 def test_so_many_sites_hold_each_expert_once_and_one_fewer_do_not(
     tmp_path: Path, name: str, memory_gib: int, residents: int, number: int
 ) -> None:
     config = config_of(name, *sites(tmp_path, [memory_gib] * number), *BY_MEMORY)
-    assert fitting(config, memory_gib) == residents
+    # Activations take the room of one expert a layer, or of none.
+    assert residents <= fitting(config, memory_gib) <= residents + 1
     outlook = look_ahead(config)
     assert max(site.experts_per_layer for site in outlook.plan.sites) <= residents
     assert too_small(outlook.plan, outlook.sites) == ()
@@ -68,10 +69,11 @@ def test_with_too_little_for_the_dense_part_there_is_no_plan(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as raised:
         make_plan(config_of(QWEN, "strategy.routing=skip", *sites(tmp_path, [24, 48])))
     # 1,541,093,376 dense parameters and a router, 48 experts of 4,718,592, 18 bytes each.
-    assert str(raised.value) == (
-        "federation: site s0 has memory_gib=24, but the dense part and one expert a layer need 29.63 GiB "
-        "(plan.bytes_per_parameter=18)"
+    line = str(raised.value)
+    assert line.startswith(
+        "federation: site s0 has memory_gib=24, but the dense part and one expert a layer need "
     )
+    assert ", 29.63 of them for weights, gradients, moments and shard; train.micro_batches and " in line
 
 
 def test_stand_ins_are_at_every_site(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +81,7 @@ def test_stand_ins_are_at_every_site(capsys: pytest.CaptureFixture[str]) -> None
     given = [*overrides(QWEN), "federation.num_sites=4", "strategy.overlap=1"]
     plain, more = (look_ahead(compose([*given, f"model.standins={rank}"]).config) for rank in (0, 8))
     for site, other in zip(plain.plan.sites, more.plan.sites, strict=True):
-        assert other.memory_bytes - site.memory_bytes == 18 * 213_909_504
+        assert other.state_bytes - site.state_bytes == 18 * 213_909_504
         assert other.bytes_down - site.bytes_down == other.bytes_up - site.bytes_up == 2 * 213_909_504
     main(["plan", *given, "model.standins=8"])
     shown = capsys.readouterr().out
@@ -135,7 +137,9 @@ def test_a_partitioned_router_that_ranks_by_two_has_two_to_choose_from(
     assert make_plan(config).sites[1].experts_per_layer == 2
     less = dataclasses.replace(config.plan, bytes_per_parameter=20)
     # 17.0 B dense, and 58 layers with twice 44.0 M and a row of the router.
-    with pytest.raises(ConfigError, match="the dense part and 2 experts a layer need 412 GiB"):
+    with pytest.raises(
+        ConfigError, match=r"the dense part and 2 experts a layer need .* GiB, 412 of them for"
+    ):
         make_plan(dataclasses.replace(config, plan=less))
 
 
@@ -145,8 +149,13 @@ def test_renormalised_is_planned_like_skip() -> None:
     )
     other = config_of(OLMOE, "federation.num_sites=4", "strategy.overlap=2", "strategy.routing=skip")
     outlook, skip = look_ahead(run), look_ahead(other)
-    assert outlook.plan == skip.plan
-    assert outlook.advice == skip.advice
+    # Weights are kept before and after: a few bytes for each choice.
+    for site, other in zip(outlook.plan.sites, skip.plan.sites, strict=True):
+        assert dataclasses.replace(site, memory_bytes=other.memory_bytes) == other
+        assert 1 < site.memory_bytes / other.memory_bytes < 1.01
+    assert [line for line in outlook.advice if "memory_gib" not in line] == [
+        line for line in skip.advice if "memory_gib" not in line
+    ]
     assert [row.name for row in outlook.rows] == [
         row.name.replace(", skip", ", skip_renormalised") for row in skip.rows
     ]

@@ -14,6 +14,7 @@ from fomoe_flwr.compose import compose
 from fomoe_flwr.config import ModelConfig, RunConfig
 from fomoe_flwr.model.spec import parameter_shapes
 from fomoe_flwr.placement import draw_placement
+from fomoe_flwr.plan.memory import state_bytes
 from fomoe_flwr.plan.system import (
     Measured,
     PlanSite,
@@ -22,7 +23,6 @@ from fomoe_flwr.plan.system import (
     peak_bytes,
     plan_sites,
     split_parameters,
-    state_bytes,
     up_bytes,
     virtual_round,
 )

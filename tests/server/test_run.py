@@ -133,14 +133,14 @@ def test_a_site_that_is_given_more_than_it_has_is_named(
     small: Compose, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small(
-        "federation.sites=[{name:large,memory_gib:1},{name:small,memory_gib:0.0005}]",
+        "federation.sites=[{name:large,memory_gib:1},{name:small,memory_gib:0.0006}]",
         "federation.num_sites=2",
     ).config
     with caplog.at_level(logging.WARNING, logger="fomoe"):
         warn_of_memory(make_plan(config), config)
     (line,) = caplog.messages
     assert "small" in line
-    assert "memory_gib=0.0005" in line
+    assert "memory_gib=0.0006" in line
 
 
 def test_groups_of_experts_that_the_routing_drops_are_said(

@@ -28,12 +28,12 @@ from strategies.local_grid import LocalGrid
 from tests.conftest import Compose
 from tests.strategies.helpers import answering, composed_anew, copy_of, finished, metrics, run, without_times
 
-# Three sites that differ in memory, speed and link; the small model's state needs 1.3 MB whole.
+# Three sites that differ in memory, speed and link; the small model's step needs 0.9 MB whole.
 SITES = (
     "federation.sites=["
     "{name:big,memory_gib:0.01,speed:4,up_mbps:100,down_mbps:100},"
-    "{name:lab,memory_gib:0.0007,up_mbps:20,down_mbps:50,latency_ms:20},"
-    "{name:desk,memory_gib:0.0005,speed:0.5,up_mbps:5,down_mbps:20,batch_size:1}]"
+    "{name:lab,memory_gib:0.00075,up_mbps:20,down_mbps:50,latency_ms:20},"
+    "{name:desk,memory_gib:0.0006,speed:0.5,up_mbps:5,down_mbps:20,batch_size:1}]"
 )
 PLANNED = (
     SITES,
@@ -85,8 +85,9 @@ def test_a_planned_run_keeps_to_its_plan(planned: Path) -> None:
         assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)  # to the byte
         for site, part, given in zip(line["sites"], plan.sites, sites, strict=True):
             assert site["tokens"] == part.tokens
-            # fp32 weights, gradients and moments, and the shard in bf16: 18 bytes a parameter
-            assert site["memory_bytes"] == part.memory_bytes <= given.memory_gib * BYTES_A_GIB
+            # fp32 weights, gradients and moments, and the shard in bf16: 18 bytes a parameter. A CPU measures no more.
+            assert site["memory_bytes"] == part.state_bytes
+            assert part.memory_bytes <= given.memory_gib * BYTES_A_GIB
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
@@ -108,7 +109,7 @@ def test_shares_that_do_not_divide_cost_what_was_planned(small: Compose, tmp_pat
     payload = line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"]
     assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
     assert (plan.sites[0].bytes_up < plan.sites[0].bytes_down) == (up != "bf16")
-    assert [site["memory_bytes"] for site in line["sites"]] == [site.memory_bytes for site in plan.sites]
+    assert [site["memory_bytes"] for site in line["sites"]] == [site.state_bytes for site in plan.sites]
 
 
 @pytest.mark.parametrize(("down", "up"), [("int8", "bf16"), ("int4", "int4"), ("topk", "topk")])
@@ -147,7 +148,7 @@ def test_a_delay_changes_no_payload_and_hides_what_the_steps_are_long_enough_for
         payload = line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"]
         assert payload == sum(site.bytes_down + site.bytes_up for site in plan.sites)
         # fp32 weights, gradients, moments and start; in round 1 the start is the shard, in bf16.
-        memory = [site.memory_bytes * (18 / 20 if line["round"] == 1 else 1) for site in plan.sites]
+        memory = [site.state_bytes * (18 / 20 if line["round"] == 1 else 1) for site in plan.sites]
         assert [site["memory_bytes"] for site in line["sites"]] == memory
         figures = line["virtual"]["sites"].values()
         for site in figures:
@@ -208,7 +209,7 @@ def test_parts_in_turn_cost_what_was_planned_in_every_round(
         payload.append(line["bytes_by_class"]["dense"] + line["bytes_by_class"]["expert"])
         assert payload[-1] == sum(map(sum, round_bytes(config, line["round"], placement)))
     memory = [site["memory_bytes"] for line in lines for site in line["sites"]]
-    assert max(memory) <= plan.sites[0].memory_bytes < 1.3 * max(memory)
+    assert max(memory) <= plan.sites[0].state_bytes < 1.3 * max(memory)
     reality = compare(load_run(folder))
     assert reality is not None
     assert reality.payload_bytes.planned == payload[-1] == reality.payload_bytes.measured
