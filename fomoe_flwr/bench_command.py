@@ -78,7 +78,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     from fomoe_flwr.plan.planner import make_plan
     from fomoe_flwr.plan.system import plan_sites
     from fomoe_flwr.policies import POLICIES
-    from fomoe_flwr.site.identity import devices_of, node_settings
+    from fomoe_flwr.site.devices import devices_of
+    from fomoe_flwr.site.identity import node_settings
 
     use_cpu(config.train.threads)
     residents = (

@@ -10,7 +10,6 @@ from typing import Any
 
 from fomoe_flwr.checks import check_own_source
 from fomoe_flwr.config import DEVICES_RULE, DataConfig, is_devices
-from fomoe_flwr.engine.device import Devices, resolve_device, resolve_devices
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.files import expanded, state_home
 from fomoe_flwr.messages import Task
@@ -90,26 +89,6 @@ def own_task(text: str, settings: NodeSettings) -> Task:
     if settings.site is not None and settings.site != task.name:
         raise ConfigError(f"node-config site={settings.site}: was given the work of site {task.name}")
     return task
-
-
-def devices_of(task: Task, settings: NodeSettings) -> Devices:
-    """What this site computes on: the node's own settings first, then the federation file's, then those of `train`.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-
-    def first(key: str) -> tuple[str, str]:
-        if own := getattr(settings, key):
-            return own, f"fomoe site --{key}"
-        if own := getattr(task.site, key):
-            return own, f"federation.sites: {key} of {task.name}"
-        return getattr(task.train, key), f"train.{key}"
-
-    device = resolve_device(*first("device"))
-    devices, key = first("devices")
-    count = resolve_devices(device, devices, key)
-    return Devices(device, count, first("parallel")[0], task.train.ep_domain if count > 1 else "1")
 
 
 def data_of(task: Task, settings: NodeSettings) -> DataConfig:

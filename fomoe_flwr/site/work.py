@@ -44,7 +44,8 @@ from fomoe_flwr.messages import AHEAD, OWN, STATE_LOST, Deal, Reply, Task
 from fomoe_flwr.model.base import read_shard
 from fomoe_flwr.model.spec import expert_layers, parameters
 from fomoe_flwr.site import delay
-from fomoe_flwr.site.identity import NodeSettings, data_of, devices_of, own_task, state_folder, state_root
+from fomoe_flwr.site.devices import devices_of
+from fomoe_flwr.site.identity import NodeSettings, data_of, own_task, state_folder, state_root
 from fomoe_flwr.site.memory import Memory, Trained
 from fomoe_flwr.site.state import SiteState, discard_later, forget_old_runs, load_state, save_state
 from fomoe_flwr.store.at_site import fetch_shard, forget, send_reply

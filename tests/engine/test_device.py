@@ -10,7 +10,8 @@ import torch
 from fomoe_flwr.cli import check_job
 from fomoe_flwr.engine.device import Devices, gpus_of_a_site, resolve_device, resolve_devices
 from fomoe_flwr.errors import ConfigError
-from fomoe_flwr.site.identity import devices_of, node_settings
+from fomoe_flwr.site.devices import devices_of
+from fomoe_flwr.site.identity import node_settings
 from tests.clients.helpers import task_of
 from tests.conftest import Compose
 

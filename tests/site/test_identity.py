@@ -8,7 +8,8 @@ import pytest
 
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.messages import Task
-from fomoe_flwr.site.identity import data_of, devices_of, node_settings, state_folder
+from fomoe_flwr.site.devices import devices_of
+from fomoe_flwr.site.identity import data_of, node_settings, state_folder
 from tests.clients.helpers import task_of
 from tests.conftest import Compose
 
