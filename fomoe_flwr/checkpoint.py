@@ -456,7 +456,13 @@ def _as_it_was(overrides: Sequence[Override], config: Mapping[str, Any]) -> list
             saved = {"standins": saved.get("standins", 0)}
         for key, value in saved.items() if isinstance(saved, dict) else ():
             name = f"{section}.{key}"
-            if name in asked or key not in now[section] or name in path_keys() or now[section][key] == value:
+            if (
+                name == "model.document_end"
+                or name in asked
+                or key not in now[section]
+                or name in path_keys()
+                or now[section][key] == value
+            ):
                 continue
             if value is None or isinstance(value, str | int | float):
                 found.append(setting(name, value))

@@ -40,7 +40,7 @@ from fomoe_flwr.config import (
     path_keys,
     schema,
 )
-from fomoe_flwr.errors import ConfigError
+from fomoe_flwr.errors import ConfigError, DataError
 from fomoe_flwr.files import expanded
 from fomoe_flwr.overrides import check_single, keys_of, literal, read_overrides, task_overrides, texts
 
@@ -142,6 +142,7 @@ def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()
 
             take_model(config, given)
         _complete_model(config, given)
+        _find_document_end(config, given)
     if config.federation.path is not None:
         num_sites = config.federation.num_sites
         config.federation = _read_federation(config.federation.path)
@@ -161,6 +162,29 @@ def from_tree(tree: DictConfig, saved: bool = False, given: Collection[str] = ()
         check_source(config.data)
         check_schedule(config.train)
     return config
+
+
+def _find_document_end(config: RunConfig, given: Collection[str]) -> None:
+    """Of data.document_mask.
+
+    Raises:
+        ConfigError: it is given, or the tokenizer cannot be read.
+    """
+    model, data = config.model, config.data
+    if "model.document_end" in given:
+        raise ConfigError(
+            f"model.document_end={model.document_end}: follows from data.tokenizer with data.document_mask=true; "
+            "leave it out"
+        )
+    model.document_end = None
+    if data.document_mask:
+        # It imports PyTorch.
+        from fomoe_flwr.data.tokenizer import load_tokenizer
+
+        try:
+            model.document_end = load_tokenizer(data.tokenizer).eos_id
+        except DataError as error:
+            raise ConfigError(f"data.document_mask=true: {error}") from error
 
 
 def _may_have_standins(config: RunConfig) -> bool:

@@ -141,6 +141,8 @@ class ModelConfig:
     locality_target: float | None = above(None, 0.0)  # with locality=bias: the share to reach
     locality_coefficient: float = at_least(0.01, 0.0)  # with locality=loss: of that loss
     locality_epsilon: float = above(0.1, 0.0)  # with locality=loss: the share that ghosts may keep
+    # With data.document_mask: the token that ends a document, to which attention keeps. Follows from data.tokenizer.
+    document_end: int | None = at_least(None, 0, MOST_VOCABULARY)
     experts_impl: str = choice("grouped", "grouped", "loop")  # loop: one expert at a time, the slow reference
 
 
@@ -333,6 +335,8 @@ class DataConfig:
     # Weights by domain, {web: 3, code: 1}: sequences are drawn from these domains alone, by these weights. Empty: from
     # all, as much as there is of each.
     mix: dict[str, float] = field(default_factory=dict, hash=False)
+    # Attention keeps to its own document; otherwise a sequence, which is cut from documents laid end to end, is one.
+    document_mask: bool = False
     val_fraction: float = at_least(0.05, 0.0)  # share of each domain's bytes kept for validation
     cache_dir: str | None = a_path()  # token cache; null: $FOMOE_CACHE or ~/.cache/fomoe-flwr
 
@@ -442,7 +446,7 @@ TAKEN = (
     *(
         f"model.{spec.name}"
         for spec in dataclasses.fields(ModelConfig)
-        if spec.name not in ("hf", "path", "init")
+        if spec.name not in ("hf", "path", "init", "document_end")
     ),
     "strategy.routing",
     "data.tokenizer",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OWN_TEXT = "own"  # the partition of a site that has text of its own
 # Of the model, what may differ between a checkpoint and the run that goes on from it.
-FREE_MODEL_KEYS = ("experts_impl", "load_balance", "path", "init")
+FREE_MODEL_KEYS = ("experts_impl", "load_balance", "path", "init", "document_end")
 # They count where they are given; a run of an earlier version has none of them.
 _NEW_MODEL_KEYS = ("hf", "expert_layers", "standins")
 _LONGEST = 80  # characters of a part

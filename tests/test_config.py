@@ -212,6 +212,7 @@ ALONE = [
     ("data.partition", "domain", []),
     ("data.stream", True, ["data=huggingface", "data.name=a/set"]),
     ("data.dirichlet_alpha", 0.1, []),
+    ("data.document_mask", True, []),
     ("plan.measured", "/runs/before", []),
     ("runtime.workers", 2, []),
     ("resume", "/runs/before", []),
@@ -241,8 +242,17 @@ def test_a_key_can_be_set(key: str, value: Any, company: list[str]) -> None:
 def test_no_key_is_left_out_of_the_tables_above() -> None:
     sections = {field.name for field in dataclasses.fields(RunConfig)} - {"seed", "resume"}
     tested_below = {"federation.path", "federation.sites", "model.hf", "model.expert_layers", "model.init"}
-    tested_below |= {"data.mix"}
+    tested_below |= {"data.mix", "model.document_end"}
     assert set(known_keys()) - sections - tested_below == {*TOGETHER, *(key for key, _, _ in ALONE)}
+
+
+def test_what_ends_a_document_follows_from_the_tokenizer() -> None:
+    assert config_of("data.document_mask=true").model.document_end == 256
+    assert config_of().model.document_end is None
+    line = refusal("model.document_end=3")
+    assert "model.document_end=3: follows from data.tokenizer with data.document_mask=true" in line
+    line = refusal("data.document_mask=true", "data.tokenizer=/no/where.json")
+    assert "data.document_mask=true: data.tokenizer=/no/where.json: no such file" in line
 
 
 def test_a_mixture_is_weights_by_domain() -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_flwr.config import ModelConfig
 from fomoe_flwr.model.base import LanguageModel, MoELayer
+from fomoe_flwr.model.documents import Mask, attend, mask_of
+from fomoe_flwr.model.experts import compute_dtype
 from fomoe_flwr.model.moe import MoE, Routing, router_losses
 from fomoe_flwr.model.recompute import kept_or_again
 from fomoe_flwr.model.spec import Residents, depth_multiplier, logit_multiplier
@@ -52,14 +53,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(model.d_model, model.d_model, bias=False)
         self.o_proj = nn.Linear(model.d_model, model.d_model, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor, mask: Mask = None) -> Tensor:
         def heads(projected_BSD: Tensor) -> Tensor:
             batch, positions, _ = projected_BSD.shape
             return projected_BSD.view(batch, positions, self.num_heads, -1).transpose(1, 2)
 
         q_BNSW = rotate(heads(self.q_proj(x_BSD)), cos_SF, sin_SF)
         k_BNSW = rotate(heads(self.k_proj(x_BSD)), cos_SF, sin_SF)
-        y_BNSW = F.scaled_dot_product_attention(q_BNSW, k_BNSW, heads(self.v_proj(x_BSD)), is_causal=True)
+        y_BNSW = attend(q_BNSW, k_BNSW, heads(self.v_proj(x_BSD)), mask)
         y_BSD: Tensor = self.o_proj(y_BNSW.transpose(1, 2).flatten(2))
         return y_BSD
 
@@ -78,13 +79,15 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = _layer_norm(model)
         self.attention_again = False  # whether to compute attention again in the backward pass
 
-    def _attend(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
-        y_BSD: Tensor = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF)
+    def _attend(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor, mask: Mask) -> Tensor:
+        y_BSD: Tensor = self.self_attn(self.input_layernorm(x_BSD), cos_SF, sin_SF, mask)
         return y_BSD
 
-    def forward(self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BSD: Tensor, cos_SF: Tensor, sin_SF: Tensor, mask: Mask = None
+    ) -> tuple[Tensor, Routing]:
         """Returns x_BSD after the block, and what its router decided."""
-        y_BSD = kept_or_again(self.attention_again, self._attend, x_BSD, cos_SF, sin_SF)
+        y_BSD = kept_or_again(self.attention_again, self._attend, x_BSD, cos_SF, sin_SF, mask)
         x_BSD = torch.add(x_BSD, self.post_attention_layernorm(y_BSD), alpha=self.multiplier)
         y_TD, routing = self.mlp(self.pre_feedforward_layernorm(x_BSD).flatten(0, 1))
         y_BSD = self.post_feedforward_layernorm(y_TD.view_as(x_BSD))
@@ -144,9 +147,10 @@ class Transformer(LanguageModel):
         x_BSD = self.model.embed_norm(self.model.embed_tokens(tokens_BS))
         head_width = config.d_model // config.num_heads
         cos_SF, sin_SF = rope_tables(tokens_BS.shape[1], head_width, config.rope_theta, tokens_BS.device)
+        mask = mask_of(tokens_BS, config.document_end, head_width, compute_dtype(x_BSD))
         routings = []
         for block in self.model.layers:
-            x_BSD, routing = block(x_BSD, cos_SF, sin_SF)
+            x_BSD, routing = block(x_BSD, cos_SF, sin_SF, mask)
             routings.append(routing)
         balance, locality = router_losses([block.mlp.gate for block in self.blocks], routings)
         # A branch's gradient shrinks with depth by CompleteP; the balancing of each router shrinks alike.

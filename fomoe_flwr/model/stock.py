@@ -30,7 +30,15 @@ from torch import Tensor, nn
 from fomoe_flwr.config import MOST, MOST_EXPERTS, MOST_LAYERS, MOST_VOCABULARY, MOST_WIDTH, ModelConfig
 from fomoe_flwr.errors import ConfigError
 from fomoe_flwr.model.base import LanguageModel, MoELayer
-from fomoe_flwr.model.experts import LINEARS, SWIGLU, Projections, grouped_linear, rows_of
+from fomoe_flwr.model.documents import added, allowed, documents_of
+from fomoe_flwr.model.experts import (
+    LINEARS,
+    SWIGLU,
+    Projections,
+    compute_dtype,
+    grouped_linear,
+    rows_of,
+)
 from fomoe_flwr.model.families import FAMILIES, family_of
 from fomoe_flwr.model.families.family import Family, gated
 from fomoe_flwr.model.moe import Reach, Router, Routing, routed, router_losses, slots_of
@@ -541,7 +549,9 @@ class StockModel(LanguageModel):
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        x_BSD = self.stock.model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+        x_BSD = self.stock.model(
+            input_ids=tokens_BS, attention_mask=self._mask(tokens_BS), use_cache=False
+        ).last_hidden_state
         routings = [getattr(block, self._family.router).routing for block, _ in self._layers]
         coefficient = config.load_balance
         if coefficient is None:
@@ -551,6 +561,19 @@ class StockModel(LanguageModel):
         if config.locality == "loss":
             loss = loss + config.locality_coefficient * locality
         return x_BSD, loss
+
+    def _mask(self, tokens_BS: Tensor) -> Any:
+        """What the library takes as it is, where it would make one itself otherwise; so windows are part of it."""
+        if self.config.document_end is None:
+            return None
+        settings = self.stock.config
+        document_BS = documents_of(tokens_BS, self.config.document_end)
+        dtype = compute_dtype(self.stock.lm_head.weight)
+        window = getattr(settings, "sliding_window", None)
+        near = added(allowed(document_BS, window), dtype)
+        if getattr(settings, "layer_types", None) is None:
+            return near
+        return {"full_attention": added(allowed(document_BS), dtype), "sliding_attention": near}
 
     def head(self) -> tuple[Tensor, float]:
         # No family has a bias there.

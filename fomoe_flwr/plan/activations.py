@@ -107,6 +107,7 @@ def _sigma(model: ModelConfig, routing: str, piece: Piece, site: Held) -> Kept:
     # Cosines and sines of positions.
     rope = 2 * piece.seq_len * (d // heads // 2)
     attention = 0 if low and not again else rope * FP32
+    attention += _mask(model, piece)
     if not again:
         # Queries, keys, values; the result, and once more with a token's heads side by side. In bf16 three copies of
         # the input, one for each projection.
@@ -123,6 +124,11 @@ def _sigma(model: ModelConfig, routing: str, piece: Piece, site: Held) -> Kept:
         dense=dense,
         head=_head(model, piece),
     )
+
+
+def _mask(model: ModelConfig, piece: Piece) -> int:
+    """Of documents, one for all layers. (FlexAttention, on a GPU, has less.)"""
+    return 0 if model.document_end is None else piece.tokens * piece.seq_len * piece.width
 
 
 def _sigma_router(model: ModelConfig, piece: Piece, site: Held) -> Any:
@@ -191,7 +197,7 @@ def _stock(model: ModelConfig, routing: str, piece: Piece, site: Held) -> Kept:
         outputs = bool(again or not low) + bool(not inner or not low)
         norms += t * (2 * (d + 1) + outputs * d) * FP32
         if not again:
-            attention += _stock_attention(config, shapes, piece)
+            attention += _stock_attention(config, shapes, piece, model.document_end is not None)
         for part in ("mlp.", "mlp.shared_experts."):
             if (shape := shapes.get(f"{part}up_proj.weight")) is not None:
                 dense += 4 * t * shape[0] * w + low * BF16 * (2 * t * d + 3 * d * shape[0])
@@ -201,8 +207,11 @@ def _stock(model: ModelConfig, routing: str, piece: Piece, site: Held) -> Kept:
     rope = rope or d // config.num_attention_heads
     half = config.model_type in ("deepseek_v2", "gpt_oss")
     attention += 2 * piece.seq_len * rope * FP32 / (1 + half) + again * piece.seq_len * INT64
-    if again and _eager(config):
-        attention += 2 * t * piece.seq_len * FP32
+    mask = _mask(model, piece)
+    if _eager(config):
+        attention += again * 2 * (mask or t * piece.seq_len * FP32)
+    elif again or not hasattr(config, "kv_lora_rank"):
+        attention += mask
     return Kept(
         residual=(1 + 2 * config.num_hidden_layers) * t * d * FP32,
         norms=norms,
@@ -220,11 +229,12 @@ def _eager(config: Any) -> bool:
     return bool(config.model_type == "gpt_oss")
 
 
-def _stock_attention(config: Any, shapes: dict[str, tuple[int, ...]], piece: Piece) -> float:
+def _stock_attention(config: Any, shapes: dict[str, tuple[int, ...]], piece: Piece, masked: bool) -> float:
     """Of a block.
 
     Args:
         shapes: of its parameters, by name within the block.
+        masked: by documents; then keys and values are repeated for each head.
     """
     t, w, low = piece.tokens, piece.width, piece.low
     heads: int = config.num_attention_heads
@@ -260,7 +270,7 @@ def _stock_attention(config: Any, shapes: dict[str, tuple[int, ...]], piece: Pie
         if (shape := shapes.get(f"self_attn.{name}.weight")) is not None:
             # Normalised over a head, or over all of them at once.
             bytes_ += t * (wide * (FP32 + w) + wide // shape[0] * FP32)
-    return bytes_ + t * w * (queries + 2 * keys + result) + heads * t * FP32
+    return bytes_ + t * w * (queries + 2 * (queries if masked else keys) + result) + heads * t * FP32
 
 
 def _stock_router(config: Any, piece: Piece, site: Held) -> Any:

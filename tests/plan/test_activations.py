@@ -93,6 +93,14 @@ def test_renormalised_weights_are_kept_before_and_after(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["sigma", *CONFIGS])
+def test_a_mask_of_documents(family: str, dtype: str, recompute: str) -> None:
+    model = SIGMA if family == "sigma" else stock(family)
+    check(dataclasses.replace(model, document_end=3), 8, "skip", dtype, recompute)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("family", ["sigma", "olmoe", "qwen3_moe", "mixtral"])
 def test_what_a_gpu_does_otherwise(monkeypatch: pytest.MonkeyPatch, family: str, recompute: str) -> None:
     """Here on a CPU, made to do it: rows of ghosts are there, and autocast has layer norms work in fp32."""
