@@ -47,9 +47,11 @@ def machine() -> str:
 def commit() -> str:
     """The commit measured, with a mark if the tree had changes."""
     root = RESULTS.parent.parent
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
     return run.stdout.strip() or "unknown"
 
 
@@ -81,15 +83,15 @@ def train(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def write_result(name: str, title: str, body: str, not_measured: str) -> Path:
-    """A dated file in `results/`, and the same on the terminal."""
+def write_result(name: str, title: str, body: str, not_measured: str, folder: Path = RESULTS) -> Path:
+    """A dated file in `results/`, or in another folder, and the same on the terminal."""
     today = datetime.date.today().isoformat()
     text = (
         f"# {title}\n\n- date: {today}\n- machine: {machine()}\n- commit: {commit()}\n"
         f"- command: `python {' '.join([*sys.orig_argv[1:]])}`\n\n{body.strip()}\n\nNot measured: {not_measured}\n"
     )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{today}_{name}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{today}_{name}.md"
     path.write_text(text)
     print(text)
     return path
