@@ -142,7 +142,7 @@ TOGETHER = {
     "train.final_lr": 0.2,
     "train.expert_warmup_steps": 0,
     "train.device": "cpu",
-    "train.devices": "2",
+    "train.devices": "auto",
     "train.parallel": "ep",
     "train.ep_domain": "2",
     "train.dtype": "bf16",

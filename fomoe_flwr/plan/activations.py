@@ -282,7 +282,8 @@ def _stock_router(config: Any, piece: Piece, site: Held) -> Any:
     if kind == "mixtral" or (kind != "deepseek_v2" and getattr(config, "norm_topk_prob", False)):
         numbers = 2
     return (
-        (t * scores + 1) * site.candidates * FP32
+        # The stock block's gate keeps how its last batch was spread, too.
+        (t * scores + 3) * site.candidates * FP32
         + t * site.chosen * (INT64 + numbers * FP32)
         + t * numbers * FP32
     )
