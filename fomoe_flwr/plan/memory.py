@@ -50,7 +50,7 @@ def shard_bytes(strategy: StrategyConfig, device: str) -> int:
     As it was sent; with strategy.delay=1 what the site has made of it, in fp32. Where parts of the model take turns, a
     tensor that rests has its update since then beside it: at the most all of them.
     """
-    if on_gpu(device) and device != "auto":
+    if device.startswith("cuda"):
         return 0
     if takes_turns(strategy):
         return 2 * FP32
@@ -60,7 +60,7 @@ def shard_bytes(strategy: StrategyConfig, device: str) -> int:
 
 
 def on_gpu(device: str) -> bool:
-    """Whether to count as on a GPU. Where nobody knows (auto), what is more is taken of everything."""
+    """Whether to count activations as on a GPU: also where nobody knows (auto), for there they are more as a rule."""
     return device != "cpu"
 
 

@@ -221,7 +221,7 @@ def memory_in_words(outlook: Outlook) -> str:
         state += " (weights, gradients, moments, shard as sent)"
     else:
         state = f"{each.weights:g} bytes a parameter (plan.bytes_per_parameter)"
-    device = "; on a GPU or a CPU, what is more" if site.device == "auto" else ""
+    device = "; activations as on a GPU, the shard as on a CPU" if site.device == "auto" else ""
     return (
         f"{state}; activations of {piece.rows} x {piece.seq_len} tokens at a time, {config.train.dtype}, "
         f"recompute {piece.recompute}{device}"
